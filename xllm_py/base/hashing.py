@@ -1,0 +1,69 @@
+"""The block-hash chain: one function for P, D and master.
+
+H0 = h(root | ids of block 0), Hi = h(Hi-1 | ids of block i); ids as 32-bit little-endian; h is BLAKE2b with 16 bytes of
+output, keyed from the cluster key (SPEC section 6.7). Tokens after the last full block have no hash of their own in the
+prefix cache, but take part in `prompt_digest`, which ties KV in transit to the prompt it was computed from.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import hmac
+import sys
+from collections.abc import Sequence
+
+HASH_BYTES = 16
+
+
+def _ids_bytes(ids: Sequence[int]) -> bytes:
+    packed = array.array("I", ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def chain_root(*, key: bytes, model_fingerprint: str, seed: int = 1024, salt: str = "") -> bytes:
+    """The parent of every first block: (model, seed, salt) under the cluster key. 16 bytes."""
+    text = "\0".join((model_fingerprint, str(seed), salt)).encode()
+    return hashlib.blake2b(text, digest_size=HASH_BYTES, key=key[:64]).digest()
+
+
+def block_hashes(root: bytes, ids: Sequence[int], block_size: int) -> list[bytes]:
+    """One 16-byte hash per full block of `ids`, each chained to the one before."""
+    hashes: list[bytes] = []
+    parent = root
+    for start in range(0, len(ids) - block_size + 1, block_size):
+        parent = next_hash(parent, ids[start : start + block_size])
+        hashes.append(parent)
+    return hashes
+
+
+def next_hash(parent: bytes, block_ids: Sequence[int]) -> bytes:
+    """The hash of a block whose parent is known."""
+    return hashlib.blake2b(_ids_bytes(block_ids), digest_size=HASH_BYTES, key=parent).digest()
+
+
+def prompt_digest(ids: Sequence[int]) -> bytes:
+    """16 bytes over a whole token sequence, partial tail block included."""
+    return hashlib.blake2b(_ids_bytes(ids), digest_size=HASH_BYTES).digest()
+
+
+def fingerprint(*parts: str | bytes) -> str:
+    """A short hex name for a tuple of facts (model, layout, numerics); length-prefixed, so parts cannot run together."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+def mac(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA256, 32 bytes."""
+    return hmac.new(key, message, hashlib.sha256).digest()
+
+
+def same(left: bytes, right: bytes) -> bool:
+    """Constant-time comparison of two digests."""
+    return hmac.compare_digest(left, right)

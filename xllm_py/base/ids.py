@@ -1,0 +1,39 @@
+"""The only place that makes identifiers.
+
+request ids are labels for people and keys of the token log; incarnation ids are new at each process start; grant ids
+are 128 bits from the system's generator, because a grant is a capability.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+_LABEL = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def request_id(prefix: str) -> str:
+    """`cmpl-...` or `chatcmpl-...`: the prefix and 96 random bits in hex."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def incarnation_id() -> str:
+    """128 random bits in hex, made once per process."""
+    return secrets.token_hex(16)
+
+
+def grant_id() -> bytes:
+    """16 random bytes."""
+    return secrets.token_bytes(16)
+
+
+def seed() -> int:
+    """A sampling seed for a request that brought none: 63 bits, so that it fits a signed int64."""
+    return secrets.randbits(63)
+
+
+def label_or_new(label: str | None, prefix: str) -> str:
+    """The client's `x-request-id` when it is harmless (128 of `[A-Za-z0-9._:-]`), else a new id."""
+    if label is not None and _LABEL.fullmatch(label):
+        return label
+    return request_id(prefix)

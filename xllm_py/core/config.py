@@ -1,0 +1,68 @@
+"""Frozen slices of configuration for the engine side; each component gets only its own.
+
+They are made from the command line by the API process and travel to the engine process once, at its start. Plain types
+only. What is learnt later (number of blocks, end tokens) is a return value, never written back here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """How much KV cache there is and how it is cut."""
+
+    block_size: int = 128  # tokens per block
+    max_cache_bytes: int = 0  # 0: computed from the memory at hand
+    max_memory_utilization: float = 0.8
+    enable_prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Budgets of one step and the limits of the waiting queue."""
+
+    max_tokens_per_batch: int = 10240
+    max_seqs_per_batch: int = 200
+    enable_chunked_prefill: bool = True
+    max_tokens_per_chunk: int = 10240
+    max_queue: int = 100_000  # waiting requests
+    prefill_usage_threshold: float = 0.95  # no new prefill above this share of used blocks
+    grant_ttl_s: float = 30.0  # a reservation without a sign of life ends after so long
+    handoff_hold_s: float = 5.0  # P keeps the KV of a refused or lost request so long
+    enable_local_decode: bool = True  # P may decode a request that no D takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What the scheduler has to know of the model; learnt when it is loaded."""
+
+    vocab_size: int
+    max_model_len: int  # tokens of prompt and answer together
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything the engine process is told at its start."""
+
+    executor: str = "model"  # "model", or "toy": no torch, next token is a hash of the cache
+    model_path: str = ""
+    dtype: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int = 0
+    devices: tuple[str, ...] = ("cpu:0",)
+    cpu_threads: int = 0
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    incarnation: str = ""
+    kv_host: str = "127.0.0.1"
+    kv_port: int = 0  # 0: any free port
+    kv_listen: bool = False  # an instance with a role other than DEFAULT moves KV
+    kv_port_may_move: bool = True  # take the next free port when this one is busy (SPEC 1.1)
+    cluster_key: bytes = b""
+    toy_step_s: float = 0.0  # how long the toy executor pretends to compute a step
+    toy_num_blocks: int = 256
+    log_level: str = "info"
+    log_format: str = "text"

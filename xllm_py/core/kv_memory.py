@@ -1,0 +1,57 @@
+"""The KV cache as bytes: what a KV link reads and writes, whatever computes with it.
+
+    regions[layer * 2 + part]  one flat, writable byte view per layer and part (0 = K, 1 = V)
+                               block b occupies [b * block_bytes, (b + 1) * block_bytes)
+
+Owned by the executor; lent to the transport for the life of the engine. Never copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xllm_py.base.hashing import fingerprint
+
+PARTS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvLayout:
+    """Two instances can exchange blocks when the fingerprints of their layouts are equal."""
+
+    num_layers: int
+    block_size: int  # tokens
+    block_bytes: int  # of one block of one layer and part
+    shape: str  # for people and for the fingerprint: "kv_heads=2 head_dim=64 dtype=bfloat16"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex name of the layout; the number of blocks is not part of it."""
+        return fingerprint(
+            str(self.num_layers), str(self.block_size), str(self.block_bytes), self.shape
+        )
+
+
+class KvMemory:
+    """Byte views over all blocks."""
+
+    def __init__(self, layout: KvLayout, num_blocks: int, regions: Sequence[memoryview]) -> None:
+        if len(regions) != layout.num_layers * PARTS:
+            raise ValueError(f"{len(regions)} regions for {layout.num_layers} layers")
+        for region in regions:
+            if region.nbytes != num_blocks * layout.block_bytes or region.readonly:
+                raise ValueError("a region must be writable and hold every block")
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self._regions = [region.cast("B") for region in regions]
+
+    def span(self, layer: int, part: int, first_block: int, count: int = 1) -> memoryview:
+        """Bytes of `count` adjacent blocks. Raises IndexError when they are not all in the cache."""
+        if not (first_block >= 0 and count >= 1 and first_block + count <= self.num_blocks):
+            raise IndexError(f"blocks {first_block}+{count} of {self.num_blocks}")
+        if not (0 <= layer < self.layout.num_layers and 0 <= part < PARTS):
+            raise IndexError(f"layer {layer}, part {part}")
+        size = self.layout.block_bytes
+        region = self._regions[layer * PARTS + part]
+        return region[first_block * size : (first_block + count) * size]

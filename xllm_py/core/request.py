@@ -1,0 +1,154 @@
+"""Submission (frozen, travels) and Request (the engine's own, with its transition table).
+
+    WAITING --admitted--> RUNNING --first token, receiver named--> GIVING --landed--> FINISHED
+       ^                    | |                                       +--refused/lost--> RUNNING (keep it) or FINISHED
+       +----preempted-------+ +--stop, length, abort, deadline--> FINISHED
+    RESERVED --landed AND first token--> RUNNING        RESERVED --lost/expired--> FINISHED
+
+Blocks are held in RUNNING, GIVING and RESERVED and in no other state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from xllm_py.base.errors import IllegalTransition
+from xllm_py.core.journey import Moment
+from xllm_py.core.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receiver:
+    """The decode instance that is to take a request over."""
+
+    name: str
+    address: str  # host:disagg_pd_port
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A request on its way to an engine; complete in itself, so that it can be sent again elsewhere."""
+
+    request_id: str
+    attempt: int = 1
+    prompt_ids: tuple[int, ...]
+    generated_ids: tuple[int, ...] = ()  # already in the token log of an earlier attempt
+    sampling: SamplingParams
+    timeout_s: float = 600.0  # what is left until the deadline, at the moment of sending
+    receiver: Receiver | None = None  # None: decode here
+    master: str = ""  # host:rpc_port the tokens go to; empty: this instance's own HTTP door
+    relay: bool = False  # tokens go D -> P -> master instead of D -> master
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """P asks D to take a request: everything decoding needs, and who asks."""
+
+    submission: Submission  # receiver is D itself
+    giver_name: str
+    giver_address: str  # host:disagg_pd_port of P, for relayed tokens
+    giver_incarnation: str
+    model_fingerprint: str
+    layout_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferAnswer:
+    """D's word: a grant, or a refusal with a reason of SPEC 6.4. `grant` is empty in a refusal."""
+
+    request_id: str
+    attempt: int
+    grant: bytes = b""  # 16 random bytes
+    num_held_blocks: int = 0  # leading blocks D already has
+    num_blocks: int = 0  # blocks of the prompt in all
+    endpoints: tuple[str, ...] = ()  # host:port of the KV listener, one per rank
+    expires_s: float = 0.0
+    refusal: str = ""
+    text: str = ""
+    retry_after_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    """P tells D the token it sampled, beside the KV."""
+
+    request_id: str
+    attempt: int
+    grant: bytes
+    token_id: int
+    cached_tokens: int = 0
+
+
+class State(Enum):
+    """Where a request stands in its engine."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    GIVING = "giving"
+    RESERVED = "reserved"
+    FINISHED = "finished"
+
+
+TRANSITIONS: frozenset[tuple[State, State]] = frozenset(
+    {
+        (State.WAITING, State.RUNNING),  # admitted
+        (State.WAITING, State.FINISHED),  # aborted, deadline
+        (State.RUNNING, State.WAITING),  # preempted: blocks freed, tokens kept
+        (State.RUNNING, State.GIVING),  # first token, receiver named
+        (State.RUNNING, State.FINISHED),
+        (State.GIVING, State.FINISHED),  # acknowledged, or lost
+        (State.GIVING, State.RUNNING),  # nobody took it: decode here
+        (State.RESERVED, State.RUNNING),  # landed and first token known
+        (State.RESERVED, State.FINISHED),
+    }
+)
+HOLDS_BLOCKS = frozenset({State.RUNNING, State.GIVING, State.RESERVED})
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """A submission inside an engine. Owned and changed by the scheduler alone."""
+
+    submission: Submission
+    state: State
+    deadline: float  # monotonic seconds
+    tokens: list[int]  # prompt, then generated
+    num_prompt: int
+    num_computed: int = 0  # leading tokens whose KV is in the cache
+    num_cached: int = 0  # of the prompt, found in the prefix cache when first admitted
+    block_ids: list[int] = field(default_factory=list)
+    row: int = -1  # batch row, -1 when it has none
+    num_preemptions: int = 0
+    journey: dict[Moment, float] = field(default_factory=dict)
+
+    @property
+    def request_id(self) -> str:
+        """The submission's id."""
+        return self.submission.request_id
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt; also the position of the next one."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_due(self) -> int:
+        """Tokens known but not computed: what a step can work on. There are no phases."""
+        return len(self.tokens) - self.num_computed
+
+    def move(self, to: State) -> None:
+        """Change state along the table, or raise IllegalTransition."""
+        if (self.state, to) not in TRANSITIONS:
+            raise IllegalTransition(f"request {self.request_id}", self.state.value, to.value)
+        self.state = to
+
+    def stamp(self, moment: Moment, now: float) -> None:
+        """Note when a moment happened; the first time counts."""
+        self.journey.setdefault(moment, now)
+
+    def journey_s(self) -> dict[str, float]:
+        """The moments so far, as seconds since this engine received the request."""
+        start = self.journey.get(Moment.RECEIVED, 0.0)
+        return {moment.value: at - start for moment, at in self.journey.items()}

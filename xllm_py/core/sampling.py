@@ -1,0 +1,60 @@
+"""SamplingParams: how the next token is chosen and when a request ends. Validated on construction.
+
+Made by the HTTP door (or rebuilt from a control message), carried by a Submission to P and D alike. Sampling itself is a
+pure function of (logits, seed, choice, position); see docs/decisions on counter-based sampling.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from xllm_py.base.errors import InvalidValue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """One request's sampling parameters; raises InvalidValue naming the field when one is out of range."""
+
+    max_tokens: int
+    seed: int  # 63 bits; drawn at the door when the client sent none
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = -1  # -1: all
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # matched where text is made, never in the engine
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every range of SPEC section 7.3."""
+        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a signed 64-bit integer")
+        _check(_within(self.temperature, 0, 2), "temperature", self.temperature, "in [0, 2]")
+        _check(_within(self.top_p, 0, 1) and self.top_p > 0, "top_p", self.top_p, "in (0, 1]")
+        _check(self.top_k == -1 or 1 <= self.top_k < 2**31, "top_k", self.top_k, "-1 or at least 1")
+        _check(_within(self.min_p, 0, 1), "min_p", self.min_p, "in [0, 1]")
+        _check(len(self.stop) <= 4, "stop", len(self.stop), "at most 4 strings")
+        for text in self.stop:
+            _check(0 < len(text.encode()) <= 64, "stop", text, "1 to 64 bytes a string")
+        _check(
+            len(self.stop_token_ids) <= 64, "stop_token_ids", len(self.stop_token_ids), "at most 64"
+        )
+        for token in self.stop_token_ids:
+            _check(0 <= token < 2**31, "stop_token_ids", token, "token ids")
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is taken, ties to the lowest id."""
+        return self.temperature == 0
+
+
+def _within(value: float, low: float, high: float) -> bool:
+    return math.isfinite(value) and low <= value <= high
+
+
+def _check(good: bool, field: str, value: object, rule: str) -> None:
+    if not good:
+        raise InvalidValue(f"{field} is {value}; it must be {rule}", param=field)

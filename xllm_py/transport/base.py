@@ -1,0 +1,110 @@
+"""The KvTransport protocol: moves granted blocks between two engines and knows nothing of requests.
+
+One object per engine serves both directions: as giver it connects to a peer's listener and pushes blocks under a grant;
+as taker it listens, opens grants and writes what arrives into the blocks a grant names. All work is done by the transport's
+own I/O threads; every method here returns at once, and what happened is told by `poll`. The engine loop owns the object and
+calls it from one thread only, except `push`, which the executor's layer hook calls from that same thread in mid-step.
+
+Conformance: tests/conformance/test_kv_transport.py, run against every implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakerGrant:
+    """D's side of a grant: where its bytes may go and what must be true at COMMIT."""
+
+    grant: bytes  # 16 random bytes
+    peer_incarnation: str  # the only peer that may use it
+    block_ids: tuple[int, ...]  # relative block i is block_ids[i]
+    first_wanted: int  # relative blocks before this one are already held and must not be written
+    prompt_digest: bytes  # base.hashing.prompt_digest of the prompt, 16 bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiverGrant:
+    """P's side of a grant."""
+
+    grant: bytes
+    endpoint: str  # host:port of the peer's KV listener
+    peer_incarnation: str
+    prompt_digest: bytes
+
+
+class KvEventKind(Enum):
+    """What `poll` can tell."""
+
+    LANDED = "landed"  # taker: COMMIT verified, every wanted block is in place
+    ACKNOWLEDGED = "acknowledged"  # giver: the peer said LANDED
+    FAILED = "failed"  # either side: this grant is dead; `text` says why
+    RELEASED = "released"  # taker: after `revoke`, nothing can be written under the grant any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvEvent:
+    """Something happened to a grant."""
+
+    kind: KvEventKind
+    grant: bytes
+    text: str = ""
+    num_bytes: int = 0  # payload moved under the grant (LANDED, ACKNOWLEDGED)
+    seconds: float = 0.0  # from the first byte to the end (LANDED, ACKNOWLEDGED)
+
+
+class KvTransport(Protocol):
+    """See the module's text. Verbs of DESIGN section 4: connect, push, poll, close."""
+
+    @property
+    def endpoint(self) -> str:
+        """host:port of this side's listener; empty when it only gives."""
+        ...
+
+    @property
+    def wake_fd(self) -> int:
+        """A file descriptor that becomes readable when `poll` has something to tell."""
+        ...
+
+    def open_grant(self, grant: TakerGrant) -> None:
+        """Taker: from now on the named peer may write the named blocks."""
+        ...
+
+    def revoke(self, grant: bytes) -> None:
+        """Taker: take the grant back. RELEASED follows (at once, or after the frame in flight); only then are its
+        blocks free. Also called after LANDED to forget the grant; then RELEASED follows too. Unknown grants: RELEASED.
+        """
+        ...
+
+    def connect(self, grant: GiverGrant) -> None:
+        """Giver: open (or share) the link to the peer and make the grant known to it. Failure comes by `poll`."""
+        ...
+
+    def push(self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]) -> None:
+        """Giver: send K and V of these local blocks as relative blocks first_relative... The blocks must not change or
+        be freed until ACKNOWLEDGED, FAILED or `abandon`.
+        """
+        ...
+
+    def commit(self, grant: bytes) -> None:
+        """Giver: everything has been pushed; ask the peer to verify. ACKNOWLEDGED or FAILED follows."""
+        ...
+
+    def abandon(self, grant: bytes) -> None:
+        """Giver: stop sending and forget the grant. When this returns no byte of its blocks is read any more."""
+        ...
+
+    def poll(self) -> list[KvEvent]:
+        """What happened since the last call; never blocks."""
+        ...
+
+    def ledger(self) -> dict[str, int]:
+        """Counts for the ledger and metrics: grants_open, links, bytes_sent, bytes_received, frames_rejected, failures."""
+        ...
+
+    def close(self) -> None:
+        """Close listener and links, end the threads; idempotent."""
+        ...
