@@ -84,9 +84,9 @@ def setup(
     for handler in handlers:
         handler.setFormatter(formatter)
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    listener = logging.handlers.QueueListener(records, *handlers)  # type: ignore[arg-type]  # SimpleQueue has put and get, all that is used
+    listener = logging.handlers.QueueListener(records, *handlers)
     root = logging.getLogger("xllm_py")
-    root.handlers = [_Forward(records)]  # type: ignore[arg-type]  # as above
+    root.handlers = [_Forward(records)]
     root.setLevel(level.upper())
     root.propagate = False
     listener.start()

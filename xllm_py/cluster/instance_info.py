@@ -1,0 +1,120 @@
+"""What an instance says of itself: the card in etcd (SPEC 4.2). JSON, signed with the cluster key.
+
+Written by instance/announcer.py, read by master/instance_manager.py and by control services. A card that does not parse,
+lacks a required field or carries a wrong MAC is refused with a reason, never fatal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from xllm_py.base.errors import ProtocolViolation
+from xllm_py.base.hashing import mac, same
+
+MAX_CARD_BYTES = 64 * 1024
+
+
+class Role(Enum):
+    """What an instance does; the value is the number in the card's `type`."""
+
+    DEFAULT = 0
+    PREFILL = 1
+    DECODE = 2
+    MIX = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """One instance. Field names are those of the JSON."""
+
+    name: str  # host:http_port as announced
+    rpc_address: str  # host:disagg_pd_port
+    type: int  # Role
+    incarnation_id: str
+    register_ts_ms: int = 0
+    addrs: tuple[str, ...] = ()  # host:port of the KV listener of each rank
+    ports: tuple[int, ...] = ()
+    cluster_ids: tuple[int, ...] = ()
+    dp_size: int = 1
+    kv_split_size: int = 1
+    backend_type: str = "xllm"
+    http_address: str = ""
+    version: str = ""
+    state: str = "READY"  # JOINING, READY, DRAINING
+    model: str = ""
+    served_names: tuple[str, ...] = ()
+    max_model_len: int = 0
+    vocab_size: int = 0
+    model_fingerprint: str = ""
+    dtype: str = ""
+    kv_dtype: str = ""
+    block_size: int = 0
+    num_blocks: int = 0
+    layout_fingerprint: str = ""
+    layout: str = ""
+    tp_size: int = 1
+    device_type: str = ""
+    enable_prefix_cache: bool = False
+    enable_chunked_prefill: bool = True
+    max_seqs: int = 0
+    kv_transports: tuple[str, ...] = ("tcp",)
+    numerics_fingerprint: str = ""
+
+    @property
+    def role(self) -> Role:
+        """The role as an enum."""
+        return Role(self.type)
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Card)}
+_REQUIRED = ("name", "rpc_address", "type", "incarnation_id")
+
+
+def card_to_json(card: Card, key: bytes) -> bytes:
+    """The card with its MAC over everything else, keys sorted."""
+    body = dataclasses.asdict(card)
+    return _canonical({**body, "mac": mac(key, _canonical(body)).hex()})
+
+
+def card_from_json(raw: bytes, key: bytes) -> Card:
+    """Parse and verify. Unknown fields are covered by the MAC and otherwise ignored. Raises ProtocolViolation."""
+    if len(raw) > MAX_CARD_BYTES:
+        raise ProtocolViolation(f"card of {len(raw)} bytes; at most {MAX_CARD_BYTES} are read")
+    try:
+        body: Any = json.loads(raw)
+    except ValueError as error:
+        raise ProtocolViolation("card is not JSON") from error
+    if not isinstance(body, dict):
+        raise ProtocolViolation("card is not a JSON object")
+    for name in _REQUIRED:
+        if name not in body:
+            raise ProtocolViolation(f"card lacks the field {name}")
+    given = body.pop("mac", "")
+    wanted = mac(key, _canonical(body)).hex()
+    if not isinstance(given, str) or not same(given.encode(), wanted.encode()):
+        raise ProtocolViolation("card's MAC is wrong; do all daemons use the same cluster key?")
+    return _build(body)
+
+
+def _build(body: dict[str, Any]) -> Card:
+    values: dict[str, Any] = {}
+    for name, value in body.items():
+        field = _FIELDS.get(name)
+        if field is None:
+            continue
+        values[name] = tuple(value) if isinstance(value, list) else value
+    for name, value in values.items():
+        wanted = str(_FIELDS[name].type).partition("[")[0]
+        if type(value).__name__ != wanted:
+            raise ProtocolViolation(f"card field {name} is a {type(value).__name__}, not {wanted}")
+    if values["type"] not in {role.value for role in Role}:
+        raise ProtocolViolation(f"card type {values['type']} is no role")
+    return Card(**values)
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,1 @@
+"""Floor 5: the `xllm` daemon: the API process of one instance. No torch."""

@@ -1,0 +1,1 @@
+"""Floor 5: the `xllm-master` daemon. No torch, ever."""
