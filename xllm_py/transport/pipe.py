@@ -31,7 +31,9 @@ class _Table:
     def __init__(self, outgoing: Sequence[type], incoming: Sequence[type]) -> None:
         self._index = {kind: index for index, kind in enumerate(outgoing)}
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoders = [msgspec.msgpack.Decoder(kind) for kind in incoming]
+        self._decoders: list[msgspec.msgpack.Decoder[Any]] = [
+            msgspec.msgpack.Decoder(kind) for kind in incoming
+        ]
 
     def encode(self, message: Command | Event) -> bytes:
         body = self._encoder.encode(message)

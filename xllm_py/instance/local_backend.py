@@ -1,0 +1,98 @@
+"""The Backend of one instance: its own engine, for requests that come in by its own HTTP port.
+
+Prefill and decode both happen here whatever the role; nothing is handed over, so no registry and no peer is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+from xllm_py.base.clock import Clock
+from xllm_py.base.errors import DeadlineExceeded
+from xllm_py.core.request import Submission
+from xllm_py.instance.engine_link import EngineLink
+from xllm_py.instance.outlets import LocalOutlet, Outlets
+from xllm_py.openai.backend import Delta, Readiness, ServedModel
+
+# the engine ends a request at its deadline itself; this much later the door stops waiting for it
+_GRACE_S = 2.0
+
+
+class LocalBackend:
+    """Implements openai.backend.Backend."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineLink,
+        outlets: Outlets,
+        models: tuple[ServedModel, ...],
+        ready: Callable[[], Readiness],
+        clock: Clock,
+        on_journey: Callable[[Submission, dict[str, float]], None],
+    ) -> None:
+        self._engine = engine
+        self._outlets = outlets
+        self._models = models
+        self._ready = ready
+        self._clock = clock
+        self._on_journey = on_journey
+
+    async def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
+        """See Backend.generate."""
+        outlet = self._outlets.open_local(submission.request_id)
+        finished = False
+        try:
+            self._engine.submit(submission)
+            deadline = self._clock.now() + submission.timeout_s + _GRACE_S
+            while not finished:
+                for delta in await self._next(outlet, deadline):
+                    finished = finished or bool(delta.finish_reason)
+                    yield delta
+        finally:
+            self._outlets.close(submission.request_id)
+            self._on_journey(submission, outlet.journey)
+            if not finished:
+                self._engine.abort([submission.request_id], [0])
+
+    async def _next(self, outlet: LocalOutlet, deadline: float) -> list[Delta]:
+        """Everything queued, at least one; raises the request's error once the queue is empty."""
+        while not outlet.deltas:
+            if outlet.error is not None:
+                raise outlet.error
+            outlet.news.clear()
+            try:
+                async with asyncio.timeout(deadline - self._clock.now()):
+                    await outlet.news.wait()
+            except TimeoutError as error:
+                raise DeadlineExceeded("the request's deadline passed") from error
+        taken = _coalesce(list(outlet.deltas))
+        outlet.deltas.clear()
+        return taken
+
+    def models(self) -> tuple[ServedModel, ...]:
+        """One model under each of its served names."""
+        return self._models
+
+    def ready(self) -> Readiness:
+        """As the daemon sees it."""
+        return self._ready()
+
+
+def _coalesce(deltas: list[Delta]) -> list[Delta]:
+    """Join neighbours of one choice, so that a slow consumer gets fewer, larger pieces."""
+    joined: list[Delta] = []
+    for delta in deltas:
+        last = joined[-1] if joined else None
+        if last is None or last.choice != delta.choice or last.finish_reason:
+            joined.append(delta)
+            continue
+        joined[-1] = Delta(
+            choice=last.choice,
+            position=last.position,
+            token_ids=last.token_ids + delta.token_ids,
+            finish_reason=delta.finish_reason,
+            cached_tokens=max(last.cached_tokens, delta.cached_tokens),
+        )
+    return joined

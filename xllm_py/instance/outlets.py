@@ -1,0 +1,137 @@
+"""Where the engine's outputs go: to this instance's own HTTP door, or to a master.
+
+Every open request has exactly one outlet from the moment it is submitted or reserved until its finish has been handed on.
+Called by the engine link with each step's columns; hands whole columns on, one message per destination.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from xllm_py.base.errors import RequestError, request_error
+from xllm_py.core.plan import FINISH_LENGTH, FINISH_STOP, Outputs
+from xllm_py.openai.backend import Delta
+
+GOOD_FINISHES = frozenset({"", FINISH_STOP, FINISH_LENGTH})
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A Generations stream: a master's rpc address, or P's control address in relayed mode."""
+
+    address: str
+    relay: bool = False
+
+
+@dataclass(slots=True)
+class LocalOutlet:
+    """What one local request has said and its consumer has not yet taken."""
+
+    deltas: deque[Delta] = field(default_factory=deque)
+    error: RequestError | None = None
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    journey: dict[str, float] = field(default_factory=dict)
+
+    def put(self, delta: Delta) -> None:
+        """Add news and wake the consumer."""
+        self.deltas.append(delta)
+        self.news.set()
+
+    def fail(self, error: RequestError) -> None:
+        """End with an error after what is already queued."""
+        self.error = error
+        self.news.set()
+
+
+class Outlets:
+    """All open requests of this instance, by id."""
+
+    def __init__(self, send: Callable[[Destination, Outputs], None]) -> None:
+        self._send = send
+        self._local: dict[str, LocalOutlet] = {}
+        self._remote: dict[str, Destination] = {}
+
+    def open_local(self, request_id: str) -> LocalOutlet:
+        """For a request of our own HTTP door."""
+        outlet = self._local[request_id] = LocalOutlet()
+        return outlet
+
+    def open_remote(self, request_id: str, destination: Destination) -> None:
+        """For a request a master or a giver sent us."""
+        self._remote[request_id] = destination
+
+    def close(self, request_id: str) -> None:
+        """Forget a request; what the engine still says of it goes nowhere."""
+        self._local.pop(request_id, None)
+        self._remote.pop(request_id, None)
+
+    def on_outputs(self, outputs: Outputs) -> None:
+        """Distribute one step."""
+        columns: dict[Destination, Outputs] = {}
+        for index, request_id in enumerate(outputs.request_ids):
+            outlet = self._local.get(request_id)
+            if outlet is not None:
+                _put_local(outlet, outputs, index)
+                continue
+            destination = self._remote.get(request_id)
+            if destination is None:
+                continue
+            column = columns.setdefault(destination, Outputs(step=outputs.step))
+            _copy_entry(outputs, index, column)
+            if outputs.finish_reasons[index]:
+                del self._remote[request_id]
+        for destination, column in columns.items():
+            self._send(destination, column)
+
+    def fail_all(self, error: RequestError) -> None:
+        """The engine is down: every local consumer hears it; masters see our connection end."""
+        for outlet in self._local.values():
+            outlet.fail(error)
+        self._remote.clear()
+
+    @property
+    def num_open(self) -> int:
+        """Requests with an outlet, for the ledger."""
+        return len(self._local) + len(self._remote)
+
+    def remote_ids(self) -> list[str]:
+        """Requests that masters wait for."""
+        return list(self._remote)
+
+
+def _put_local(outlet: LocalOutlet, outputs: Outputs, index: int) -> None:
+    reason = outputs.finish_reasons[index]
+    outlet.journey |= outputs.journeys.get(index, {})
+    if reason not in GOOD_FINISHES:
+        outlet.fail(request_error(reason, outputs.messages.get(index, reason)))
+        return
+    token_id = outputs.token_ids[index]
+    outlet.put(
+        Delta(
+            choice=outputs.choices[index],
+            position=outputs.positions[index],
+            token_ids=(token_id,) if token_id >= 0 else (),
+            finish_reason=reason,
+            cached_tokens=outputs.cached_tokens.get(index, 0),
+        )
+    )
+
+
+def _copy_entry(source: Outputs, index: int, target: Outputs) -> None:
+    at = target.add(
+        source.request_ids[index],
+        source.attempts[index],
+        choice=source.choices[index],
+        position=source.positions[index],
+        token_id=source.token_ids[index],
+        finish_reason=source.finish_reasons[index],
+    )
+    if index in source.messages:
+        target.messages[at] = source.messages[index]
+    if index in source.cached_tokens:
+        target.cached_tokens[at] = source.cached_tokens[index]
+    if index in source.journeys:
+        target.journeys[at] = source.journeys[index]
