@@ -116,11 +116,18 @@ class Request:
     deadline: float  # monotonic seconds
     tokens: list[int]  # prompt, then generated
     num_prompt: int
+    num_submitted: (
+        int  # tokens that came with the submission: prompt, and what an earlier attempt generated
+    )
+    max_len: int  # prompt and answer end here
+    stop_ids: frozenset[int]  # any of these ends the answer
     num_computed: int = 0  # leading tokens whose KV is in the cache
     num_cached: int = 0  # of the prompt, found in the prefix cache when first admitted
     block_ids: list[int] = field(default_factory=list)
     row: int = -1  # batch row, -1 when it has none
     num_preemptions: int = 0
+    taken: bool = False  # it came by an offer: the receiver is this instance
+    kept: bool = False  # nobody took it: it decodes here although a receiver was named
     journey: dict[Moment, float] = field(default_factory=dict)
 
     @property
@@ -137,6 +144,11 @@ class Request:
     def num_due(self) -> int:
         """Tokens known but not computed: what a step can work on. There are no phases."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def to_give(self) -> bool:
+        """Whether it is to be handed to another instance after its first token."""
+        return self.submission.receiver is not None and not self.kept and not self.taken
 
     def move(self, to: State) -> None:
         """Change state along the table, or raise IllegalTransition."""

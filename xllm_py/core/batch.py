@@ -1,0 +1,233 @@
+"""The batch: who waits, who runs in which row, and what the next step computes.
+
+Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones, oldest first,
+until tokens, rows or blocks run out. A request that needs a block when none is free preempts the youngest running one, whose
+blocks are freed and whose tokens are computed again later. A request that is to be given away gets all its blocks when it is
+admitted and is never preempted, because the transport may be reading them.
+
+Used by the scheduler alone. Victims are never older than the request they give way to, so what is already in a plan stays.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from xllm_py.core.block_manager import BlockManager
+from xllm_py.core.config import SchedulerConfig
+from xllm_py.core.journey import Moment
+from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.request import Request, State
+
+
+class Batch:
+    """Owns the queues and the rows; the blocks belong to the block manager."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self._config = config
+        self._blocks = blocks
+        self._free_rows = list(range(config.max_seqs_per_batch - 1, -1, -1))
+        self._started: list[Request] = []  # rows assigned since the last plan
+        self._planned: list[Request] = []
+        self._step = 0
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.admitted: list[Request] = []  # to be given away, since the scheduler last looked
+
+    def run(self, request: Request) -> None:
+        """A request that has its blocks already: landed, or kept after all."""
+        self.running.append(request)
+
+    def remove(self, request: Request) -> None:
+        """It has ended or is being given: leave queue and row."""
+        if request.state is State.WAITING:
+            self.waiting.remove(request)
+        elif request.state is State.RUNNING:
+            self.running.remove(request)
+        self._release_row(request)
+
+    def take_planned(self) -> list[Request]:
+        """The requests of the last plan, in its order."""
+        planned, self._planned = self._planned, []
+        return planned
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use."""
+        return self._config.max_seqs_per_batch - len(self._free_rows)
+
+    def plan(self, now: float) -> StepPlan:
+        """Choose what the next step computes; may be empty."""
+        self._step += 1
+        plan = StepPlan(step=self._step)
+        self._planned = []
+        num_waiting = len(self.waiting)
+        budget = self._plan_running(plan, self._config.max_tokens_per_batch)
+        if len(self.waiting) == num_waiting:  # nobody was preempted: there is room to look for more
+            self._admit(plan, budget, now)
+        return self._with_starts(plan) if self._started else plan
+
+    def _plan_running(self, plan: StepPlan, budget: int) -> int:
+        """One pass over the running requests; the common case, a decode with room in its last block, is inlined."""
+        size = self._blocks.block_size
+        rows, counts, computed = plan.rows, plan.num_tokens, plan.num_computed
+        token_ids, sample, positions = plan.token_ids, plan.sample, plan.positions
+        planned = self._planned
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            start, known = request.num_computed, len(request.tokens)
+            if known - start == 1 and request.row >= 0 and start < len(request.block_ids) * size:
+                rows.append(request.row)
+                counts.append(1)
+                computed.append(start)
+                token_ids.append(request.tokens[start])
+                sample.append(True)
+                positions.append(known - request.num_prompt)
+                planned.append(request)
+                budget -= 1
+            else:
+                budget -= self._plan_slowly(request, budget, plan)
+            if index < len(self.running) and self.running[index] is request:
+                index += 1
+        return budget
+
+    def _plan_slowly(self, request: Request, budget: int, plan: StepPlan) -> int:
+        """Rows, blocks and chunks; returns the tokens planned."""
+        if request.row < 0 and self._free_rows:
+            self._assign_row(request)
+        count = self._tokens_now(request, budget) if request.row >= 0 else 0
+        if not count or not self._grow(request, count, plan):
+            return 0
+        self._plan_row(request, count, plan)
+        return count
+
+    def _tokens_now(self, request: Request, budget: int) -> int:
+        """How many tokens of a request this step computes."""
+        due = request.num_due
+        if not self._config.enable_chunked_prefill:
+            # a whole prompt in one step; one that grew longer than a step (by preemption) goes alone
+            alone = budget == self._config.max_tokens_per_batch
+            return due if due <= budget or alone else 0
+        return min(due, budget, self._config.max_tokens_per_chunk)
+
+    def _grow(self, request: Request, count: int, plan: StepPlan) -> bool:
+        """Get the blocks for `count` more tokens, preempting the youngest. False: the request must wait."""
+        have = len(request.block_ids)
+        missing = self._blocks.blocks_for(request.num_computed + count) - have
+        if missing <= 0:
+            return True
+        while missing > self._blocks.num_free:
+            victim = self._victim()
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is request:
+                return False
+        fresh = self._blocks.allocate(missing)
+        request.block_ids += fresh
+        plan.grown_rows.extend([request.row] * missing)
+        plan.grown_blocks.extend(fresh)
+        return True
+
+    def _victim(self) -> Request | None:
+        for request in reversed(self.running):
+            if not request.to_give:
+                return request
+        return None
+
+    def _preempt(self, request: Request) -> None:
+        self.remove(request)
+        self._blocks.free(request.block_ids)
+        request.block_ids = []
+        request.num_computed = 0
+        request.num_preemptions += 1
+        request.move(State.WAITING)
+        self.waiting.appendleft(request)
+
+    def _admit(self, plan: StepPlan, budget: int, now: float) -> None:
+        while self.waiting and self._free_rows and budget > 0:
+            request = self.waiting[0]
+            count = self._tokens_now(request, budget)
+            need = self._blocks.blocks_for(len(request.tokens))
+            if not count or not self.has_room(need):
+                return
+            self.waiting.popleft()
+            request.block_ids = self._blocks.allocate(need)
+            request.move(State.RUNNING)
+            request.stamp(Moment.ADMITTED, now)
+            self._assign_row(request)
+            self.running.append(request)
+            if request.to_give:
+                self.admitted.append(request)
+            self._plan_row(request, count, plan)
+            budget -= count
+
+    def has_room(self, need: int) -> bool:
+        """Whether a new prompt may take so many blocks: they are free, and some are left for those who decode."""
+        free = self._blocks.num_free
+        if need > free:
+            return False
+        total = self._blocks.num_blocks
+        if free == total:
+            return True
+        return total - free + need <= self._config.prefill_usage_threshold * total
+
+    def _assign_row(self, request: Request) -> None:
+        request.row = self._free_rows.pop()
+        self._started.append(request)
+
+    def _release_row(self, request: Request) -> None:
+        if request.row >= 0:
+            self._free_rows.append(request.row)
+            request.row = -1
+
+    def _plan_row(self, request: Request, count: int, plan: StepPlan) -> None:
+        start = request.num_computed
+        end = start + count
+        plan.rows.append(request.row)
+        plan.num_tokens.append(count)
+        plan.num_computed.append(start)
+        plan.token_ids.extend(request.tokens[start:end])
+        plan.sample.append(end == len(request.tokens))
+        plan.positions.append(len(request.tokens) - request.num_prompt)
+        self._planned.append(request)
+
+    def _with_starts(self, plan: StepPlan) -> StepPlan:
+        """Rows with a new owner are told whole; what they grew by is in their block list already."""
+        starts = tuple(_row_start(request) for request in self._started if request.row >= 0)
+        self._started = []
+        fresh = {start.row for start in starts}
+        grown = zip(plan.grown_rows, plan.grown_blocks, strict=True)
+        kept = [(row, block) for row, block in grown if row not in fresh]
+        return StepPlan(
+            step=plan.step,
+            started=starts,
+            grown_rows=[row for row, _ in kept],
+            grown_blocks=[block for _, block in kept],
+            rows=plan.rows,
+            num_tokens=plan.num_tokens,
+            num_computed=plan.num_computed,
+            token_ids=plan.token_ids,
+            sample=plan.sample,
+            positions=plan.positions,
+        )
+
+    def assert_empty(self) -> None:
+        """Nobody waits, runs or sits in a row."""
+        assert not self.running
+        assert not self.waiting
+        assert not self.num_rows
+
+
+def _row_start(request: Request) -> RowStart:
+    sampling = request.submission.sampling
+    return RowStart(
+        row=request.row,
+        request_id=request.request_id,
+        block_ids=tuple(request.block_ids),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+    )
