@@ -1,0 +1,152 @@
+"""The engine program: `python -m xllm_py.engine --fd N`, started by exec with its end of a socketpair inherited.
+
+It reads Start from the pipe, opens executor and KV transport, answers Ready or Failed, and loops until the pipe ends. It
+dies with its parent. SIGINT is ignored: a terminal sends it to the whole group, and the API process decides what it means.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+
+from xllm_py.base import log
+from xllm_py.base.clock import RealClock
+from xllm_py.base.errors import PeerUnavailable, StartError
+from xllm_py.core.config import EngineConfig
+from xllm_py.core.executor import Executor
+from xllm_py.core.scheduler import Scheduler
+from xllm_py.engine.handoff_agent import HandoffAgent
+from xllm_py.engine.loop import EngineLoop
+from xllm_py.transport.base import KvTransport
+from xllm_py.transport.pipe import EnginePipe
+from xllm_py.wire.messages import Failed, Ready, Start
+
+_PR_SET_PDEATHSIG = 1
+_START_TIMEOUT_S = 30.0
+
+_log = log.get(__name__)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent ends; on other systems the end of the pipe has to do."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit(0)  # it died before the kernel knew
+
+
+def _read_start(pipe: EnginePipe) -> EngineConfig:
+    readable, _, _ = select.select([pipe], [], [], _START_TIMEOUT_S)
+    commands = pipe.receive() if readable else []
+    if len(commands) != 1 or not isinstance(commands[0], Start):
+        raise StartError("the engine was not told its configuration; it is started by xllm only")
+    return commands[0].config
+
+
+def _open_executor(config: EngineConfig) -> Executor:
+    """The rank side, and torch with it, is imported only when it is wanted."""
+    if config.executor == "toy":
+        from xllm_py.engine.toy import ToyExecutor
+
+        return ToyExecutor(config)
+    from xllm_py.engine.ranks import open_executor
+
+    return open_executor(config)
+
+
+def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | None:
+    if not config.kv_listen:
+        return None
+    from xllm_py.transport.tcp import TcpKvTransport
+
+    memory = executor.kv_memory()
+    return TcpKvTransport(
+        memory=memory,
+        incarnation=config.incarnation,
+        cluster_key=config.cluster_key,
+        host=config.kv_host,
+        port=config.kv_port,
+        listen=True,
+        port_may_move=config.kv_port_may_move,
+        layout_fingerprint=memory.layout.fingerprint,
+    )
+
+
+def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
+    capacity, layout = executor.capacity(), executor.kv_memory().layout
+    return Ready(
+        num_blocks=capacity.num_blocks,
+        block_size=capacity.block_size,
+        vocab_size=capacity.facts.vocab_size,
+        max_model_len=capacity.facts.max_model_len,
+        eos_token_ids=capacity.facts.eos_token_ids,
+        dtype=capacity.dtype,
+        device=capacity.device,
+        model_fingerprint=capacity.model_fingerprint,
+        layout_fingerprint=layout.fingerprint,
+        layout=f"layers={layout.num_layers} block_size={layout.block_size} {layout.shape}",
+        numerics_fingerprint=capacity.numerics_fingerprint,
+        kv_endpoint=transport.endpoint if transport is not None else "",
+        summary=capacity.summary,
+    )
+
+
+def serve(pipe: EnginePipe, config: EngineConfig) -> None:
+    """Open what the engine needs, tell the API process, and loop until the pipe ends."""
+    executor = _open_executor(config)
+    transport = None
+    try:
+        transport = _open_transport(config, executor)
+        capacity = executor.capacity()
+        scheduler = Scheduler(
+            config.scheduler, capacity.facts, capacity.num_blocks, capacity.block_size
+        )
+        clock = RealClock()
+        agent = HandoffAgent(
+            scheduler=scheduler,
+            transport=transport,
+            config=config.scheduler,
+            model_fingerprint=capacity.model_fingerprint,
+            layout=executor.kv_memory().layout,
+            send=pipe.send,
+        )
+        pipe.send(_ready(executor, transport))
+        EngineLoop(
+            scheduler=scheduler, executor=executor, agent=agent, pipe=pipe, clock=clock
+        ).run()
+    finally:
+        if transport is not None:
+            transport.close()
+        executor.close()
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 when the parent closed the pipe, else that of the failure."""
+    if len(argv) != 2 or argv[0] != "--fd" or not argv[1].isdigit():
+        sys.stderr.write("the engine is started by xllm, not by hand\n")
+        return 2
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = EnginePipe(socket.socket(fileno=int(argv[1])))
+    try:
+        config = _read_start(pipe)
+        log.setup(level=config.log_level, form=config.log_format, program="xllm-engine")
+        serve(pipe, config)
+    except StartError as error:
+        pipe.send(Failed(exit_code=error.exit_code, message=error.message))
+        return error.exit_code
+    except PeerUnavailable as gone:
+        _log.info("engine stops", reason=gone.message)
+    finally:
+        pipe.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,169 @@
+"""The engine loop: commands in, plan, execute, outputs out. Plain synchronous Python, one thread.
+
+    take commands -> take transport events -> schedule -> execute (KV leaves layer by layer) -> apply -> send outputs
+
+Called by engine/__main__. It decides nothing: the scheduler decides what to compute, the handoff agent what to send. When
+there is nothing to compute it sleeps in select until a command, a transport event or the next deadline.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from typing import Any
+
+from xllm_py.base import log
+from xllm_py.base.clock import Clock
+from xllm_py.base.errors import IllegalTransition, RequestError, StartError
+from xllm_py.core.executor import Executor
+from xllm_py.core.plan import StepPlan
+from xllm_py.core.request import Submission
+from xllm_py.core.scheduler import Scheduler
+from xllm_py.engine.handoff_agent import HandoffAgent
+from xllm_py.transport.pipe import EnginePipe
+from xllm_py.wire import messages as m
+
+_IDLE_S = 1.0  # the longest sleep; also how often an idle engine says that it lives
+_STUCK_S = (
+    0.02  # all that wait lack blocks: news frees them, and this is for news that made no sound
+)
+_PROGRESS_S = 0.05  # progress is not told more often than this while steps are short
+
+_log = log.get(__name__)
+
+
+class EngineLoop:
+    """Runs until the pipe ends (PeerUnavailable) or the executor breaks (StartError)."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        executor: Executor,
+        agent: HandoffAgent,
+        pipe: EnginePipe,
+        clock: Clock,
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._agent = agent
+        self._pipe = pipe
+        self._clock = clock
+        self._steps = 0
+        self._tokens = 0
+        self._step_s = 0.0
+        self._s_per_token = 0.001  # of compute, learnt; announces how long a step may take
+        self._told_at = 0.0
+        self._stuck = False
+        self._readers: list[Any] = [pipe, *agent.wake_fds]
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            m.Submit: self._on_submit,
+            m.Abort: self._on_abort,
+            m.Offers: agent.taking.on_offers,
+            m.Answers: agent.giving.on_answers,
+            m.FirstTokens: agent.taking.on_first_tokens,
+            m.FirstTaken: agent.giving.on_first_taken,
+            m.PeerGone: agent.taking.on_peer_gone,
+            m.Inspect: self._on_inspect,
+            m.Drain: self._on_drain,
+        }
+
+    def run(self) -> None:
+        """Loop for ever."""
+        while True:
+            self.turn(self._sleep_s())
+
+    def turn(self, timeout_s: float) -> None:
+        """One round: wait at most `timeout_s` for news, then at most one step."""
+        readable, _, _ = select.select(self._readers, [], [], timeout_s)
+        if self._pipe in readable:
+            for command in self._pipe.receive():
+                self._obey(command)
+        now = self._clock.now()
+        self._agent.on_news(now)
+        plan = self._scheduler.schedule(now)
+        self._agent.before_step(plan, now)
+        self._stuck = plan.empty
+        if not plan.empty:
+            self._step(plan)
+        self._agent.after_step(self._clock.now())
+        outputs = self._scheduler.take_outputs()
+        if outputs.request_ids:
+            self._pipe.send(m.Stepped(outputs=outputs))
+        self._tell_progress(force=plan.empty)
+
+    def _step(self, plan: StepPlan) -> None:
+        started = self._clock.now()
+        num_tokens = len(plan.token_ids)
+        estimate = self._s_per_token * num_tokens
+        if estimate > _PROGRESS_S:
+            self._tell_progress(announced_s=estimate, force=True)
+        try:
+            result = self._executor.execute(plan, self._agent.layer_done)
+        except Exception as error:
+            # one of the four edges: whatever the model raised, the executor's state is unknown now
+            _log.error("executor failed", step=plan.step, exc_info=error)
+            raise StartError(f"the executor failed in step {plan.step}: {error}") from error
+        now = self._clock.now()
+        self._scheduler.apply(plan, result, now)
+        self._step_s = now - started
+        self._s_per_token = max(self._s_per_token * 0.9, self._step_s / max(1, num_tokens))
+        self._steps += 1
+        self._tokens += len(result.token_ids)
+
+    def _sleep_s(self) -> float:
+        if self._scheduler.has_work():
+            return _STUCK_S if self._stuck else 0.0
+        now = self._clock.now()
+        moments = [self._scheduler.next_deadline(), self._agent.next_tick()]
+        nearest = min((at - now for at in moments if at is not None), default=_IDLE_S)
+        return min(max(nearest, 0.0), _IDLE_S)
+
+    def _obey(self, command: m.Command) -> None:
+        handler = self._handlers.get(type(command))
+        if handler is None:
+            raise IllegalTransition("engine", "running", type(command).__name__)
+        handler(command, self._clock.now())
+
+    def _on_submit(self, command: m.Submit, now: float) -> None:
+        for submission in command.submissions:
+            self._add(submission, now)
+
+    def _on_abort(self, command: m.Abort, now: float) -> None:
+        for request_id, attempt in zip(command.request_ids, command.attempts, strict=True):
+            self._scheduler.abort(request_id, attempt, now)
+
+    def _on_inspect(self, command: m.Inspect, now: float) -> None:
+        counts = {**self._scheduler.ledger(), **self._agent.ledger()}
+        self._pipe.send(m.Ledger(call=command.call, counts=counts))
+
+    def _on_drain(self, command: m.Drain, now: float) -> None:
+        self._scheduler.begin_drain()
+
+    def _add(self, submission: Submission, now: float) -> None:
+        """A refusal goes back as an output, on the road a token takes."""
+        try:
+            self._scheduler.add(submission, now)
+        except RequestError as error:
+            self._scheduler.refuse(submission, error)
+
+    def _tell_progress(self, *, announced_s: float = 0.0, force: bool = False) -> None:
+        now = self._clock.now()
+        if not force and now - self._told_at < _PROGRESS_S:
+            return
+        self._told_at = now
+        counts = self._scheduler.ledger()
+        self._pipe.send(
+            m.Progress(
+                steps=self._steps,
+                tokens=self._tokens,
+                step_s=self._step_s,
+                announced_s=announced_s,
+                waiting=counts["requests_waiting"],
+                running=counts["requests_running"],
+                blocks={
+                    name: counts[name]
+                    for name in ("total", "free", "active", "cached", "staged", "quarantined")
+                },
+            )
+        )

@@ -1,0 +1,129 @@
+"""D's side of handoffs: reserves, opens grants, lets requests run once they are complete.
+
+Part of engine/handoff_agent. A block that the transport may still write is never given to another request: when a reservation
+ends, its grant is revoked and its blocks wait in quarantine until the transport says RELEASED.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from xllm_py.base import ids, log
+from xllm_py.base.hashing import prompt_digest
+from xllm_py.core.request import Offer, OfferAnswer
+from xllm_py.core.scheduler import Scheduler
+from xllm_py.transport.base import KvEvent, KvEventKind, KvTransport, TakerGrant
+from xllm_py.wire import messages as m
+
+_log = log.get(__name__)
+
+
+class TakingAgent:
+    """All grants this D has given out."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        transport: KvTransport | None,
+        model_fingerprint: str,
+        layout_fingerprint: str,
+        send: Callable[[m.Event], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._transport = transport
+        self._model_fingerprint = model_fingerprint
+        self._layout_fingerprint = layout_fingerprint
+        self._send = send
+        self._taking: dict[bytes, tuple[str, int, str]] = {}  # request, attempt, peer
+
+    @property
+    def num_open(self) -> int:
+        """Grants the transport still knows, for the ledger."""
+        return len(self._taking)
+
+    def on_transport(self, event: KvEvent, now: float) -> None:
+        """Take an event of one of our grants; others are passed over."""
+        taking = self._taking.get(event.grant)
+        if taking is None or self._transport is None:
+            return
+        request_id, attempt, _ = taking
+        if event.kind is KvEventKind.LANDED:
+            self._scheduler.on_landed(request_id, attempt, now)
+            self._transport.revoke(event.grant)  # one commit per grant: forget it
+        elif event.kind is KvEventKind.FAILED:
+            _log.warning("reservation lost", request=request_id, reason=event.text)
+            self._scheduler.on_reservation_lost(request_id, attempt, now)
+        elif event.kind is KvEventKind.RELEASED:
+            self._scheduler.released(request_id, attempt)
+            del self._taking[event.grant]
+
+    def on_offers(self, command: m.Offers, now: float) -> None:
+        """D: reserve or refuse each."""
+        answers = [self._answer(offer, now) for offer in command.offers]
+        self._send(m.Answers(answers=answers))
+
+    def _answer(self, offer: Offer, now: float) -> OfferAnswer:
+        submission = offer.submission
+        if self._transport is None:
+            return _refuse(
+                offer, "not_linked", "this instance takes no handoffs; it has no KV port"
+            )
+        if offer.model_fingerprint != self._model_fingerprint:
+            return _refuse(offer, "model_differs", "the giver serves another model")
+        if offer.layout_fingerprint != self._layout_fingerprint:
+            return _refuse(offer, "layout_differs", "the giver's KV layout is another one")
+        answer = self._scheduler.reserve(offer, ids.grant_id(), now)
+        if not answer.grant:
+            return answer
+        if answer.grant not in self._taking:
+            self._taking[answer.grant] = (
+                submission.request_id,
+                submission.attempt,
+                offer.giver_incarnation,
+            )
+            self._transport.open_grant(
+                TakerGrant(
+                    grant=answer.grant,
+                    peer_incarnation=offer.giver_incarnation,
+                    block_ids=self._scheduler.reserved_blocks(submission.request_id),
+                    first_wanted=answer.num_held_blocks,
+                    prompt_digest=prompt_digest(submission.prompt_ids + submission.generated_ids),
+                )
+            )
+        return dataclasses.replace(answer, endpoints=(self._transport.endpoint,))
+
+    def on_first_tokens(self, command: m.FirstTokens, now: float) -> None:
+        """D: first tokens sampled by P."""
+        firsts = command.firsts
+        accepted = [self._scheduler.on_first_token(first, now) for first in firsts]
+        self._send(
+            m.FirstTaken(
+                request_ids=[first.request_id for first in firsts],
+                attempts=[first.attempt for first in firsts],
+                accepted=accepted,
+            )
+        )
+
+    def on_peer_gone(self, command: m.PeerGone, now: float) -> None:
+        """D: the reservations of a giver end."""
+        for request_id, attempt, peer in list(self._taking.values()):
+            if peer == command.incarnation:
+                self._scheduler.on_reservation_lost(request_id, attempt, now)
+
+    def revoke_ended(self) -> None:
+        """Reservations that ended while their grant was open: take the grant back; blocks follow with RELEASED."""
+        if self._transport is None:
+            return
+        for _, _, grant in self._scheduler.take_ended_reservations():
+            self._transport.revoke(grant)
+
+
+def _refuse(offer: Offer, reason: str, text: str) -> OfferAnswer:
+    return OfferAnswer(
+        request_id=offer.submission.request_id,
+        attempt=offer.submission.attempt,
+        refusal=reason,
+        text=text,
+    )
