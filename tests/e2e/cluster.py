@@ -1,0 +1,216 @@
+"""A whole cluster of real processes on free loopback ports, for the end-to-end tests and smoke benchmarks.
+
+Every daemon is started from this checkout's `bin/` launchers, logs to its own file, and is stopped by pid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 60.0
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(what: str, condition: Any, timeout_s: float = 30.0) -> Any:
+    """Poll until the condition is true; the message says what was awaited."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s for {what}")
+        time.sleep(0.02)
+
+
+@dataclass
+class Daemon:
+    """One process, its HTTP port and its log."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    port: int
+    log_file: Path
+
+    def request(
+        self, method: str, path: str, body: Any = None, timeout_s: float = 60.0
+    ) -> tuple[int, Any]:
+        """(status, JSON or text)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            raw = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, raw, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        finally:
+            connection.close()
+        with contextlib.suppress(ValueError):
+            return answer.status, json.loads(text)
+        return answer.status, text
+
+    def stream(self, path: str, body: Any, timeout_s: float = 60.0) -> Iterator[Any]:
+        """The `data:` lines of an SSE answer, parsed; the last one is the text `[DONE]` when it ended well."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            raw = json.dumps({**body, "stream": True}).encode()
+            connection.request("POST", path, raw, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise AssertionError(f"{answer.status}: {answer.read().decode()}")
+            for line in answer:
+                if line.startswith(b"data: "):
+                    data = line[6:].strip().decode()
+                    yield data if data == "[DONE]" else json.loads(data)
+        finally:
+            connection.close()
+
+    def is_ready(self) -> bool:
+        """Whether /ready says 200; a process that ended is an error with its log."""
+        if self.process.poll() is not None:
+            raise AssertionError(f"{self.name} ended with {self.process.returncode}: {self.tail()}")
+        try:
+            return self.request("GET", "/ready", timeout_s=5.0)[0] == 200
+        except OSError:
+            return False
+
+    def tail(self, lines: int = 40) -> str:
+        """The end of its log."""
+        return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
+
+    def ledger(self) -> dict[str, Any]:
+        """/debug/ledger."""
+        status, body = self.request("GET", "/debug/ledger")
+        assert status == 200, body
+        assert isinstance(body, dict)
+        return body
+
+    def stop(self, timeout_s: float = 15.0) -> int:
+        """SIGTERM, wait, and the exit code; SIGKILL when it does not leave."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"{self.name} did not stop: {self.tail()}") from None
+
+
+@dataclass
+class Cluster:
+    """Registry inside the master (or a given etcd), one master, and instances."""
+
+    folder: Path
+    model: Path
+    etcd_port: int = 0
+    daemons: list[Daemon] = field(default_factory=list)
+
+    def start(
+        self, name: str, program: str, *flags: str, port: int, env: dict[str, str] | None = None
+    ) -> Daemon:
+        """Start one daemon without waiting."""
+        log_file = self.folder / f"{name}.log"
+        with log_file.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"xllm_py.cli.{program}", *flags],
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
+            )
+        daemon = Daemon(name, process, port, log_file)
+        self.daemons.append(daemon)
+        return daemon
+
+    def start_master(self, *flags: str, env: dict[str, str] | None = None) -> Daemon:
+        """A master; it serves an embedded registry unless `etcd_port` was set."""
+        embedded = not self.etcd_port
+        self.etcd_port = self.etcd_port or free_port()
+        port = free_port()
+        return self.start(
+            "master",
+            "xllm_master",
+            f"--etcd_addr=127.0.0.1:{self.etcd_port}",
+            *(["--embedded_etcd=true"] if embedded else []),
+            f"--http_server_port={port}",
+            f"--rpc_server_port={free_port()}",
+            f"--tokenizer_path={self.model}",
+            "--debug_endpoints=true",
+            *flags,
+            port=port,
+            env=env,
+        )
+
+    def start_instance(self, name: str, role: str, *flags: str) -> Daemon:
+        """An instance of the cluster's model; role DEFAULT without registry when there is no etcd port."""
+        port = free_port()
+        cluster = [f"--etcd_addr=127.0.0.1:{self.etcd_port}"] if self.etcd_port else []
+        if role != "DEFAULT":
+            cluster += [
+                "--enable_disagg_pd=true",
+                f"--instance_role={role}",
+                f"--disagg_pd_port={free_port()}",
+                f"--transfer_listen_port={free_port()}",
+            ]
+        return self.start(
+            name,
+            "xllm",
+            f"--model={self.model}",
+            "--devices=cpu:0",
+            "--cpu_threads=1",
+            "--max_cache_size=67108864",
+            f"--port={port}",
+            "--debug_endpoints=true",
+            *cluster,
+            *flags,
+            port=port,
+        )
+
+    def wait_ready(self, *daemons: Daemon) -> None:
+        """Until /ready says 200 everywhere."""
+        for daemon in daemons or tuple(self.daemons):
+            try:
+                wait_for(f"{daemon.name} ready", daemon.is_ready, START_TIMEOUT_S)
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{daemon.tail()}") from None
+
+    def stop(self) -> None:
+        """Stop in reverse order; a failing stop does not keep the others alive."""
+        errors = []
+        for daemon in reversed(self.daemons):
+            try:
+                daemon.stop()
+            except AssertionError as error:
+                errors.append(str(error))
+        self.daemons.clear()
+        if errors:
+            raise AssertionError("\n".join(errors))
+
+
+@contextlib.contextmanager
+def running(folder: Path, model: Path) -> Iterator[Cluster]:
+    """A cluster that is stopped at the end whatever happens."""
+    cluster = Cluster(folder, model)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
