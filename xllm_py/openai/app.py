@@ -1,0 +1,271 @@
+"""The HTTP door as one raw ASGI application: routes, limits, deadlines, drain. Written once for both daemons.
+
+A daemon makes one App over its Backend and hands it to `server.serve_http`. Every request ends here exactly once: with
+an answer, an error object, an error event, or, when the client left, with the backend's generators closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from xllm_py.base import ids, log
+from xllm_py.base.clock import Clock
+from xllm_py.base.errors import (
+    BodyTooLarge,
+    ClientClosed,
+    ConcurrencyLimit,
+    DeadlineExceeded,
+    Draining,
+    InternalServerError,
+    InvalidValue,
+    MethodNotAllowed,
+    RequestError,
+    RequestReadTimeout,
+)
+from xllm_py.base.metrics import Metrics
+from xllm_py.base.tasks import TaskFamily
+from xllm_py.openai.backend import Backend
+from xllm_py.openai.chat_template import ChatTemplate
+from xllm_py.openai.exchange import Exchange, Handler, HeaderList, Message, Plain, Receive, Send
+from xllm_py.openai.generation import Generation
+from xllm_py.openai.host_check import check_host
+from xllm_py.openai.intake import Intake
+from xllm_py.openai.measures import Measures
+from xllm_py.openai.plain_routes import PlainRoutes
+from xllm_py.openai.route_table import RouteTable
+from xllm_py.openai.settings import HttpSettings
+from xllm_py.openai.tokenizer import Tokenizer
+
+_log = log.get(__name__)
+
+_GENERATIONS = ("/v1/completions", "/v1/chat/completions")
+_LAG_PERIOD_S = 0.5
+_CLOSE_TIMEOUT_S = 5.0
+
+Answerer = Callable[[Exchange, dict[str, str]], Awaitable[None]]
+
+
+class App:
+    """An ASGI 3 application for HTTP."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        *,
+        settings: HttpSettings,
+        metrics: Metrics,
+        clock: Clock,
+        extra_routes: Mapping[tuple[str, str], Handler] | None = None,
+    ) -> None:
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._clock = clock
+        self._tasks = TaskFamily("http")
+        self._open: set[Exchange] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._measures = Measures(metrics, lambda: len(self._open))
+        self._intake = Intake(
+            backend,
+            tokenizer,
+            template,
+            settings=settings,
+            on_ignored=self._measures.ignored_fields,
+        )
+        plain = PlainRoutes(
+            backend,
+            tokenizer,
+            self._intake,
+            settings=settings,
+            metrics=metrics,
+            draining=lambda: self._draining,
+        )
+        self._routes = self._table({**plain.table(), **(extra_routes or {})})
+
+    def _table(self, plain: Mapping[tuple[str, str], Handler]) -> RouteTable[Answerer]:
+        routes: dict[tuple[str, str], Answerer] = {
+            ("POST", "/v1/completions"): functools.partial(self._generate, chat=False),
+            ("POST", "/v1/chat/completions"): functools.partial(self._generate, chat=True),
+        }
+        for (method, path), handler in plain.items():
+            if path.startswith("/debug/") and not self._settings.debug_endpoints:
+                continue
+            routes[(method, path)] = functools.partial(self._run_plain, handler=handler)
+        return RouteTable(routes)
+
+    # --- life
+
+    @property
+    def num_open(self) -> int:
+        """Open generations, for the ledger."""
+        return len(self._open)
+
+    def begin_drain(self) -> None:
+        """Refuse new generations with 503 draining; what is open goes on."""
+        self._draining = True
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until no generation is open; False when the time is up before."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """End what is still open with 503 draining (streams: an error event) and stop the door's own threads."""
+        self.begin_drain()
+        for exchange in list(self._open):
+            exchange.interrupt(Draining("the server is stopping; send the request again"))
+        if not await self.drained(_CLOSE_TIMEOUT_S):
+            _log.warning("requests did not end", num=len(self._open), waited_s=_CLOSE_TIMEOUT_S)
+        await self._tasks.close()
+        self._intake.close()
+
+    async def watch_loop(self) -> None:
+        """Measure for ever how late the event loop is; run by the server."""
+        while True:
+            asked = self._clock.now()
+            await asyncio.sleep(_LAG_PERIOD_S)
+            self._measures.loop_lag(max(0.0, self._clock.now() - asked - _LAG_PERIOD_S))
+
+    # --- one request
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """ASGI entry. Anything but HTTP is refused by raising."""
+        if scope["type"] != "http":
+            raise ValueError("only HTTP is served")
+        exchange = Exchange(scope, receive, send, self._clock)
+        headers: HeaderList = []
+        failure: RequestError | None = None
+        try:
+            await self._dispatch(exchange)
+        except RequestError as error:
+            failure, headers = error, self._headers_of(exchange, error)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if exchange.interruption is None or task is None:
+                raise
+            task.uncancel()
+            failure = exchange.interruption
+        except Exception:  # noqa: BLE001 - the ASGI edge: whatever went wrong ends this request alone
+            _log.exception("request failed", label=exchange.label, path=exchange.path[:80])
+            text = f"an internal error ended this request; its label is {exchange.label}"
+            failure = InternalServerError(text)
+        if failure is not None:
+            self._on_failure(exchange, failure)
+            await exchange.fail(failure, headers)
+        self._measures.on_answered(exchange.status)
+
+    def _on_failure(self, exchange: Exchange, error: RequestError) -> None:
+        refused = not exchange.started and not isinstance(error, ClientClosed)
+        if refused and exchange.path in _GENERATIONS:
+            self._measures.on_rejected(error.code)
+        _log.debug("request ended with an error", label=exchange.label, code=error.code)
+
+    async def _dispatch(self, exchange: Exchange) -> None:
+        check_host(exchange.headers.get("host"), self._settings.allowed_hosts)
+        answerer, params = self._routes.find(exchange.method, exchange.path)
+        await answerer(exchange, params)
+
+    async def _run_plain(
+        self, exchange: Exchange, params: dict[str, str], *, handler: Handler
+    ) -> None:
+        body = b""
+        headers = exchange.headers
+        if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+            body = await self._read(exchange)
+        async with self._deadline(self._settings.request_timeout_s):
+            status, value = await handler(exchange.request(params, body))
+        if isinstance(value, Plain):
+            await exchange.respond(
+                status, value.body, content_type=value.content_type.encode("latin-1")
+            )
+        else:
+            await exchange.respond(status, msgspec.json.encode(value))
+
+    async def _generate(self, exchange: Exchange, params: dict[str, str], *, chat: bool) -> None:
+        self._admit()
+        self._open.add(exchange)
+        self._idle.clear()
+        try:
+            timeout_s = self._timeout_s(exchange)
+            async with self._deadline(timeout_s):
+                data = await self._read(exchange)
+                async with exchange.attended(self._tasks, self._settings.keepalive_s):
+                    left_s = timeout_s - (self._clock.now() - exchange.arrived)
+                    take = self._intake.chat if chat else self._intake.completion
+                    order = await take(data, left_s)
+                    if order.label is not None and "x-request-id" not in exchange.headers:
+                        exchange.label = ids.label_or_new(order.label, "req")
+                    generation = Generation(
+                        exchange,
+                        order,
+                        vocabulary=self._tokenizer,
+                        measures=self._measures,
+                        clock=self._clock,
+                    )
+                    await generation.run(self._backend, self._tasks)
+        finally:
+            self._open.discard(exchange)
+            if not self._open:
+                self._idle.set()
+
+    def _admit(self) -> None:
+        if self._draining:
+            raise Draining("the server is stopping; send the request to another one")
+        if len(self._open) >= self._settings.open_limit:
+            raise ConcurrencyLimit(
+                f"{len(self._open)} requests are open, which is the limit; try again soon"
+            )
+
+    async def _read(self, exchange: Exchange) -> bytes:
+        settings = self._settings
+        return await exchange.read_json(
+            limit=settings.max_body_bytes, timeout_s=settings.read_timeout_s
+        )
+
+    def _timeout_s(self, exchange: Exchange) -> float:
+        """The request's time: the client's header may only shorten ours."""
+        header = exchange.headers.get("x-request-timeout")
+        if header is None:
+            return self._settings.request_timeout_s
+        try:
+            asked = float(header)
+        except ValueError:
+            asked = math.nan
+        if not (math.isfinite(asked) and asked > 0):
+            raise InvalidValue(
+                "x-request-timeout must be a positive number of seconds", param="x-request-timeout"
+            )
+        return min(asked, self._settings.request_timeout_s)
+
+    @asynccontextmanager
+    async def _deadline(self, timeout_s: float) -> AsyncGenerator[None, None]:
+        limit = asyncio.timeout(timeout_s)
+        try:
+            async with limit:
+                yield
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(f"the request took longer than {timeout_s:g} s") from error
+
+    def _headers_of(self, exchange: Exchange, error: RequestError) -> HeaderList:
+        """Headers an error needs beside Retry-After."""
+        if isinstance(error, MethodNotAllowed):
+            return [(b"allow", self._routes.allowed(exchange.path).encode())]
+        if isinstance(error, BodyTooLarge | RequestReadTimeout):
+            return [(b"connection", b"close")]  # the rest of the body is not wanted
+        return []

@@ -1,0 +1,167 @@
+"""A conversation to one prompt text, by the template of the model folder.
+
+Loaded once by a daemon; `render` is called by the HTTP door from a worker thread, for it waits for a child process
+(`template_child`) that is killed when it takes too long. Clients never choose or send a template.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from xllm_py.base import log
+from xllm_py.base.errors import InternalServerError, InvalidValue, ModelLoadError
+from xllm_py.base.hashing import fingerprint
+from xllm_py.openai import template_child as child
+from xllm_py.openai.tokenizer import read_config
+
+_log = log.get(__name__)
+
+_MAX_TEMPLATE_BYTES = 1 << 20
+_START_TIMEOUT_S = 20.0  # a fresh interpreter on a busy machine
+_RENDER_TIMEOUT_S = 2.0
+_STOP_TIMEOUT_S = 5.0
+
+
+class _Renderer:
+    """The child process and our end of its socket. Not safe from several threads."""
+
+    def __init__(self, source: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "xllm_py.openai.template_child", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                },
+            )
+        self._link = ours
+        self._decoder = msgspec.msgpack.Decoder(child.Rendered)
+        self.loaded = self.ask(child.Load(source), _START_TIMEOUT_S)
+
+    def ask(self, message: msgspec.Struct, timeout_s: float) -> child.Rendered:
+        """One answer; raises TimeoutError, or ConnectionError when the child has ended."""
+        self._link.settimeout(timeout_s)
+        child.send(self._link, message)
+        data = child.receive_bytes(self._link)
+        if not data:
+            raise ConnectionResetError("the template process has ended")
+        return self._decoder.decode(data)
+
+    def close(self) -> None:
+        """Kill and reap."""
+        self._link.close()
+        self._process.kill()
+        self._process.wait(_STOP_TIMEOUT_S)
+
+
+class ChatTemplate:
+    """One template. `close` ends its child."""
+
+    def __init__(self, source: str, *, special_tokens: dict[str, str], origin: str) -> None:
+        """Compiles and tries the template; raises ModelLoadError naming `origin`."""
+        self._source = source
+        self._special_tokens = special_tokens
+        self._lock = threading.Lock()
+        self._renderer: _Renderer | None = None
+        self.fingerprint = fingerprint(source)
+        trial = self._ask({"messages": [{"role": "user", "content": "hello"}]}, load=True)
+        if trial.kind:
+            self.close()
+            raise ModelLoadError(
+                f"the chat template in {origin} is broken: {trial.message}; correct the file"
+            )
+
+    def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """The prompt's text, ready for the assistant's turn. Blocks up to 2 s: call it from a thread.
+
+        variables: further names for the template (tools, chat_template_kwargs). Raises InvalidValue when the template
+        refuses the conversation, cannot be rendered with it or takes too long.
+        """
+        answer = self._ask({**variables, "messages": messages})
+        if not answer.kind:
+            return answer.text
+        if answer.kind == "refused":
+            text = f"the model's chat template refuses this conversation: {answer.message}"
+        elif answer.kind == "failed":
+            _log.info("chat template failed", reason=answer.message)
+            text = "the model's chat template cannot render these messages; simplify them"
+        else:
+            text = f"the rendered conversation is too large or too slow ({answer.message})"
+        raise InvalidValue(text, param="messages")
+
+    def _ask(self, variables: dict[str, Any], *, load: bool = False) -> child.Rendered:
+        filled = {"add_generation_prompt": True, "tools": None, **self._special_tokens, **variables}
+        with self._lock:
+            try:
+                if self._renderer is None:
+                    self._renderer = _Renderer(self._source)
+                    if self._renderer.loaded.kind:
+                        return self._renderer.loaded
+                return self._renderer.ask(child.Render(filled), _RENDER_TIMEOUT_S)
+            except TimeoutError:
+                self._drop()
+                return child.Rendered(kind="too_slow", message="more than 2 s")
+            except ConnectionError as error:
+                self._drop()
+                if load:
+                    return child.Rendered(kind="failed", message="its process ended")
+                raise InternalServerError("the template process ended; try again") from error
+
+    def _drop(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def close(self) -> None:
+        """End the child; a later render starts a new one."""
+        with self._lock:
+            self._drop()
+
+
+def load_chat_template(
+    folder: str | Path, *, special_tokens: dict[str, str]
+) -> ChatTemplate | None:
+    """The folder's template, None when it has none; raises ModelLoadError when it is broken.
+
+    Looks at chat_template.json, chat_template.jinja, then tokenizer_config.json. special_tokens: Tokenizer.special_tokens.
+    """
+    folder = Path(folder)
+    for name in ("chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
+        source = _read_template(folder, name)
+        if source is not None:
+            return ChatTemplate(source, special_tokens=special_tokens, origin=str(folder / name))
+    return None
+
+
+def _read_template(folder: Path, name: str) -> str | None:
+    path = folder / name
+    if path.suffix == ".json":
+        source = _choose(read_config(folder, name).get("chat_template"))
+    elif path.is_file():
+        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
+            raise ModelLoadError(f"{path} is larger than 1 MiB; it cannot be a chat template")
+        source = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        source = None
+    return source
+
+
+def _choose(template: object) -> str | None:
+    """A string, or the entry called `default` of a list of named templates."""
+    if isinstance(template, list):
+        named = {
+            item.get("name"): item.get("template") for item in template if isinstance(item, dict)
+        }
+        template = named.get("default")
+    return template if isinstance(template, str) else None

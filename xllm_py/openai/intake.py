@@ -1,0 +1,269 @@
+"""From a request body to submissions: parse, check, render, encode, fill in defaults.
+
+Called by the generation routes. What may take longer than a millisecond (large bodies, long prompts, templates) runs in
+the door's own few threads. Never talks to an engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from xllm_py.base import ids, log
+from xllm_py.base.errors import (
+    ContextLengthExceeded,
+    InvalidType,
+    InvalidValue,
+    ModelNotFound,
+    NoInstances,
+    UnsupportedField,
+)
+from xllm_py.core.request import Submission
+from xllm_py.core.sampling import SamplingParams
+from xllm_py.openai.backend import Backend, ServedModel
+from xllm_py.openai.chat_template import ChatTemplate
+from xllm_py.openai.conversation import conversation
+from xllm_py.openai.neutral import check_neutral
+from xllm_py.openai.schema import (
+    B,
+    ChatBody,
+    Common,
+    CompletionBody,
+    check_labels,
+    parse,
+)
+from xllm_py.openai.settings import HttpSettings
+from xllm_py.openai.tokenizer import Tokenizer
+
+_log = log.get(__name__)
+
+_ON_LOOP_CHARS = 2048  # encoding so much text takes about half a millisecond
+_ON_LOOP_BODY_BYTES = 32 << 10
+_ENCODE_TIMEOUT_S = 10.0
+_DEFAULT_MAX_TOKENS = 5120
+_DEFAULTED = ("temperature", "top_p", "top_k", "min_p")
+_INTEGERS = frozenset({"top_k"})
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A checked request: one submission per prompt, and how the answer is wanted."""
+
+    response_id: str
+    chat: bool
+    model: ServedModel
+    submissions: tuple[Submission, ...]
+    stream: bool
+    include_usage: bool
+    label: str | None  # the body's request_id
+
+
+class Intake:
+    """Holds what a request is checked against. `close` ends its threads."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        *,
+        settings: HttpSettings,
+        on_ignored: Callable[[int], None],
+    ) -> None:
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._template = template
+        self._settings = settings
+        self._on_ignored = on_ignored
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
+
+    def close(self) -> None:
+        """Let the threads end; what they work on is nobody's any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def completion(self, data: bytes, timeout_s: float) -> Order:
+        """The order of a /v1/completions body; raises RequestError leaves of status 400, 404 or 503."""
+        body = await self.read(data, CompletionBody)
+        model = self._checked_model(body)
+        special = body.add_special_tokens is not False
+        texts, given_ids = _split_prompts(body.prompt, self._settings.max_prompts)
+        prompts = [_checked_ids(given, model.vocab_size, "prompt") for given in given_ids]
+        prompts += await self.encode(texts, special=special, param="prompt")
+        return self._order(body, model, prompts, timeout_s)
+
+    async def chat(self, data: bytes, timeout_s: float) -> Order:
+        """The order of a /v1/chat/completions body; raises as `completion` does."""
+        body = await self.read(data, ChatBody)
+        model = self._checked_model(body)
+        if self._template is None:
+            raise UnsupportedField(
+                "this model has no chat template; use /v1/completions", param="messages"
+            )
+        messages = conversation(body.messages)
+        variables = dict(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", body.reasoning_effort)
+        template = self._template
+        text = await self._in_thread(lambda: template.render(messages, variables))
+        special = body.add_special_tokens is True
+        prompts = await self.encode([text], special=special, param="messages")
+        return self._order(body, model, prompts, timeout_s)
+
+    async def read(self, data: bytes, kind: type[B]) -> B:
+        """Parse one body; fields nobody knows are dropped, counted and logged by name."""
+        if len(data) <= _ON_LOOP_BODY_BYTES:
+            body, ignored = parse(data, kind)
+        else:
+            body, ignored = await self._in_thread(lambda: parse(data, kind))
+        if ignored:
+            self._on_ignored(len(ignored))
+            _log.debug("fields ignored", names=[name[:40] for name in ignored[:8]])
+        return body
+
+    async def encode(
+        self, texts: Sequence[str], *, special: bool, param: str
+    ) -> list[tuple[int, ...]]:
+        """Token ids of each text, in a thread when they are long together; raises InvalidValue for an empty one."""
+
+        def work() -> list[tuple[int, ...]]:
+            encode = self._tokenizer.encode
+            return [tuple(encode(text, add_special_tokens=special)) for text in texts]
+
+        short = sum(map(len, texts)) <= _ON_LOOP_CHARS
+        encoded = work() if short else await self._in_thread(work)
+        if not all(encoded):
+            raise InvalidValue(f"{param} is empty; give at least one token", param=param)
+        return encoded
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Run in one of the door's threads; who waits too long gets a 400, the thread ends by itself."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_ENCODE_TIMEOUT_S):
+                return await loop.run_in_executor(self._threads, work)
+        except TimeoutError as error:
+            raise InvalidValue("the prompt took too long to read; shorten it") from error
+
+    def find_model(self, name: str) -> ServedModel:
+        """A routable model by name; raises NoInstances when there is none at all, else ModelNotFound."""
+        models = self._backend.models()
+        if not models:
+            reasons = ", ".join(self._backend.ready().reasons) or "no_instances"
+            raise NoInstances(f"nothing can serve a request yet ({reasons}); try again soon")
+        for model in models:
+            if model.name == name:
+                return model
+        raise ModelNotFound("no such model is served; see /v1/models", param="model")
+
+    def _checked_model(self, body: CompletionBody | ChatBody) -> ServedModel:
+        check_neutral(body)
+        check_labels(body)
+        return self.find_model(body.model)
+
+    def _order(
+        self, body: Common, model: ServedModel, prompts: Sequence[tuple[int, ...]], timeout_s: float
+    ) -> Order:
+        chat = isinstance(body, ChatBody)
+        response_id = ids.request_id("chatcmpl" if chat else "cmpl")
+        fields = _sampling_fields(body, model.sampling_defaults)
+        options = body.stream_options
+        return Order(
+            response_id=response_id,
+            chat=chat,
+            model=model,
+            stream=bool(body.stream),
+            include_usage=bool(options is not None and options.include_usage),
+            label=body.request_id,
+            submissions=tuple(
+                Submission(
+                    request_id=response_id if index == 0 else f"{response_id}-{index}",
+                    prompt_ids=prompt,
+                    sampling=SamplingParams(
+                        max_tokens=_max_tokens(body, model, len(prompt), chat=chat),
+                        seed=ids.seed() if body.seed is None else body.seed,
+                        **fields,
+                    ),
+                    timeout_s=timeout_s,
+                )
+                for index, prompt in enumerate(prompts)
+            ),
+        )
+
+
+def _split_prompts(
+    prompt: str | list[str | int | list[int]], max_prompts: int
+) -> tuple[list[str], list[list[int]]]:
+    """Texts, or lists of ids; never both."""
+    if isinstance(prompt, str):
+        return [prompt], []
+    texts = [item for item in prompt if isinstance(item, str)]
+    numbers = [item for item in prompt if isinstance(item, int)]
+    lists = [item for item in prompt if isinstance(item, list)]
+    if len(prompt) not in (len(texts), len(numbers), len(lists)):
+        raise InvalidType("prompt mixes strings and ids; use one kind", param="prompt")
+    if not prompt:
+        raise InvalidValue("prompt is empty; give at least one token", param="prompt")
+    if len(texts) + len(lists) > max_prompts:
+        raise InvalidValue(f"more than {max_prompts} prompts in one request", param="prompt")
+    return texts, [numbers] if numbers else lists
+
+
+def _checked_ids(prompt: Sequence[int], vocab_size: int, param: str) -> tuple[int, ...]:
+    if not prompt:
+        raise InvalidValue(f"{param} is empty; give at least one token", param=param)
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise InvalidValue(
+            f"{param} holds a token id outside the vocabulary of {vocab_size}", param=param
+        )
+    return tuple(prompt)
+
+
+def _max_tokens(body: Common, model: ServedModel, num_prompt: int, *, chat: bool) -> int:
+    """What the client named, if the context allows it, else what the context leaves."""
+    param = "messages" if chat else "prompt"
+    left = model.max_model_len - num_prompt
+    if left < 1:
+        raise ContextLengthExceeded(
+            f"the prompt has {num_prompt} tokens and the model's context is {model.max_model_len}, "
+            "answer included; shorten the prompt",
+            param=param,
+        )
+    named, field = body.max_completion_tokens, "max_completion_tokens"
+    if named is None:
+        named, field = body.max_tokens, "max_tokens"
+    if named is None:
+        return min(_DEFAULT_MAX_TOKENS, left)
+    if named < 1:
+        raise InvalidValue(f"{field} is {named}; it must be at least 1", param=field)
+    if named > left:
+        raise ContextLengthExceeded(
+            f"{num_prompt} prompt tokens and {field}={named} exceed the model's context of "
+            f"{model.max_model_len}; ask for at most {left}",
+            param=field,
+        )
+    return named
+
+
+def _sampling_fields(body: Common, defaults: Mapping[str, float]) -> dict[str, Any]:
+    """Keyword arguments of SamplingParams beside max_tokens and seed."""
+    fields: dict[str, Any] = {}
+    for name in _DEFAULTED:
+        value = getattr(body, name)
+        if value is None and name in defaults:
+            value = int(defaults[name]) if name in _INTEGERS else float(defaults[name])
+        if value is not None:
+            fields[name] = value
+    if body.stop is not None:
+        fields["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    if body.stop_token_ids is not None:
+        fields["stop_token_ids"] = tuple(body.stop_token_ids)
+    for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        value = getattr(body, name)
+        if value is not None:
+            fields[name] = value
+    return fields

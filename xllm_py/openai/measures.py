@@ -1,0 +1,62 @@
+"""The door's metrics (SPEC 7.8). Children are kept: looking them up costs as much as counting."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from xllm_py.base.metrics import Metrics
+
+
+class Measures:
+    """Counters and histograms of one HTTP door."""
+
+    def __init__(self, metrics: Metrics, num_open: Callable[[], float]) -> None:
+        requests = metrics.counter("requests", "HTTP requests by status", ("code",))
+        rejected = metrics.counter(
+            "requests_rejected", "Requests refused before they reached an engine", ("reason",)
+        )
+        self._requests = _Children(lambda code: requests.labels(code).inc)
+        self._rejected = _Children(lambda reason: rejected.labels(reason).inc)
+        open_now = metrics.gauge("num_concurrent_requests", "Open generations, streams included")
+        open_now.set_function(num_open)
+        self.first_token = metrics.seconds(
+            "time_to_first_token_seconds", "From arrival to the first token"
+        ).observe
+        self.between_tokens = metrics.seconds(
+            "inter_token_latency_seconds", "Per token, one observation for each delta"
+        ).observe
+        self.end_to_end = metrics.seconds(
+            "e2e_request_latency_seconds", "From arrival to the last token"
+        ).observe
+        self.prompt_tokens = metrics.counter("prompt_tokens", "Prompt tokens accepted").inc
+        self.generation_tokens = metrics.counter("generation_tokens", "Tokens generated").inc
+        self.cached_tokens = metrics.counter(
+            "cached_prompt_tokens", "Prompt tokens that were not computed"
+        ).inc
+        self.ignored_fields = metrics.counter(
+            "ignored_fields", "Body fields that were stripped because nobody knows them"
+        ).inc
+        self.loop_lag = metrics.seconds(
+            "event_loop_lag_seconds", "How late a timer of the event loop fires"
+        ).observe
+
+    def on_answered(self, status: int) -> None:
+        """One request has been answered."""
+        self._requests[str(status)]()
+
+    def on_rejected(self, reason: str) -> None:
+        """One generation was refused with an error code."""
+        self._rejected[reason]()
+
+
+class _Children(defaultdict[str, Callable[[], None]]):
+    """Label value -> the child's verb, made on first use. Values come from closed lists only."""
+
+    def __init__(self, make: Callable[[str], Callable[[], None]]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: str) -> Callable[[], None]:
+        self[key] = made = self._make(key)
+        return made
