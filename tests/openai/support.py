@@ -37,7 +37,7 @@ def write_model_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["<|start|>", "<|end|>"])
-    inner.add_tokens(["wörld!"])
+    inner.add_tokens(["a wide word", "wörld!"])
     inner.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {"eos_token": {"content": "<|end|>"}}
     if template is not None:

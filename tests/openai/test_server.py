@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
+
 from xllm_py.base.errors import PortInUse
 from xllm_py.openai.server import serve_http
 from xllm_py.openai.settings import HttpSettings

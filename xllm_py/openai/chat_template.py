@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from xllm_py.base import log
-from xllm_py.base.errors import InternalServerError, InvalidValue, ModelLoadError
+from xllm_py.base.errors import InvalidValue, ModelLoadError
 from xllm_py.base.hashing import fingerprint
 from xllm_py.openai import template_child as child
 from xllm_py.openai.tokenizer import read_config
@@ -33,7 +33,7 @@ _STOP_TIMEOUT_S = 5.0
 class _Renderer:
     """The child process and our end of its socket. Not safe from several threads."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -47,6 +47,10 @@ class _Renderer:
             )
         self._link = ours
         self._decoder = msgspec.msgpack.Decoder(child.Rendered)
+        self.loaded = child.Rendered()
+
+    def load(self, source: str) -> None:
+        """Send the template; `loaded` tells whether it could be compiled."""
         self.loaded = self.ask(child.Load(source), _START_TIMEOUT_S)
 
     def ask(self, message: msgspec.Struct, timeout_s: float) -> child.Rendered:
@@ -57,6 +61,10 @@ class _Renderer:
         if not data:
             raise ConnectionResetError("the template process has ended")
         return self._decoder.decode(data)
+
+    def is_alive(self) -> bool:
+        """False once the process has ended, for whatever reason."""
+        return self._process.poll() is None
 
     def close(self) -> None:
         """Kill and reap."""
@@ -75,7 +83,7 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._renderer: _Renderer | None = None
         self.fingerprint = fingerprint(source)
-        trial = self._ask({"messages": [{"role": "user", "content": "hello"}]}, load=True)
+        trial = self._ask({"messages": [{"role": "user", "content": "hello"}]})
         if trial.kind:
             self.close()
             raise ModelLoadError(
@@ -100,23 +108,27 @@ class ChatTemplate:
             text = f"the rendered conversation is too large or too slow ({answer.message})"
         raise InvalidValue(text, param="messages")
 
-    def _ask(self, variables: dict[str, Any], *, load: bool = False) -> child.Rendered:
+    def _ask(self, variables: dict[str, Any]) -> child.Rendered:
         filled = {"add_generation_prompt": True, "tools": None, **self._special_tokens, **variables}
         with self._lock:
             try:
-                if self._renderer is None:
-                    self._renderer = _Renderer(self._source)
-                    if self._renderer.loaded.kind:
-                        return self._renderer.loaded
-                return self._renderer.ask(child.Render(filled), _RENDER_TIMEOUT_S)
-            except TimeoutError:
+                renderer = self._living_renderer()
+                if renderer.loaded.kind:
+                    return renderer.loaded
+                return renderer.ask(child.Render(filled), _RENDER_TIMEOUT_S)
+            except (TimeoutError, ConnectionError) as error:
+                # the child was alive before: it ran into its limits on this very conversation
+                _log.warning("chat template stopped", reason=type(error).__name__)
                 self._drop()
-                return child.Rendered(kind="too_slow", message="more than 2 s")
-            except ConnectionError as error:
-                self._drop()
-                if load:
-                    return child.Rendered(kind="failed", message="its process ended")
-                raise InternalServerError("the template process ended; try again") from error
+                return child.Rendered(kind="too_slow", message="over 1 s or 512 MiB")
+
+    def _living_renderer(self) -> _Renderer:
+        if self._renderer is not None and not self._renderer.is_alive():
+            self._drop()
+        if self._renderer is None:
+            self._renderer = _Renderer()
+            self._renderer.load(self._source)
+        return self._renderer
 
     def _drop(self) -> None:
         if self._renderer is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
-from xllm_py.base import ids
+from xllm_py.base import ids, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import (
     BodyTooLarge,
@@ -26,6 +26,8 @@ from xllm_py.base.errors import (
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.openai import sse
 from xllm_py.openai.errors import error_body, error_headers
+
+_log = log.get(__name__)
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -71,7 +73,8 @@ class Exchange:
         self._clock = clock
         self._sending = asyncio.Lock()
         self._task = asyncio.current_task()
-        self._complete = False
+        self._complete = False  # the last message was handed to the server
+        self._ended = False  # and taken by it
         self._last_write = clock.now()
         self._abort: Callable[[], None] | None = scope.get("extensions", {}).get("xllm.abort")
         self.started = False
@@ -196,6 +199,7 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": sent})
         self._complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        self._ended = True
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """A piece of an event stream; the first one sends the headers. Waits while the client does not read."""
@@ -208,21 +212,28 @@ class Exchange:
                 await self._send({"type": "http.response.start", "status": 200, "headers": headers})
             self._complete = last
             await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+            self._ended = last
             self._last_write = self._clock.now()
 
     async def fail(self, error: RequestError, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """End with an error: its true status while nothing was sent, else a last event without [DONE]."""
         self.status = error.http_status
-        if isinstance(error, ClientClosed) or self._complete:
+        if isinstance(error, ClientClosed):
             return
         try:
             async with asyncio.timeout(_LAST_WORD_S):
-                if self.started:
-                    await self.write(sse.error_event(error), last=True)
-                else:
-                    sent = [*error_headers(error), *headers]
-                    await self.respond(error.http_status, error_body(error), headers=sent)
+                await self._say_last(error, headers)
         except TimeoutError:
+            _log.debug("the client does not read", label=self.label)
+        if not self._ended and self._abort is not None:
             self._complete = True
-            if self._abort is not None:
-                self._abort()
+            self._abort()
+
+    async def _say_last(self, error: RequestError, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        if self._complete:
+            return
+        if self.started:
+            await self.write(sse.error_event(error), last=True)
+        else:
+            sent = [*error_headers(error), *headers]
+            await self.respond(error.http_status, error_body(error), headers=sent)

@@ -91,8 +91,10 @@ class Intake:
         body = await self.read(data, CompletionBody)
         model = self._checked_model(body)
         special = body.add_special_tokens is not False
-        texts, given_ids = _split_prompts(body.prompt, self._settings.max_prompts)
-        prompts = [_checked_ids(given, model.vocab_size, "prompt") for given in given_ids]
+        texts, prompts = await self.do(
+            len(data) > _ON_LOOP_BODY_BYTES,
+            lambda: _split_prompts(body.prompt, self._settings.max_prompts, model.vocab_size),
+        )
         prompts += await self.encode(texts, special=special, param="prompt")
         return self._order(body, model, prompts, timeout_s)
 
@@ -109,17 +111,15 @@ class Intake:
         if body.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", body.reasoning_effort)
         template = self._template
-        text = await self._in_thread(lambda: template.render(messages, variables))
+        text = await self.do(True, lambda: template.render(messages, variables))
         special = body.add_special_tokens is True
         prompts = await self.encode([text], special=special, param="messages")
         return self._order(body, model, prompts, timeout_s)
 
     async def read(self, data: bytes, kind: type[B]) -> B:
         """Parse one body; fields nobody knows are dropped, counted and logged by name."""
-        if len(data) <= _ON_LOOP_BODY_BYTES:
-            body, ignored = parse(data, kind)
-        else:
-            body, ignored = await self._in_thread(lambda: parse(data, kind))
+        large = len(data) > _ON_LOOP_BODY_BYTES
+        body, ignored = await self.do(large, lambda: parse(data, kind))
         if ignored:
             self._on_ignored(len(ignored))
             _log.debug("fields ignored", names=[name[:40] for name in ignored[:8]])
@@ -134,14 +134,18 @@ class Intake:
             encode = self._tokenizer.encode
             return [tuple(encode(text, add_special_tokens=special)) for text in texts]
 
-        short = sum(map(len, texts)) <= _ON_LOOP_CHARS
-        encoded = work() if short else await self._in_thread(work)
+        encoded = await self.do(sum(map(len, texts)) > _ON_LOOP_CHARS, work)
         if not all(encoded):
             raise InvalidValue(f"{param} is empty; give at least one token", param=param)
         return encoded
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Run in one of the door's threads; who waits too long gets a 400, the thread ends by itself."""
+    async def do(self, long: bool, work: Callable[[], T]) -> T:
+        """Run at once, or, when it may be long, in one of the door's threads.
+
+        Who waits too long gets a 400; the thread ends by itself.
+        """
+        if not long:
+            return work()
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_ENCODE_TIMEOUT_S):
@@ -196,9 +200,9 @@ class Intake:
 
 
 def _split_prompts(
-    prompt: str | list[str | int | list[int]], max_prompts: int
-) -> tuple[list[str], list[list[int]]]:
-    """Texts, or lists of ids; never both."""
+    prompt: str | list[str | int | list[int]], max_prompts: int, vocab_size: int
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Texts, or prompts of checked ids; never both."""
     if isinstance(prompt, str):
         return [prompt], []
     texts = [item for item in prompt if isinstance(item, str)]
@@ -210,15 +214,15 @@ def _split_prompts(
         raise InvalidValue("prompt is empty; give at least one token", param="prompt")
     if len(texts) + len(lists) > max_prompts:
         raise InvalidValue(f"more than {max_prompts} prompts in one request", param="prompt")
-    return texts, [numbers] if numbers else lists
+    return texts, [_checked_ids(each, vocab_size) for each in ([numbers] if numbers else lists)]
 
 
-def _checked_ids(prompt: Sequence[int], vocab_size: int, param: str) -> tuple[int, ...]:
+def _checked_ids(prompt: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     if not prompt:
-        raise InvalidValue(f"{param} is empty; give at least one token", param=param)
+        raise InvalidValue("prompt is empty; give at least one token", param="prompt")
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         raise InvalidValue(
-            f"{param} holds a token id outside the vocabulary of {vocab_size}", param=param
+            f"prompt holds a token id outside the vocabulary of {vocab_size}", param="prompt"
         )
     return tuple(prompt)
 

@@ -51,8 +51,10 @@ def _check_table(body: Common, table: dict[str, Collection[object]]) -> None:
         value = getattr(body, name)
         if value is None or value in neutral:
             continue
-        hint = f"only {' or '.join(map(repr, neutral))} is" if neutral else "it is not"
-        raise UnsupportedValue(f"{name}: {hint} supported; leave it out", param=name)
+        allowed = f", only {' or '.join(map(repr, neutral))} is" if neutral else ""
+        raise UnsupportedValue(
+            f"this value of {name} is not supported{allowed}; leave it out", param=name
+        )
 
 
 def _check_tools(body: ChatBody) -> None:

@@ -18,6 +18,7 @@ from xllm_py.openai.tokenizer import Tokenizer
 # readiness reasons that mean this process itself is broken, not only waiting for others
 _SICK = frozenset({"engine_stalled", "engine_down"})
 _MAX_DETOKENIZE = 65_536
+_ON_LOOP_TOKENS = 1000
 
 _NOT_BUILT = (
     *("/v1/embeddings", "/v1/rerank", "/v1/sample", "/v1/messages", "/v1/messages/count_tokens"),
@@ -121,7 +122,11 @@ class PlainRoutes:
         if tokens and (min(tokens) < 0 or max(tokens) >= model.vocab_size):
             raise InvalidValue("tokens holds an id outside the vocabulary", param="tokens")
         skip = body.skip_special_tokens is True
-        return 200, {"prompt": self._tokenizer.decode(tokens, skip_special_tokens=skip)}
+        decode = self._tokenizer.decode
+        text = await self._intake.do(
+            len(tokens) > _ON_LOOP_TOKENS, lambda: decode(tokens, skip_special_tokens=skip)
+        )
+        return 200, {"prompt": text}
 
     def _named(self, name: str | None) -> ServedModel:
         models = self._backend.models()

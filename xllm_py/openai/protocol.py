@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from xllm_py.base.errors import (
     ConcurrencyLimit,
     HeadersTooLarge,
-    InvalidJson,
+    InvalidValue,
     RequestError,
     RequestReadTimeout,
     UriTooLong,
@@ -32,7 +32,7 @@ _PHRASES = {
 
 
 class _Refused(Exception):
-    """Leaves the parser from one of its callbacks."""
+    """Leaves the parser from one of its callbacks; uvicorn then asks for a 400, which is already answered."""
 
 
 class _LimitedProtocol(HttpToolsProtocol):
@@ -64,15 +64,12 @@ class _LimitedProtocol(HttpToolsProtocol):
         """Feed the parser; a connection that was refused is not listened to any more."""
         if self._refused or self.parser is None:
             return
-        try:
-            super().data_received(data)
-        except _Refused:
-            self.transport.close()
+        super().data_received(data)
 
     def on_message_begin(self) -> None:
         """A request starts: its headers have `read_timeout_s`."""
         self._num_header_bytes = 0
-        if self._header_timer is None:
+        if self._header_timer is None and not self._is_answering():
             self._start_timer()
         super().on_message_begin()
 
@@ -104,7 +101,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """What the parser could not read."""
         if not self._refused:
-            self._refuse(InvalidJson("this is not HTTP/1.1; check the client"))
+            self._refuse(InvalidValue("this is not HTTP/1.1; check the client"))
 
     def _refuse_inside(self, error: RequestError) -> None:
         self._refuse(error)
@@ -113,6 +110,9 @@ class _LimitedProtocol(HttpToolsProtocol):
     def _refuse(self, error: RequestError) -> None:
         self._refused = True
         self._stop_timer()
+        if self._is_answering():
+            self.transport.abort()  # an error would land in the middle of another answer
+            return
         body = error_body(error)
         status = error.http_status
         lines = [
@@ -124,6 +124,9 @@ class _LimitedProtocol(HttpToolsProtocol):
         ]
         self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
         self.transport.close()
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _start_timer(self) -> None:
         limit_s = self.settings.read_timeout_s

@@ -167,7 +167,6 @@ def parse(data: bytes, kind: type[B]) -> tuple[B, list[str]]:
 
     Raises InvalidJson, InvalidType, MissingField or UnsupportedField.
     """
-    _check_depth(data)
     try:
         body = msgspec.json.decode(data, type=kind)
         names = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
@@ -175,6 +174,7 @@ def parse(data: bytes, kind: type[B]) -> tuple[B, list[str]]:
         raise _validation_error(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidJson("the body is not valid JSON in UTF-8; check quotes and commas") from error
+    _check_depth(data)
     ignored = sorted(set(names).difference(kind.__struct_fields__))
     for name in ignored:
         if name in _REFUSED and bytes(names[name]) != b"null":
@@ -183,6 +183,7 @@ def parse(data: bytes, kind: type[B]) -> tuple[B, list[str]]:
 
 
 def _check_depth(data: bytes) -> None:
+    """For well-formed JSON only: on anything else the search for strings could take quadratic time."""
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
     depth = 0

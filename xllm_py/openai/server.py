@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -121,6 +122,8 @@ async def serve_http(
     ssl: `ssl_certfile` and `ssl_keyfile` paths, or None for plain HTTP.
     """
     listener = bind(host, port, family)
+    # what it says of a connection is either answered by us or nobody's business
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     config = uvicorn.Config(
         app,
         http=limited_protocol(settings),

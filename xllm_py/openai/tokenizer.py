@@ -28,7 +28,6 @@ class Tokenizer:
         self._inner = inner
         self.byte_level = _is_byte_level(inner)
         added = inner.get_added_tokens_decoder()
-        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size: int = inner.get_vocab_size()
         self._bytes: dict[int, bytes] = {}
@@ -59,14 +58,12 @@ class Tokenizer:
         return known
 
     def _find_bytes(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id]
         token = self._inner.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""
         if all(char in _BYTE_OF_CHAR for char in token):
             return bytes(_BYTE_OF_CHAR[char] for char in token)
-        return str(token).encode()
+        return str(token).encode()  # an added token, by its own text, as the library does
 
 
 def _byte_alphabet() -> dict[str, int]:
