@@ -5,6 +5,7 @@ import socket
 import struct
 
 import pytest
+
 from xllm_py.base.errors import PeerUnavailable, ProtocolViolation
 from xllm_py.core.config import EngineConfig
 from xllm_py.core.plan import Outputs

@@ -1,0 +1,1 @@
+"""Layers shared by the architecture families: norms, rotary positions, the gated MLP."""

@@ -1,0 +1,136 @@
+"""Tensors of a checkpoint folder, by name: safetensors, one file or many with an index. Read one at a time, never pickled.
+
+`Weights.take` checks shape and converts; what nobody took is reported at the end, because a tensor without a place means that the
+model is another one than the code computes. `DummyWeights` makes seeded random ones for benchmarks.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from xllm_py.base.errors import ModelLoadError
+
+INDEX = "model.safetensors.index.json"
+
+
+class WeightSource(Protocol):
+    """Where tensors come from."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor in the model's dtype. Raises ModelLoadError when it is missing or has another shape."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds it."""
+        ...
+
+    def finish(self, ignored: tuple[str, ...] = ()) -> None:
+        """Raise ModelLoadError when tensors are left that nobody took."""
+        ...
+
+
+class Weights:
+    """A folder with *.safetensors."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._file_of = _index(folder)
+        self._taken: set[str] = set()
+        self._open: dict[Path, object] = {}
+
+    def has(self, name: str) -> bool:
+        """See WeightSource."""
+        return name in self._file_of
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See WeightSource."""
+        path = self._file_of.get(name)
+        if path is None:
+            raise ModelLoadError(f"the checkpoint has no tensor {name}; is it complete?")
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{path}: tensor {name} cannot be read ({error})") from error
+        if tuple(tensor.shape) != shape:
+            raise ModelLoadError(
+                f"{path}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies {shape}"
+            )
+        if not tensor.is_floating_point():
+            raise ModelLoadError(
+                f"{path}: tensor {name} has dtype {tensor.dtype}; quantised files are not supported yet"
+            )
+        self._taken.add(name)
+        return tensor.to(self._dtype)
+
+    def finish(self, ignored: tuple[str, ...] = ()) -> None:
+        """See WeightSource."""
+        left = sorted(
+            name
+            for name in self._file_of.keys() - self._taken
+            if not name.endswith(ignored or ("\0",))
+        )
+        if left:
+            raise ModelLoadError(
+                f"the checkpoint has tensors this model does not know: {', '.join(left[:5])}"
+            )
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file."""
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+            files = {str(name): folder / Path(str(file)).name for name, file in names.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelLoadError(f"{index}: is broken ({error})") from error
+        missing = sorted({file.name for file in files.values() if not file.exists()})
+        if missing:
+            raise ModelLoadError(f"{index}: names files that are not there: {', '.join(missing)}")
+        return files
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ModelLoadError(
+            f"{folder}: holds no *.safetensors; convert the checkpoint, pickled ones are not read"
+        )
+    names_of: dict[str, Path] = {}
+    for path in found:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names_of |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(
+                f"{path}: is truncated or no safetensors file ({error})"
+            ) from error
+    return names_of
+
+
+class DummyWeights:
+    """Random tensors, the same for the same name and seed; norms are ones, biases small."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self._dtype = dtype
+        self._seed = seed
+
+    def has(self, name: str) -> bool:
+        """See WeightSource."""
+        return True
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See WeightSource."""
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self._dtype)
+        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(name.encode()))
+        tensor = torch.empty(shape, dtype=torch.float32).normal_(0.0, 0.02, generator=generator)
+        return tensor.to(self._dtype)
+
+    def finish(self, ignored: tuple[str, ...] = ()) -> None:
+        """See WeightSource."""
