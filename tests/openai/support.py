@@ -139,7 +139,7 @@ class Answer:
             choice.get("text") or choice.get("delta", {}).get("content", "")
             for event in self.events
             if isinstance(event, dict)
-            for choice in event["choices"]
+            for choice in event.get("choices", ())
             if choice["index"] == index
         )
 
@@ -148,7 +148,7 @@ class Answer:
             choice["index"]: choice["finish_reason"]
             for event in self.events
             if isinstance(event, dict)
-            for choice in event["choices"]
+            for choice in event.get("choices", ())
             if choice["finish_reason"]
         }
 

@@ -17,7 +17,6 @@ import msgspec
 from xllm_py.base import ids, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import (
-    BodyTooLarge,
     ClientClosed,
     ConcurrencyLimit,
     DeadlineExceeded,
@@ -183,8 +182,7 @@ class App:
         self, exchange: Exchange, params: dict[str, str], *, handler: Handler
     ) -> None:
         body = b""
-        headers = exchange.headers
-        if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+        if exchange.has_body:
             body = await self._read(exchange)
         async with self._deadline(self._settings.request_timeout_s):
             status, value = await handler(exchange.request(params, body))
@@ -266,6 +264,6 @@ class App:
         """Headers an error needs beside Retry-After."""
         if isinstance(error, MethodNotAllowed):
             return [(b"allow", self._routes.allowed(exchange.path).encode())]
-        if isinstance(error, BodyTooLarge | RequestReadTimeout):
-            return [(b"connection", b"close")]  # the rest of the body is not wanted
+        if isinstance(error, RequestReadTimeout):
+            return [(b"connection", b"close")]
         return []

@@ -36,6 +36,7 @@ HeaderList = list[tuple[bytes, bytes]]
 
 JSON = b"application/json"
 _LAST_WORD_S = 1.0  # how long a client that does not read may delay the end of its failed stream
+_DISCARD_S = 5.0  # how long the rest of an unwanted body is read
 _PLAIN = re.compile(r"[\x20-\x7e]{1,128}")
 
 
@@ -89,6 +90,9 @@ class Exchange:
         self.headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
+        length = self.headers.get("content-length", "0")
+        self.has_body = length != "0" or "transfer-encoding" in self.headers
+        self._unread = self.has_body  # part of the body has not been taken yet
         self.label = ids.label_or_new(self.headers.get("x-request-id"), "req")
 
     def request(self, params: Mapping[str, str], body: bytes = b"") -> Request:
@@ -119,6 +123,7 @@ class Exchange:
             async with asyncio.timeout(timeout_s):
                 return await self._read(limit)
         except TimeoutError as error:
+            self._unread = False  # nothing is coming
             raise RequestReadTimeout(f"the body took longer than {timeout_s:g} s") from error
 
     async def _read(self, limit: int) -> bytes:
@@ -128,9 +133,10 @@ class Exchange:
             if message["type"] == "http.disconnect":
                 raise ClientClosed("the client left")
             body += message.get("body", b"")
+            self._unread = message.get("more_body", False)
             if len(body) > limit:
                 raise BodyTooLarge(f"the body is larger than {limit} bytes")
-            if not message.get("more_body", False):
+            if not self._unread:
                 return bytes(body)
 
     # --- watching
@@ -197,9 +203,28 @@ class Exchange:
             *headers,
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": sent})
+        if self._unread:
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            body = b""
+            await self._discard_body()
         self._complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
         self._ended = True
+
+    async def _discard_body(self) -> None:
+        """Take what the client is still sending: a connection closed before that takes the answer back."""
+        try:
+            async with asyncio.timeout(_DISCARD_S):
+                while self._unread:
+                    message = await self._receive()
+                    gone = message["type"] == "http.disconnect"
+                    self._unread = not gone and message.get("more_body", False)
+        except TimeoutError:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._abort is not None:
+            self._abort()
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """A piece of an event stream; the first one sends the headers. Waits while the client does not read."""
@@ -220,20 +245,15 @@ class Exchange:
         self.status = error.http_status
         if isinstance(error, ClientClosed):
             return
-        try:
-            async with asyncio.timeout(_LAST_WORD_S):
-                await self._say_last(error, headers)
-        except TimeoutError:
-            _log.debug("the client does not read", label=self.label)
-        if not self._ended and self._abort is not None:
-            self._complete = True
-            self._abort()
-
-    async def _say_last(self, error: RequestError, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        if self._complete:
-            return
-        if self.started:
-            await self.write(sse.error_event(error), last=True)
-        else:
+        if not self.started:
             sent = [*error_headers(error), *headers]
             await self.respond(error.http_status, error_body(error), headers=sent)
+            return
+        try:
+            async with asyncio.timeout(_LAST_WORD_S):
+                await self.write(sse.error_event(error), last=True)
+        except TimeoutError:
+            _log.debug("the client does not read", label=self.label)
+        if not self._ended:
+            self._complete = True
+            self._hang_up()

@@ -43,6 +43,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_header_bytes = 0
+        self._in_headers = False
         self._header_timer: asyncio.TimerHandle | None = None
         self._refused = False
 
@@ -64,11 +65,17 @@ class _LimitedProtocol(HttpToolsProtocol):
         """Feed the parser; a connection that was refused is not listened to any more."""
         if self._refused or self.parser is None:
             return
+        were_in_headers = self._in_headers
         super().data_received(data)
+        if were_in_headers and self._in_headers and not self._refused:
+            # the parser keeps an unfinished header to itself, however long it grows
+            self._num_header_bytes += len(data)
+            self._check_header_bytes(inside=False)
 
     def on_message_begin(self) -> None:
         """A request starts: its headers have `read_timeout_s`."""
         self._num_header_bytes = 0
+        self._in_headers = True
         if self._header_timer is None and not self._is_answering():
             self._start_timer()
         super().on_message_begin()
@@ -82,19 +89,13 @@ class _LimitedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """One whole header."""
         self._num_header_bytes += len(name) + len(value) + 4
-        too_many = len(self.headers) >= self.settings.max_header_fields
-        if too_many or self._num_header_bytes > self.settings.max_header_bytes:
-            self._refuse_inside(
-                HeadersTooLarge(
-                    f"the headers exceed {self.settings.max_header_bytes} bytes or "
-                    f"{self.settings.max_header_fields} fields"
-                )
-            )
+        self._check_header_bytes(inside=True)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The application takes over."""
         self._stop_timer()
+        self._in_headers = False
         super().on_headers_complete()
         self.scope["extensions"] = {"xllm.abort": self.transport.abort}  # type: ignore[dict-item]
 
@@ -102,6 +103,21 @@ class _LimitedProtocol(HttpToolsProtocol):
         """What the parser could not read."""
         if not self._refused:
             self._refuse(InvalidValue("this is not HTTP/1.1; check the client"))
+
+    def _check_header_bytes(self, *, inside: bool) -> None:
+        settings = self.settings
+        if (
+            len(self.headers) < settings.max_header_fields
+            and self._num_header_bytes <= settings.max_header_bytes
+        ):
+            return
+        error = HeadersTooLarge(
+            f"the headers exceed {settings.max_header_bytes} bytes or "
+            f"{settings.max_header_fields} fields"
+        )
+        if inside:
+            self._refuse_inside(error)
+        self._refuse(error)
 
     def _refuse_inside(self, error: RequestError) -> None:
         self._refuse(error)
