@@ -1,0 +1,260 @@
+"""How flags are declared, turned into click options, shown in help, and warned about. Each flag is declared once, in a table.
+
+Priorities are those of SPEC section 2: A is shown by --help, B by --helpfull, C is accepted and ignored. A flag marked idle parses
+but does nothing yet, and says so when it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from xllm_py.base.errors import StartError, UsageError
+from xllm_py.cli import gflags
+
+TYPES: dict[str, click.ParamType[Any]] = {
+    "bool": gflags.BOOL,
+    "int32": gflags.INT32,
+    "uint32": gflags.UINT32,
+    "int64": gflags.INT64,
+    "double": gflags.DOUBLE,
+    "string": gflags.STRING,
+}
+SECRET = ("key", "password", "token")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag."""
+
+    name: str
+    type: str
+    default: Any
+    priority: str
+    text: str
+    idle: bool = False
+    group: str = ""
+
+
+def in_group(group: str, *flags: Flag) -> list[Flag]:
+    """The same flags with their group's name."""
+    return [
+        Flag(flag.name, flag.type, flag.default, flag.priority, flag.text, flag.idle, group)
+        for flag in flags
+    ]
+
+
+def a(name: str, kind: str, default: Any, text: str, *, idle: bool = False) -> Flag:
+    """A flag of priority A."""
+    return Flag(name, kind, default, "A", text, idle)
+
+
+def b(name: str, kind: str, default: Any, text: str, *, idle: bool = False) -> Flag:
+    """A flag of priority B."""
+    return Flag(name, kind, default, "B", text, idle)
+
+
+def ignored(names: str, kind: str) -> list[Flag]:
+    """Flags of the original that are accepted and ignored."""
+    default = {"bool": False, "string": ""}[kind]
+    return [
+        Flag(name, kind, default, "C", "accepted, ignored", True, "ignored")
+        for name in names.split()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The values of all flags, and which were given by hand."""
+
+    values: dict[str, Any]
+    by_hand: frozenset[str]
+    warnings: tuple[str, ...]
+
+
+class FlagCommand(gflags.GflagsCommand):
+    """A daemon's command: its flag table, its help in groups, its warnings."""
+
+    def __init__(
+        self,
+        program: str,
+        intro: str,
+        table: Sequence[Flag],
+        run: Callable[[Given], int],
+        ignored_prefixes: tuple[str, ...] = (),
+    ) -> None:
+        self._program = program
+        self._intro = intro
+        self._table = table
+        self._run = run
+        self.ignored_prefixes = ignored_prefixes
+        options: list[click.Parameter] = [
+            click.Option(
+                [f"--{flag.name}"], type=TYPES[flag.type], default=flag.default, help=flag.text
+            )
+            for flag in table
+        ]
+        super().__init__(program, params=options, callback=self._called, add_help_option=False)
+
+    def _called(self, **values: Any) -> int:
+        context = click.get_current_context()
+        word = context.meta.get("gflags.help", "")
+        if word:
+            click.echo(self.version() if word == "version" else self.help_for(word))
+            return 0
+        by_hand = frozenset(
+            name
+            for name in values
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        )
+        warnings = [*context.meta.get("gflags.warnings", ()), *self._idle_warnings(values, by_hand)]
+        self._read_config_file(context, values, by_hand)
+        return self._run(Given(values, by_hand, tuple(warnings)))
+
+    def _read_config_file(
+        self, context: click.Context, values: dict[str, Any], by_hand: frozenset[str]
+    ) -> None:
+        """--config_json_file: an object flag -> value, weaker than any flag given."""
+        path = values.get("config_json_file")
+        if not path:
+            return
+        try:
+            body = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"--config_json_file={path} cannot be read ({error}). Check it"
+            ) from error
+        if not isinstance(body, dict):
+            raise UsageError(
+                f"--config_json_file={path} is no JSON object. Write flag: value pairs"
+            )
+        params = {str(param.name): param for param in self.params}
+        causes = []
+        for name, value in body.items():
+            word = str(value).lower() if isinstance(value, bool) else str(value)
+            param = params.get(name)
+            if param is None:
+                causes.append(f"{path}: unknown flag {name}. See --helpfull")
+            elif name not in by_hand:
+                try:
+                    values[name] = param.type.convert(word, param, context)
+                except click.BadParameter as error:
+                    causes.append(f"{path}: {name}: {error.message}. See --helpfull")
+        if causes:
+            raise UsageError("\n".join(causes))
+
+    def _idle_warnings(self, values: dict[str, Any], by_hand: frozenset[str]) -> list[str]:
+        """A bool that is switched off asks for nothing."""
+        given = [
+            flag
+            for flag in self._table
+            if flag.idle and flag.name in by_hand and values[flag.name] is not False
+        ]
+        later = [f"--{flag.name}" for flag in given if flag.priority != "C"]
+        never = [f"--{flag.name}" for flag in given if flag.priority == "C"]
+        lines = []
+        if later:
+            lines.append(f"accepted but without effect in this version: {', '.join(later)}")
+        if never:
+            lines.append(f"flags of the original, ignored here: {', '.join(never)}")
+        return lines
+
+    def version(self) -> str:
+        """One line; looks torch up without importing it."""
+        try:
+            torch = metadata.version("torch")
+        except metadata.PackageNotFoundError:
+            torch = "not installed"
+        ours = metadata.version("xllm_py") if _installed() else _source_version()
+        python = ".".join(str(part) for part in sys.version_info[:3])
+        return f"{self._program} version {ours} (python {python}, torch {torch}, device cpu)"
+
+    def help_for(self, word: str) -> str:
+        """The text of one of the help flags."""
+        name, _, wanted = word.partition("=")
+        if name in ("help", "h", "helpshort"):
+            rows = [flag for flag in self._table if flag.priority == "A"]
+            tail = "\n--helpfull shows all flags, --flagfile=FILE reads them from a file."
+        else:
+            rows, tail = list(self._table), ""
+        if name == "helpmatch":
+            rows = [flag for flag in rows if wanted in flag.name]
+        if name == "helpon":
+            rows = [flag for flag in rows if wanted == flag.group]
+        full = name != "help"
+        lines = [self._intro]
+        for group in dict.fromkeys(flag.group for flag in rows):
+            lines.append(f"\n{group}:")
+            lines += [_row(flag, full) for flag in rows if flag.group == group]
+        return "\n".join(lines) + tail
+
+    def complain(self, causes: Sequence[str]) -> None:
+        """`xllm: error: <cause>`, one line each."""
+        for cause in causes:
+            click.echo(f"{self._program}: error: {cause}", err=True)
+
+    def start(self, words: Sequence[str]) -> int:
+        """Parse and run; returns the exit code."""
+        try:
+            with self.make_context(self._program, list(words)) as context:
+                code: int = self.invoke(context)
+                return code
+        except gflags.CommandLineError as error:
+            self.complain(error.causes)
+            return error.exit_code
+        except click.UsageError as error:
+            self.complain([error.format_message()])
+            return error.exit_code
+        except StartError as error:
+            self.complain(error.message.splitlines())
+            return error.exit_code
+
+
+def _row(flag: Flag, full: bool) -> str:
+    shown = (
+        f"--{flag.name} ({flag.type}, default {flag.default!r})"
+        if full
+        else f"--{flag.name}={flag.default}"
+    )
+    mark = (
+        f" [{flag.priority}{', no effect yet' if flag.idle and flag.priority != 'C' else ''}]"
+        if full
+        else ""
+    )
+    return f"  {shown}{mark}\n      {flag.text}"
+
+
+def _installed() -> bool:
+    try:
+        metadata.version("xllm_py")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _source_version() -> str:
+    import xllm_py
+
+    return xllm_py.__version__
+
+
+def echo_given(given: Given) -> str:
+    """One line with all flags that were given, secrets masked."""
+    shown = []
+    for name in sorted(given.by_hand):
+        value = given.values[name]
+        hidden = (
+            any(word in name for word in SECRET)
+            and not name.endswith("_file")
+            and isinstance(value, str)
+        )
+        shown.append(f"--{name}={'***' if hidden else value}")
+    return " ".join(shown) or "all flags at their defaults"

@@ -1,0 +1,165 @@
+"""Rules about values that no type can say, shared by both daemons. Each returns causes, empty when all is well."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xllm_py.cli.gflags import FALSE, TRUE
+from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
+
+_ENDPOINT = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
+_MIN_KEY_BYTES = 32
+
+
+class Causes:
+    """Collects what is wrong, so that one start tells it all."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def need(self, good: bool, cause: str) -> None:
+        """Note `cause` unless `good`."""
+        if not good:
+            self.lines.append(cause)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody beyond this machine can reach it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def port(causes: Causes, values: Mapping[str, Any], name: str, *, zero: bool = True) -> int:
+    """A port number."""
+    number = int(values[name])
+    low = 0 if zero else 1
+    causes.need(low <= number <= 65535, f"--{name}={number} is no port. Use {low} to 65535")
+    return number
+
+
+def at_least(causes: Causes, values: Mapping[str, Any], low: float, *names: str) -> None:
+    """Each of the numbers has a least value."""
+    for name in names:
+        causes.need(
+            values[name] >= low, f"--{name}={values[name]} is too small. Use at least {low:g}"
+        )
+
+
+def http(causes: Causes, values: Mapping[str, Any], concurrency: int) -> HttpSlice:
+    """The HTTP slice."""
+    at_least(causes, values, 0.001, "request_timeout_s", "drain_timeout_s")
+    at_least(causes, values, 1, "max_queue_size", "max_body_bytes", "max_best_of")
+    for name in ("reasoning_parser", "tool_call_parser"):
+        causes.need(not values[name], f"--{name}={values[name]} is not built yet. Leave it empty")
+    return HttpSlice(
+        max_concurrent_requests=concurrency or 65536,
+        request_timeout_s=values["request_timeout_s"],
+        drain_timeout_s=values["drain_timeout_s"],
+        max_queue_size=values["max_queue_size"],
+        max_body_bytes=values["max_body_bytes"],
+        max_best_of=values["max_best_of"],
+        metrics=values["metrics"],
+        debug_endpoints=values["debug_endpoints"],
+    )
+
+
+def etcd(causes: Causes, values: Mapping[str, Any], ttl_s: int) -> EtcdSlice:
+    """The registry slice, with user and password from the environment."""
+    address = values["etcd_addr"]
+    for part in address.split(",") if address else ():
+        match = _ENDPOINT.fullmatch(part)
+        good = match is not None and 0 < int(match[3]) <= 65535
+        causes.need(
+            good, f"--etcd_addr: '{part}' is no host:port. Write, as an example, 127.0.0.1:2379"
+        )
+    if address.startswith("https://"):
+        causes.need(bool(values["tls_ca_file"]), "--etcd_addr is https. Pass --tls_ca_file")
+    at_least(causes, values, 0.001, "etcd_timeout_s", "etcd_start_timeout_s")
+    user, password = os.environ.get("ETCD_USERNAME", ""), os.environ.get("ETCD_PASSWORD", "")
+    causes.need(
+        bool(user) == bool(password),
+        "ETCD_USERNAME and ETCD_PASSWORD go together. Set both or neither",
+    )
+    return EtcdSlice(
+        address=address,
+        namespace=values["etcd_namespace"],
+        username=user,
+        password=password,
+        ca_file=values["tls_ca_file"],
+        timeout_s=values["etcd_timeout_s"],
+        start_timeout_s=values["etcd_start_timeout_s"],
+        ttl_s=ttl_s,
+    )
+
+
+def security(causes: Causes, values: Mapping[str, Any], host: str, *, has_peers: bool) -> bytes:
+    """Check who may come in, and read the cluster key file; empty when none was given."""
+    tls = [bool(values[name]) for name in ("tls_cert_file", "tls_key_file", "tls_ca_file")]
+    plain_ca = tls == [False, False, True] and values["etcd_addr"].startswith("https://")
+    causes.need(
+        all(tls) or not any(tls) or plain_ca,
+        "the three --tls_*_file flags go together. Pass all or none",
+    )
+    if not is_loopback(host):
+        causes.need(
+            values["allow_insecure_http"],
+            f"binding HTTP to {host} without keys. Pass --allow_insecure_http=true or bind to 127.0.0.1",
+        )
+        causes.need(
+            not has_peers,
+            f"KV and control ports on {host} need TLS, which is not built yet. Bind to 127.0.0.1",
+        )
+    path = values["cluster_key_file"]
+    if not path:
+        return b""
+    try:
+        key = Path(path).read_bytes()
+        private = not Path(path).stat().st_mode & 0o077
+    except OSError as error:
+        causes.need(
+            False, f"--cluster_key_file={path} cannot be read ({error.strerror}). Check the path"
+        )
+        return b""
+    causes.need(
+        len(key) >= _MIN_KEY_BYTES,
+        f"--cluster_key_file={path} holds {len(key)} bytes. Use at least 32",
+    )
+    causes.need(private, f"--cluster_key_file={path} can be read by others. Run chmod 600")
+    return key
+
+
+def logs(causes: Causes, values: Mapping[str, Any]) -> LogSlice:
+    """The log slice; glog's numbers map onto the level."""
+    level, form = values["log_level"], values["log_format"]
+    causes.need(
+        level in ("debug", "info", "warning", "error"),
+        f"--log_level={level} is unknown. Use debug, info, warning or error",
+    )
+    causes.need(form in ("text", "json"), f"--log_format={form} is unknown. Use text or json")
+    if level == "info":
+        level = {1: "warning", 2: "error", 3: "error"}.get(values["minloglevel"], level)
+        level = "debug" if values["v"] > 0 else level
+    directory = values["log_dir"]
+    causes.need(
+        not directory or Path(directory).is_dir(),
+        f"--log_dir={directory} is no folder. Make it first",
+    )
+    return LogSlice(level=level, form=form, directory=directory, verbose=values["verbose"])
+
+
+def environment_bool(causes: Causes, name: str, default: bool) -> bool:
+    """A switch in the environment, in gflags' bool words."""
+    word = os.environ.get(name)
+    if word is None:
+        return default
+    causes.need(word.lower() in TRUE | FALSE, f"{name}={word} is no bool. Use true or false")
+    return word.lower() in TRUE

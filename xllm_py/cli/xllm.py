@@ -1,0 +1,260 @@
+"""`xllm`: flags to InstanceConfig, then instance/daemon. Nothing heavy is imported before the configuration is known to be good."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from xllm_py.base.errors import UsageError
+from xllm_py.cli import rules, xllm_flags
+from xllm_py.cli.entry import run_command
+from xllm_py.cli.flags import FlagCommand, Given, echo_given
+from xllm_py.cli.model_path import find_model
+from xllm_py.cluster.instance_info import Role
+from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
+from xllm_py.instance.config import AddressSlice, ClusterSlice, InstanceConfig
+
+INTRO = "xllm: one inference instance. A role, a model, a device:\n  xllm --model=FOLDER --devices=cpu:0"
+_BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_NOT_BUILT = {
+    "num_speculative_tokens": 0,
+    "enable_pd_ooc": False,
+    "kv_split_size": 1,
+    "dp_size": 1,
+    "ep_size": 1,
+    "cp_size": 1,
+    "nnodes": 1,
+    "kv_transport": "tcp",
+    "kv_cache_dtype": "auto",
+}
+
+
+def build(given: Given) -> InstanceConfig:
+    """Check every rule of SPEC section 2; raise UsageError with all causes at once, or ModelLoadError."""
+    values, causes = given.values, rules.Causes()
+    _check_simple(causes, values)
+    role = _role(causes, values)
+    host = values["host"] or "127.0.0.1"
+    addresses = _addresses(causes, given, host)
+    etcd = rules.etcd(causes, values, values["etcd_ttl"])
+    routed = bool(etcd.address) and (
+        "enable_service_routing" not in given.by_hand or values["enable_service_routing"]
+    )
+    cluster = ClusterSlice(
+        role=role,
+        enable_disagg_pd=values["enable_disagg_pd"],
+        routed=routed,
+        etcd=etcd,
+        cluster_key=rules.security(causes, values, host, has_peers=routed),
+        heart_beat_interval_s=values["heart_beat_interval"],
+        rpc_timeout_s=values["rpc_channel_timeout_ms"] / 1000,
+    )
+    http = rules.http(causes, values, values["max_concurrent_requests"])
+    log = rules.logs(causes, values)
+    devices = _devices(causes, values)
+    if causes.lines:
+        raise UsageError("\n".join(causes.lines))
+    folder = find_model(
+        values["model"], values["model_root"] or os.environ.get("XLLM_MODEL_ROOT", "")
+    )
+    names = [values["model_id"] or folder.name, *values["served_model_name"].split(",")]
+    return InstanceConfig(
+        model_path=str(folder),
+        served_names=tuple(dict.fromkeys(name for name in names if name)),
+        engine=_engine(given, str(folder), devices, host),
+        addresses=addresses,
+        http=http,
+        cluster=cluster,
+        log=log,
+        stalled_after_s=values["health_check_interval_ms"] / 1000,
+        banner=values["banner"],
+        warnings=given.warnings,
+        given=echo_given(given),
+    )
+
+
+def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
+    need = causes.need
+    need(bool(values["model"]), "--model is missing. Pass a model folder")
+    need(
+        values["backend"] in ("", "llm"),
+        f"--backend={values['backend']} is not built. Leave it empty",
+    )
+    need(values["task"] == "generate", f"--task={values['task']} is not built. Use generate")
+    for name, only in _NOT_BUILT.items():
+        need(values[name] == only, f"--{name}={values[name]} is not built yet. Use {only}")
+    mode = values["kv_cache_transfer_mode"]
+    need(mode == "PUSH", f"--kv_cache_transfer_mode={mode} is not built. Use PUSH")
+    need(
+        values["block_size"] in _BLOCK_SIZES,
+        f"--block_size={values['block_size']}. Use 1, 2, 4 ... 256",
+    )
+    need(
+        0 < values["max_memory_utilization"] <= 1,
+        "--max_memory_utilization must lie in (0, 1]. Use 0.8",
+    )
+    threshold = "prefill_scheduling_memory_usage_threshold"
+    need(0 < values[threshold] <= 1, f"--{threshold} must lie in (0, 1]. Use 0.95")
+    chunk = values["max_tokens_per_chunk_for_prefill"]
+    need(
+        chunk == -1 or chunk >= 1,
+        f"--max_tokens_per_chunk_for_prefill={chunk}. Use -1 or at least 1",
+    )
+    for name, known in (
+        ("dtype", ("auto", "float32", "bfloat16", "float16")),
+        ("load_format", ("auto", "dummy")),
+        ("generation_config", ("auto", "none")),
+        ("priority_strategy", ("fcfs", "priority", "deadline")),
+        ("logprobs_mode", ("raw", "processed")),
+    ):
+        need(values[name] in known, f"--{name}={values[name]} is unknown. Use {', '.join(known)}")
+    need(2 <= values["etcd_ttl"] <= 60, f"--etcd_ttl={values['etcd_ttl']}. Use 2 to 60 s")
+    need(
+        0.05 <= values["heart_beat_interval"] <= 10,
+        "--heart_beat_interval must lie in 0.05 to 10 s. Use 0.1",
+    )
+    need(
+        0 <= values["node_rank"] < max(1, values["nnodes"]),
+        "--node_rank must lie below --nnodes. Use 0",
+    )
+    rules.at_least(
+        causes,
+        values,
+        0,
+        "max_model_len",
+        "cpu_threads",
+        "max_cache_size",
+        "max_concurrent_requests",
+    )
+    rules.at_least(
+        causes, values, 1, "max_tokens_per_batch", "max_seqs_per_batch", "request_queue_size"
+    )
+    rules.at_least(causes, values, 1, "rpc_channel_timeout_ms", "health_check_interval_ms")
+    rules.at_least(causes, values, 0.001, "grant_ttl_s", "handoff_hold_s")
+
+
+def _role(causes: rules.Causes, values: Mapping[str, Any]) -> Role:
+    word, split = values["instance_role"], values["enable_disagg_pd"]
+    known = ", ".join(Role.__members__)
+    if word not in Role.__members__:
+        causes.need(False, f"--instance_role={word} is unknown. Use {known}")
+        return Role.DEFAULT
+    role = Role[word]
+    if split:
+        causes.need(
+            role is not Role.DEFAULT,
+            "--enable_disagg_pd needs a role. Pass --instance_role=PREFILL or DECODE",
+        )
+        causes.need(
+            bool(values["etcd_addr"]),
+            "--enable_disagg_pd needs a registry. Pass --etcd_addr=host:port",
+        )
+    else:
+        causes.need(
+            role is Role.DEFAULT, f"--instance_role={word} needs --enable_disagg_pd=true. Pass it"
+        )
+    return role
+
+
+def _addresses(causes: rules.Causes, given: Given, host: str) -> AddressSlice:
+    values = given.values
+    announced = values["advertise_host"] or host
+    wildcard = announced in ("0.0.0.0", "::")
+    causes.need(not wildcard, f"{announced} is no address to announce. Pass --advertise_host")
+    remote = any(
+        not rules.is_loopback(part.split("://")[-1].rpartition(":")[0].strip("[]"))
+        for part in values["etcd_addr"].split(",")
+        if part
+    )
+    causes.need(
+        not (remote and rules.is_loopback(announced)),
+        f"etcd is on another machine, but this instance announces {announced}. Pass --advertise_host",
+    )
+    return AddressSlice(
+        host=host,
+        advertise_host=announced,
+        port=rules.port(causes, values, "port"),
+        disagg_pd_port=rules.port(causes, values, "disagg_pd_port"),
+        disagg_pd_port_may_move="disagg_pd_port" not in given.by_hand,
+    )
+
+
+def _devices(causes: rules.Causes, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """`type:index`; empty means cpu:0 until other devices are built."""
+    names = tuple(part.strip() for part in values["devices"].split(",") if part.strip())
+    for name in names:
+        kind, _, index = name.partition(":")
+        good = kind in ("cpu", "cuda", "npu") and index.isdigit()
+        causes.need(
+            good, f"--devices: '{name}' is no device. Write type:index, as cpu:0, cuda:0 or npu:0"
+        )
+    causes.need(
+        len({name.partition(":")[0] for name in names}) <= 1, "--devices mixes types. Use one"
+    )
+    causes.need(
+        len(names) <= 1,
+        "more than one device per instance is not built yet. Pass one, as --devices=cpu:0",
+    )
+    if values["device_id"] >= 0 and names:
+        same = all(name.endswith(f":{values['device_id']}") for name in names)
+        causes.need(same, "--device_id contradicts --devices. Pass one of them")
+    return names or (f"cpu:{max(0, values['device_id'])}",)
+
+
+def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> EngineConfig:
+    values = given.values
+    chunk = values["max_tokens_per_chunk_for_prefill"]
+    return EngineConfig(
+        model_path=folder,
+        dtype=values["dtype"],
+        load_format=values["load_format"],
+        max_model_len=values["max_model_len"],
+        devices=devices,
+        cpu_threads=values["cpu_threads"],
+        cache=CacheConfig(
+            block_size=values["block_size"],
+            max_cache_bytes=values["max_cache_size"],
+            max_memory_utilization=values["max_memory_utilization"],
+            enable_prefix_cache=values["enable_prefix_cache"],
+        ),
+        scheduler=SchedulerConfig(
+            max_tokens_per_batch=values["max_tokens_per_batch"],
+            max_seqs_per_batch=values["max_seqs_per_batch"],
+            enable_chunked_prefill=values["enable_chunked_prefill"],
+            max_tokens_per_chunk=values["max_tokens_per_batch"] if chunk == -1 else chunk,
+            max_queue=values["request_queue_size"],
+            prefill_usage_threshold=values["prefill_scheduling_memory_usage_threshold"],
+            grant_ttl_s=values["grant_ttl_s"],
+            handoff_hold_s=values["handoff_hold_s"],
+            enable_local_decode=values["enable_local_decode"],
+        ),
+        kv_host=host,
+        kv_port=values["transfer_listen_port"],
+        kv_listen=values["enable_disagg_pd"],
+        kv_port_may_move="transfer_listen_port" not in given.by_hand,
+        log_level=rules.logs(rules.Causes(), values).level,
+        log_format=values["log_format"],
+    )
+
+
+def _run(given: Given) -> int:
+    config = build(given)
+    from xllm_py.instance.daemon import run
+
+    return run(config)
+
+
+COMMAND = FlagCommand(
+    "xllm", INTRO, xllm_flags.TABLE, _run, ignored_prefixes=xllm_flags.IGNORED_PREFIXES
+)
+
+
+def main() -> None:
+    """Console entry point."""
+    run_command(COMMAND, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Frozen slices of configuration that both daemons have: HTTP limits, registry, keys, logs. Plain types only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSlice:
+    """Limits of the HTTP door."""
+
+    max_concurrent_requests: int
+    request_timeout_s: float = 600.0
+    drain_timeout_s: float = 30.0
+    max_queue_size: int = 1024
+    max_body_bytes: int = 1 << 20
+    max_best_of: int = 8
+    metrics: bool = True
+    debug_endpoints: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdSlice:
+    """Where the registry is; address empty: none."""
+
+    address: str
+    namespace: str = ""
+    username: str = ""
+    password: str = ""
+    ca_file: str = ""
+    timeout_s: float = 5.0
+    start_timeout_s: float = 60.0
+    ttl_s: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSlice:
+    """What is said, and how."""
+
+    level: str = "info"
+    form: str = "text"
+    directory: str = ""
+    verbose: bool = False

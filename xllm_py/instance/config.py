@@ -1,0 +1,51 @@
+"""The configuration of one instance, in frozen slices; made by cli/xllm from the flags, read by instance/daemon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xllm_py.cluster.instance_info import Role
+from xllm_py.core.config import EngineConfig
+from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddressSlice:
+    """Where this instance listens and what it announces."""
+
+    host: str = "127.0.0.1"
+    advertise_host: str = "127.0.0.1"
+    port: int = 8010
+    disagg_pd_port: int = 7777
+    disagg_pd_port_may_move: bool = True  # not given by hand: the next free port will do
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSlice:
+    """The instance's place in a cluster."""
+
+    role: Role = Role.DEFAULT
+    enable_disagg_pd: bool = False
+    routed: bool = False  # registers and takes work from masters
+    etcd: EtcdSlice
+    cluster_key: bytes = b""  # from the key file; empty: the key in etcd
+    heart_beat_interval_s: float = 0.1
+    rpc_timeout_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceConfig:
+    """Everything `xllm` is told."""
+
+    model_path: str
+    served_names: tuple[str, ...]
+    engine: EngineConfig  # incarnation, cluster key and KV address are filled in by the daemon
+    addresses: AddressSlice
+    http: HttpSlice
+    cluster: ClusterSlice
+    log: LogSlice
+    stalled_after_s: float = 3.0  # work queued and no step for so long: /health says 503
+    engine_start_timeout_s: float = 900.0
+    banner: bool = True
+    warnings: tuple[str, ...] = ()
+    given: str = ""  # all flags that were given, for the log
