@@ -270,3 +270,13 @@ def make_door(
 
 def load_template(folder: Path) -> Any:
     return load_chat_template(folder, special_tokens=load_tokenizer(folder).special_tokens)
+
+
+def check_error(answer: Answer, status: int, code: str, param: str | None) -> None:
+    """An OpenAI error object with this status, code and param."""
+    assert answer.status == status, answer.body
+    error = answer.error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (code, param)
+    assert error["message"]
+    assert answer.headers["content-type"] == "application/json"

@@ -14,7 +14,6 @@ import pytest
 from tests.openai.support import EchoBackend
 from xllm_py.base.errors import PortInUse, UsageError
 from xllm_py.openai.server import serve_http
-from xllm_py.openai.settings import HttpSettings
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ async def serve(make):
 
     async def start(backend=None, **settings):
         door = make(backend=backend or EchoBackend(), **settings)
-        server = await serve_http(door.app, "127.0.0.1", 0, settings=HttpSettings(**settings))
+        server = await serve_http(door.app, "127.0.0.1", 0)
         servers.append(server)
         return door, server
 
@@ -232,14 +231,14 @@ async def test_a_client_that_reads_nothing_pauses_its_backend_and_ends_at_its_de
 async def test_a_taken_port_is_named(serve):
     door, server = await serve()
     with pytest.raises(PortInUse, match=str(server.port)):
-        await serve_http(door.app, "127.0.0.1", server.port, settings=HttpSettings())
+        await serve_http(door.app, "127.0.0.1", server.port)
 
 
 async def test_a_host_that_is_not_ours_is_named(serve):
     door, _ = await serve()
     for host in ("192.0.2.1", "no.such.host.invalid"):
         with pytest.raises(UsageError, match=host):
-            await serve_http(door.app, host, 0, settings=HttpSettings())
+            await serve_http(door.app, host, 0)
 
 
 async def test_closing_ends_streams_with_an_error_event_and_frees_the_port(serve):

@@ -35,6 +35,7 @@ from xllm_py.openai.exchange import Exchange, Handler, HeaderList, Message, Plai
 from xllm_py.openai.generation import Generation
 from xllm_py.openai.host_check import check_host
 from xllm_py.openai.intake import Intake
+from xllm_py.openai.key_check import KeyRing
 from xllm_py.openai.measures import Measures
 from xllm_py.openai.plain_routes import PlainRoutes
 from xllm_py.openai.route_table import RouteTable
@@ -66,13 +67,14 @@ class App:
     ) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
-        self._settings = settings
+        self.settings = settings
         self._clock = clock
         self._tasks = TaskFamily("http")
         self._open: set[Exchange] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._keys = KeyRing(settings.api_keys)
         self._measures = Measures(metrics, lambda: len(self._open))
         self._intake = Intake(
             backend,
@@ -88,6 +90,7 @@ class App:
             settings=settings,
             metrics=metrics,
             draining=lambda: self._draining,
+            keys=self._keys,
         )
         self._routes = self._table({**plain.table(), **(extra_routes or {})})
 
@@ -97,7 +100,7 @@ class App:
             ("POST", "/v1/chat/completions"): functools.partial(self._generate, chat=True),
         }
         for (method, path), handler in plain.items():
-            if path.startswith("/debug/") and not self._settings.debug_endpoints:
+            if path.startswith("/debug/") and not self.settings.debug_endpoints:
                 continue
             routes[(method, path)] = functools.partial(self._run_plain, handler=handler)
         return RouteTable(routes)
@@ -174,7 +177,8 @@ class App:
         _log.debug("request ended with an error", label=exchange.label, code=error.code)
 
     async def _dispatch(self, exchange: Exchange) -> None:
-        check_host(exchange.headers.get("host"), self._settings.allowed_hosts)
+        check_host(exchange.headers.get("host"), self.settings.allowed_hosts)
+        self._keys.check(exchange.path, exchange.headers.get("authorization"))
         answerer, params = self._routes.find(exchange.method, exchange.path)
         await answerer(exchange, params)
 
@@ -184,7 +188,7 @@ class App:
         body = b""
         if exchange.has_body:
             body = await self._read(exchange)
-        async with self._deadline(self._settings.request_timeout_s):
+        async with self._deadline(self.settings.request_timeout_s):
             status, value = await handler(exchange.request(params, body))
         if isinstance(value, Plain):
             await exchange.respond(
@@ -201,7 +205,7 @@ class App:
             timeout_s = self._timeout_s(exchange)
             async with self._deadline(timeout_s):
                 data = await self._read(exchange)
-                async with exchange.attended(self._tasks, self._settings.keepalive_s):
+                async with exchange.attended(self._tasks, self.settings.keepalive_s):
                     left_s = timeout_s - (self._clock.now() - exchange.arrived)
                     take = self._intake.chat if chat else self._intake.completion
                     order = await take(data, left_s)
@@ -223,13 +227,13 @@ class App:
     def _admit(self) -> None:
         if self._draining:
             raise Draining("the server is stopping; send the request to another one")
-        if len(self._open) >= self._settings.open_limit:
+        if len(self._open) >= self.settings.open_limit:
             raise ConcurrencyLimit(
                 f"{len(self._open)} requests are open, which is the limit; try again soon"
             )
 
     async def _read(self, exchange: Exchange) -> bytes:
-        settings = self._settings
+        settings = self.settings
         return await exchange.read_json(
             limit=settings.max_body_bytes, timeout_s=settings.read_timeout_s
         )
@@ -238,7 +242,7 @@ class App:
         """The request's time: the client's header may only shorten ours."""
         header = exchange.headers.get("x-request-timeout")
         if header is None:
-            return self._settings.request_timeout_s
+            return self.settings.request_timeout_s
         try:
             asked = float(header)
         except ValueError:
@@ -247,7 +251,7 @@ class App:
             raise InvalidValue(
                 "x-request-timeout must be a positive number of seconds", param="x-request-timeout"
             )
-        return min(asked, self._settings.request_timeout_s)
+        return min(asked, self.settings.request_timeout_s)
 
     @asynccontextmanager
     async def _deadline(self, timeout_s: float) -> AsyncGenerator[None, None]:

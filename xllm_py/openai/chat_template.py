@@ -37,7 +37,7 @@ class _Renderer:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "xllm_py.openai.template_child", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "xllm_py.openai.template_child", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={

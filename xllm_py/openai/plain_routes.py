@@ -11,6 +11,7 @@ from xllm_py.base.metrics import CONTENT_TYPE, Metrics
 from xllm_py.openai.backend import Backend, ServedModel
 from xllm_py.openai.exchange import Handler, Plain, Request
 from xllm_py.openai.intake import Intake
+from xllm_py.openai.key_check import KeyRing
 from xllm_py.openai.schema import DetokenizeBody, TokenizeBody
 from xllm_py.openai.settings import HttpSettings
 from xllm_py.openai.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class PlainRoutes:
         settings: HttpSettings,
         metrics: Metrics,
         draining: Callable[[], bool],
+        keys: KeyRing,
     ) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
@@ -47,6 +49,7 @@ class PlainRoutes:
         self._settings = settings
         self._metrics = metrics
         self._draining = draining
+        self._keys = keys
 
     def table(self) -> dict[tuple[str, str], Handler]:
         """(method, pattern) -> handler."""
@@ -88,12 +91,14 @@ class PlainRoutes:
     async def ready(self, request: Request) -> tuple[int, object]:
         """Whether a request would be served now, and if not, why."""
         state = self._backend.ready()
-        if self._draining():
-            return 503, {"status": "not_ready", "reasons": ["draining"], "details": []}
-        if not state.ready:
-            reasons, details = list(state.reasons), list(state.details)
-            return 503, {"status": "not_ready", "reasons": reasons, "details": details}
-        return 200, {"status": "ready", **({"mode": state.mode} if state.mode else {})}
+        if state.ready and not self._draining():
+            return 200, {"status": "ready", **({"mode": state.mode} if state.mode else {})}
+        answer: dict[str, object] = {"status": "not_ready"}
+        if self._keys.holder(request.headers.get("authorization")) is not None:
+            draining = self._draining()
+            answer["reasons"] = ["draining"] if draining else list(state.reasons)
+            answer["details"] = [] if draining else list(state.details)
+        return 503, answer
 
     async def version(self, request: Request) -> tuple[int, object]:
         """Name, version and what the daemon knows of its libraries and device."""

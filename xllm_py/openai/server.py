@@ -20,7 +20,6 @@ from xllm_py.base.errors import PortInUse, UsageError
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.openai.app import App
 from xllm_py.openai.protocol import limited_protocol
-from xllm_py.openai.settings import HttpSettings
 
 _log = log.get(__name__)
 _BACKLOG = 2048
@@ -113,7 +112,6 @@ async def serve_http(
     host: str,
     port: int,
     *,
-    settings: HttpSettings,
     family: socket.AddressFamily = socket.AF_UNSPEC,
     ssl: dict[str, Any] | None = None,
 ) -> HttpServer:
@@ -121,6 +119,7 @@ async def serve_http(
 
     ssl: `ssl_certfile` and `ssl_keyfile` paths, or None for plain HTTP.
     """
+    settings = app.settings
     listener = bind(host, port, family)
     # what it says of a connection is either answered by us or nobody's business
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

@@ -26,6 +26,7 @@ class HttpSettings:
     serve_metrics: bool = True
     # names the Host header may carry beside `localhost` and IP addresses; "*": any
     allowed_hosts: frozenset[str] = frozenset()
+    api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> key; empty: open
     version: Mapping[str, str] = field(default_factory=dict)  # further fields of /version
 
     @property

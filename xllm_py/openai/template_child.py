@@ -157,6 +157,7 @@ def _limit_cpu() -> None:
 
 def main(fd: int) -> None:
     """Serve until the parent closes its end."""
+    # fires when the thread that started us ends: the main one, or one of the door's own threads
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))

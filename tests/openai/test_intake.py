@@ -1,0 +1,126 @@
+"""Every wrong request body gets its status, code and path before any backend hears of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.openai.support import check_error, make_door
+
+USER = {"role": "user", "content": "hi"}
+
+
+ERRORS = [
+    ({"prompt": ""}, 400, "invalid_value", "prompt"),
+    ({"prompt": []}, 400, "invalid_value", "prompt"),
+    ({"prompt": [[]]}, 400, "invalid_value", "prompt"),
+    ({"prompt": ["a", [1]]}, 400, "invalid_type", "prompt"),
+    ({"prompt": ["a"] * 65}, 400, "invalid_value", "prompt"),
+    ({"prompt": [300]}, 400, "invalid_value", "prompt"),
+    ({"prompt": [-1]}, 400, "invalid_value", "prompt"),
+    ({"prompt": "x" * 256}, 400, "context_length_exceeded", "prompt"),
+    ({"max_tokens": 256}, 400, "context_length_exceeded", "max_tokens"),
+    ({"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
+    ({"max_tokens": -(2**70)}, 400, "invalid_value", "max_tokens"),
+    ({"temperature": 2.1}, 400, "invalid_value", "temperature"),
+    ({"temperature": -0.1}, 400, "invalid_value", "temperature"),
+    ({"top_p": 0}, 400, "invalid_value", "top_p"),
+    ({"top_k": 0}, 400, "invalid_value", "top_k"),
+    ({"min_p": 1.5}, 400, "invalid_value", "min_p"),
+    ({"seed": 2**63}, 400, "invalid_value", "seed"),
+    ({"stop": ""}, 400, "invalid_value", "stop"),
+    ({"stop": ["a"] * 5}, 400, "invalid_value", "stop"),
+    ({"stop": "x" * 65}, 400, "invalid_value", "stop"),
+    ({"stop_token_ids": [-1]}, 400, "invalid_value", "stop_token_ids"),
+    ({"stop_token_ids": [1] * 65}, 400, "invalid_value", "stop_token_ids"),
+    ({"user": "x" * 129}, 400, "invalid_value", "user"),
+    ({"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options"),
+    ({"model": "other"}, 404, "model_not_found", "model"),
+    ({"n": 2}, 400, "unsupported_value", "n"),
+    ({"best_of": 2}, 400, "unsupported_value", "best_of"),
+    ({"logprobs": 0}, 400, "unsupported_value", "logprobs"),
+    ({"echo": True}, 400, "unsupported_value", "echo"),
+    ({"presence_penalty": 0.1}, 400, "unsupported_value", "presence_penalty"),
+    ({"frequency_penalty": 0.1}, 400, "unsupported_value", "frequency_penalty"),
+    ({"repetition_penalty": 1.1}, 400, "unsupported_value", "repetition_penalty"),
+    ({"logit_bias": {"1": 1}}, 400, "unsupported_value", "logit_bias"),
+    ({"beam_width": 2}, 400, "unsupported_value", "beam_width"),
+    (
+        {"response_format": {"type": "json_object"}},
+        400,
+        "unsupported_value",
+        "response_format.type",
+    ),
+]
+CHAT_ERRORS = [
+    ({"messages": []}, 400, "invalid_value", "messages"),
+    ({"messages": [USER] * 1025}, 400, "invalid_value", "messages"),
+    ({"messages": [{**USER, "role": "god"}]}, 400, "invalid_value", "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, 400, "invalid_value", "messages[0].content"),
+    (
+        {"messages": [USER, {"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "unsupported_value",
+        "messages[1].content[0]",
+    ),
+    ({"messages": [{**USER, "content": "x" * 300}]}, 400, "context_length_exceeded", "messages"),
+    ({"tools": [{"type": "function"}]}, 400, "unsupported_field", "tools"),
+    ({"tool_choice": "required"}, 400, "unsupported_value", "tool_choice"),
+    ({"tool_choice": {"type": "function"}}, 400, "unsupported_value", "tool_choice"),
+    ({"logprobs": True}, 400, "unsupported_value", "logprobs"),
+    ({"top_logprobs": 3}, 400, "unsupported_value", "top_logprobs"),
+    ({"modalities": ["audio"]}, 400, "unsupported_value", "modalities"),
+    ({"functions": []}, 400, "unsupported_field", "functions"),
+    ({"chat_template": "{{ 1 }}"}, 400, "unsupported_field", "chat_template"),
+    (
+        {"chat_template_kwargs": {"messages": []}},
+        400,
+        "unsupported_field",
+        "chat_template_kwargs.messages",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "code", "param"), ERRORS)
+async def test_a_wrong_completion_gets_its_code(door, fields, status, code, param):
+    for stream in (False, True):
+        body = {"model": "tiny", "prompt": "x", "stream": stream, **fields}
+        if "stream_options" in fields:
+            body["stream"] = False
+        check_error(await door.ask("POST", "/v1/completions", body), status, code, param)
+    assert door.backend.submissions == []
+
+
+@pytest.mark.parametrize(("fields", "status", "code", "param"), CHAT_ERRORS)
+async def test_a_wrong_chat_gets_its_code(door, fields, status, code, param):
+    body = {"model": "tiny", "messages": [USER], **fields}
+    check_error(await door.ask("POST", "/v1/chat/completions", body), status, code, param)
+    assert door.backend.submissions == []
+
+
+async def test_neutral_values_of_unbuilt_features_pass(door):
+    both = {
+        "n": 1,
+        "best_of": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "beam_width": 1,
+    }
+    assert (await door.complete("x", echo=False, logprobs=None, **both)).status == 200
+    chat = {"logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "none"}
+    assert (await door.chat("x", **chat, modalities=["text"], **both)).status == 200
+
+
+async def test_unknown_fields_are_stripped_and_counted(door):
+    answer = await door.complete("x", routing={"to": "evil"}, token_ids=[9], store=True)
+    assert answer.status == 200
+    assert door.metric("xllm_ignored_fields_total") == 3
+
+
+async def test_a_folder_without_template_refuses_chats_only(model_folder):
+    door = make_door(model_folder)
+    check_error(await door.chat(), 400, "unsupported_field", "messages")
+    assert (await door.complete("x")).status == 200
+    await door.app.close()

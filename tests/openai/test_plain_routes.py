@@ -1,0 +1,107 @@
+"""Models, health, readiness, tokenize, version, metrics, labels, extra routes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.openai.support import MODEL, EchoBackend, make_door
+from xllm_py.openai.backend import Readiness
+
+
+async def test_models_are_listed_and_found(make):
+    model = dataclasses.replace(MODEL, name="org/tiny")
+    door = make(backend=EchoBackend(served=(MODEL, model)))
+    listed = (await door.ask("GET", "/v1/models")).json()
+    assert [row["id"] for row in listed["data"]] == ["tiny", "org/tiny"]
+    row = (await door.ask("GET", "/v1/models/org/tiny")).json()
+    assert row == {
+        "id": "org/tiny",
+        "object": "model",
+        "created": 7,
+        "owned_by": "xllm",
+        "max_model_len": 256,
+    }
+
+
+@pytest.mark.parametrize("path", ["/ready", "/health/ready"])
+async def test_readiness_says_why_not(make, path):
+    door = make()
+    door.backend.state = Readiness(ready=True, mode="pd")
+    assert (await door.ask("GET", path)).json() == {"status": "ready", "mode": "pd"}
+    door.backend.state = Readiness(
+        ready=False, reasons=("no_instances",), details=("no decode instance is linked",)
+    )
+    answer = await door.ask("GET", path)
+    assert answer.status == 503
+    assert answer.json()["reasons"] == ["no_instances"]
+    assert answer.json()["details"] == ["no decode instance is linked"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live"])
+async def test_health_is_about_this_process_and_recovers(make, path):
+    door = make()
+    door.backend.state = Readiness(ready=False, reasons=("no_instances",))
+    assert (await door.ask("GET", path)).json() == {"status": "healthy"}
+    door.backend.state = Readiness(ready=False, reasons=("engine_stalled",))
+    assert (await door.ask("GET", path)).status == 503
+    door.backend.state = Readiness(ready=True)
+    assert (await door.ask("GET", path)).status == 200
+
+
+async def test_tokenize_and_detokenize_are_inverse(door):
+    answer = await door.ask("POST", "/tokenize", {"prompt": "☃<|end|>"})
+    tokens = answer.json()["tokens"]
+    assert answer.json()["count"] == len(tokens) == 4
+    back = await door.ask("POST", "/detokenize", {"tokens": tokens})
+    assert back.json() == {"prompt": "☃<|end|>"}
+    bad = await door.ask("POST", "/detokenize", {"tokens": [-1]})
+    assert bad.error["param"] == "tokens"
+
+
+async def test_version_and_metrics_answer(make):
+    door = make(version={"device": "cpu:0"})
+    version = (await door.ask("GET", "/version")).json()
+    assert version["name"] == "xllm_py"
+    assert version["device"] == "cpu:0"
+    await door.complete("abc", stream=True)
+    text = (await door.ask("GET", "/metrics")).body.decode()
+    assert "xllm_prompt_tokens_total 3.0" in text
+    assert "xllm_generation_tokens_total 3.0" in text
+    assert "xllm_time_to_first_token_seconds_count 1.0" in text
+    assert "xllm_inter_token_latency_seconds_count 2.0" in text
+    assert "xllm_e2e_request_latency_seconds_count 1.0" in text
+    assert 'xllm_requests_total{code="200"} 2.0' in text
+
+
+async def test_labels_are_echoed_and_never_become_ids(door):
+    body = {"model": "tiny", "prompt": "x"}
+    headers = {"x-request-id": "my-label", "x-request-time": "12:00"}
+    answer = await door.ask("POST", "/v1/completions", body, headers=headers)
+    assert answer.headers["x-request-id"] == "my-label"
+    assert answer.headers["x-request-time"] == "12:00"
+    assert "my-label" not in door.backend.submissions[0].request_id
+    answer = await door.ask("POST", "/v1/completions", body, headers={"x-request-id": "a b\r\n"})
+    assert answer.headers["x-request-id"].startswith("req-")
+    answer = await door.complete("x", request_id="from-body")
+    assert answer.headers["x-request-id"] == "from-body"
+
+
+async def test_extra_routes_of_a_daemon_are_served(model_folder):
+    async def ledger(request):
+        return 200, {"free": 3}
+
+    async def drain(request):
+        return 202, {"name": request.params["name"], "body": request.body.decode()}
+
+    routes = {("GET", "/debug/ledger"): ledger, ("POST", "/admin/instances/{name}/drain"): drain}
+    closed = make_door(model_folder, extra_routes=routes)
+    assert (await closed.ask("GET", "/debug/ledger")).status == 404
+    answer = await closed.ask("POST", "/admin/instances/127.0.0.1:8010/drain", {"mode": "move"})
+    assert answer.status == 202
+    assert answer.json() == {"name": "127.0.0.1:8010", "body": '{"mode": "move"}'}
+    opened = make_door(model_folder, extra_routes=routes, debug_endpoints=True)
+    assert (await opened.ask("GET", "/debug/ledger")).json() == {"free": 3}
+    await closed.app.close()
+    await opened.app.close()
