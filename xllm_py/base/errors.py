@@ -171,3 +171,7 @@ class LayoutMismatch(InternalError):
 
 class PeerUnavailable(InternalError):
     """A control call to a peer failed or timed out; the peer may or may not have acted on it."""
+
+
+class StaleIncarnation(PeerUnavailable):
+    """The process that was addressed ended, and another one answers at its address; it did not act."""

@@ -1,0 +1,224 @@
+"""Protobuf messages of streams and heartbeats to our values and back; the other half of convert.
+
+The columns of an up-message are the hot path: one message per engine step with all its requests.
+"""
+
+from __future__ import annotations
+
+from xllm_py.cluster.instance_info import Role
+from xllm_py.cluster.load import Load, Progress
+from xllm_py.control.bounds import (
+    MAX_ENTRIES,
+    MAX_MOMENTS,
+    MAX_TEXT,
+    check,
+    column,
+    label,
+    labels,
+    sparse,
+)
+from xllm_py.control.pb import xllm_pb2 as pb
+from xllm_py.core.plan import Outputs
+from xllm_py.wire import control_messages as cm
+from xllm_py.wire.messages import Verdicts
+
+
+def from_up(up: cm.GenerationsUp) -> pb.GenerationsUp:
+    """To protobuf."""
+    outputs, verdicts = up.outputs, up.verdicts
+    reasons = {entry: reason for entry, reason in enumerate(outputs.finish_reasons) if reason}
+    journeys = {entry: pb.Journey(moments=at) for entry, at in outputs.journeys.items()}
+    return pb.GenerationsUp(
+        name=up.name,
+        incarnation=up.incarnation,
+        sequence=up.sequence,
+        outputs=pb.Outputs(
+            step=outputs.step,
+            request_ids=outputs.request_ids,
+            attempts=outputs.attempts,
+            choices=outputs.choices,
+            positions=outputs.positions,
+            token_ids=outputs.token_ids,
+            finish_reasons=reasons,
+            messages=outputs.messages,
+            cached_tokens=outputs.cached_tokens,
+            journeys=journeys,
+        ),
+        verdicts=pb.Verdicts(
+            request_ids=verdicts.request_ids,
+            attempts=verdicts.attempts,
+            kinds=verdicts.kinds,
+            reasons=verdicts.reasons,
+            num_bytes=verdicts.num_bytes,
+            seconds=verdicts.seconds,
+        ),
+    )
+
+
+def to_up(message: pb.GenerationsUp) -> cm.GenerationsUp:
+    """From protobuf."""
+    return cm.GenerationsUp(
+        name=label(message.name),
+        incarnation=label(message.incarnation),
+        sequence=message.sequence,
+        outputs=_to_outputs(message.outputs),
+        verdicts=_to_verdicts(message.verdicts),
+    )
+
+
+def _to_outputs(message: pb.Outputs) -> Outputs:
+    request_ids = labels(message.request_ids)
+    length = len(request_ids)
+    finish_reasons = [""] * length
+    for entry, reason in sparse(message.finish_reasons, length, "finish_reasons").items():
+        finish_reasons[entry] = label(reason)
+    messages = sparse(message.messages, length, "messages")
+    journeys = sparse(message.journeys, length, "journeys")
+    return Outputs(
+        step=message.step,
+        request_ids=request_ids,
+        attempts=column(message.attempts, length, "attempts"),
+        choices=column(message.choices, length, "choices"),
+        positions=column(message.positions, length, "positions"),
+        token_ids=column(message.token_ids, length, "token_ids"),
+        finish_reasons=finish_reasons,
+        messages={entry: text[:MAX_TEXT] for entry, text in messages.items()},
+        cached_tokens=sparse(message.cached_tokens, length, "cached_tokens"),
+        journeys={entry: _to_moments(journey) for entry, journey in journeys.items()},
+    )
+
+
+def _to_moments(message: pb.Journey) -> dict[str, float]:
+    check(len(message.moments) <= MAX_MOMENTS, "too many moments")
+    return dict(message.moments)
+
+
+def _to_verdicts(message: pb.Verdicts) -> Verdicts:
+    request_ids = labels(message.request_ids)
+    length = len(request_ids)
+    return Verdicts(
+        request_ids=request_ids,
+        attempts=column(message.attempts, length, "attempts"),
+        kinds=column(labels(message.kinds), length, "kinds"),
+        reasons=column(labels(message.reasons), length, "reasons"),
+        num_bytes=column(message.num_bytes, length, "num_bytes"),
+        seconds=column(message.seconds, length, "seconds"),
+    )
+
+
+def from_down(down: cm.GenerationsDown) -> pb.GenerationsDown:
+    """To protobuf."""
+    cancels = down.cancels
+    return pb.GenerationsDown(
+        acks=_from_positions(down.acks),
+        again=_from_positions(down.again),
+        cancels=pb.Cancels(request_ids=cancels.request_ids, attempts=cancels.attempts),
+    )
+
+
+def to_down(message: pb.GenerationsDown) -> cm.GenerationsDown:
+    """From protobuf."""
+    request_ids = labels(message.cancels.request_ids)
+    attempts = column(message.cancels.attempts, len(request_ids), "attempts")
+    return cm.GenerationsDown(
+        acks=_to_positions(message.acks),
+        again=_to_positions(message.again),
+        cancels=cm.Cancels(request_ids=request_ids, attempts=attempts),
+    )
+
+
+def _from_positions(positions: cm.Positions) -> pb.Positions:
+    return pb.Positions(
+        request_ids=positions.request_ids,
+        attempts=positions.attempts,
+        choices=positions.choices,
+        nexts=positions.nexts,
+    )
+
+
+def _to_positions(message: pb.Positions) -> cm.Positions:
+    request_ids = labels(message.request_ids)
+    length = len(request_ids)
+    return cm.Positions(
+        request_ids=request_ids,
+        attempts=column(message.attempts, length, "attempts"),
+        choices=column(message.choices, length, "choices"),
+        nexts=column(message.nexts, length, "nexts"),
+    )
+
+
+# --- heartbeats
+
+
+def from_heartbeat(beat: cm.Heartbeat) -> pb.HeartbeatRequest:
+    """To protobuf."""
+    load, progress = beat.load, beat.progress
+    links = [
+        pb.LinkState(
+            peer=link.peer, incarnation=link.incarnation, linked=link.linked, reason=link.reason
+        )
+        for link in beat.links
+    ]
+    return pb.HeartbeatRequest(
+        name=beat.name,
+        incarnation=beat.incarnation,
+        sequence=beat.sequence,
+        state=beat.state,
+        role=beat.role.value,
+        load=pb.Load(
+            waiting_requests=load.waiting_requests,
+            running_requests=load.running_requests,
+            total_blocks=load.total_blocks,
+            free_blocks=load.free_blocks,
+            reserved_blocks=load.reserved_blocks,
+            oldest_wait_s=load.oldest_wait_s,
+            recent_max_ttft_s=load.recent_max_ttft_s,
+            recent_max_tbt_s=load.recent_max_tbt_s,
+        ),
+        progress=pb.Progress(
+            steps=progress.steps,
+            tokens=progress.tokens,
+            step_age_s=progress.step_age_s,
+            announced_s=progress.announced_s,
+        ),
+        links=links,
+    )
+
+
+def to_heartbeat(message: pb.HeartbeatRequest) -> cm.Heartbeat:
+    """From protobuf."""
+    check(message.role in {role.value for role in Role}, f"role {message.role}")
+    check(len(message.links) <= MAX_ENTRIES, "too many links")
+    load, progress = message.load, message.progress
+    return cm.Heartbeat(
+        name=label(message.name),
+        incarnation=label(message.incarnation),
+        sequence=message.sequence,
+        state=label(message.state),
+        role=Role(message.role),
+        load=Load(
+            waiting_requests=load.waiting_requests,
+            running_requests=load.running_requests,
+            total_blocks=load.total_blocks,
+            free_blocks=load.free_blocks,
+            reserved_blocks=load.reserved_blocks,
+            oldest_wait_s=load.oldest_wait_s,
+            recent_max_ttft_s=load.recent_max_ttft_s,
+            recent_max_tbt_s=load.recent_max_tbt_s,
+        ),
+        progress=Progress(
+            steps=progress.steps,
+            tokens=progress.tokens,
+            step_age_s=progress.step_age_s,
+            announced_s=progress.announced_s,
+        ),
+        links=tuple(
+            cm.LinkState(
+                peer=label(link.peer),
+                incarnation=label(link.incarnation),
+                linked=link.linked,
+                reason=link.reason[:MAX_TEXT],
+            )
+            for link in message.links
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Generated from ../xllm.proto by scripts/gen_proto.sh; checked in, never edited."""
