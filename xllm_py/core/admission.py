@@ -33,17 +33,19 @@ class Admission:
         num_prompt = len(submission.prompt_ids)
         if not num_prompt:
             raise InvalidValue("the prompt is empty; at least one token is needed", param="prompt")
-        ids = submission.prompt_ids
-        if min(ids) < 0 or max(ids) >= self._facts.vocab_size:
-            raise InvalidValue(
-                f"a token id lies outside the vocabulary of {self._facts.vocab_size}",
-                param="prompt",
-            )
+        for ids in (submission.prompt_ids, submission.generated_ids):
+            if ids and not (self.in_vocabulary(min(ids)) and self.in_vocabulary(max(ids))):
+                raise InvalidValue(
+                    f"a token id lies outside the vocabulary of {self._facts.vocab_size}",
+                    param="prompt",
+                )
         if num_prompt >= self._facts.max_model_len:
             raise ContextLengthExceeded(
                 f"the prompt has {num_prompt} tokens; the model takes {self._facts.max_model_len} "
                 "with the answer. Shorten the prompt"
             )
+        if num_prompt + len(submission.generated_ids) >= self.max_len(submission):
+            raise InvalidValue("the tokens generated so far are the whole answer already")
         self._check_blocks(submission, decode_here)
         limit = self._config.max_tokens_per_batch
         if not self._config.enable_chunked_prefill and num_prompt > limit:
@@ -51,6 +53,10 @@ class Admission:
                 f"the prompt has {num_prompt} tokens; without chunked prefill at most {limit} "
                 "are computed in one step"
             )
+
+    def in_vocabulary(self, token_id: int) -> bool:
+        """Whether the model knows this token; an id from a peer may lie anywhere."""
+        return 0 <= token_id < self._facts.vocab_size
 
     def _check_blocks(self, submission: Submission, decode_here: bool) -> None:
         tokens = len(submission.prompt_ids) + len(submission.generated_ids)
@@ -83,6 +89,7 @@ class Tombstones:
     def bury(self, request_id: str, attempt: int, now: float) -> None:
         """attempt 0 stands for any."""
         self._until[request_id, attempt] = now + TOMBSTONE_S
+        self._until.move_to_end((request_id, attempt))  # the oldest stay in front
         while len(self._until) > _MAX_TOMBSTONES:
             self._until.popitem(last=False)
 

@@ -2,10 +2,10 @@
 
 Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones, oldest first,
 until tokens, rows or blocks run out. A request that needs a block when none is free preempts the youngest running one, whose
-blocks are freed and whose tokens are computed again later. A request that is to be given away gets all its blocks when it is
+blocks are freed and whose tokens are computed again later; the youngest itself waits with what it has. A request that is to be given away gets all its blocks when it is
 admitted and is never preempted, because the transport may be reading them.
 
-Used by the scheduler alone. Victims are never older than the request they give way to, so what is already in a plan stays.
+Used by the scheduler alone. Victims are younger than the request they give way to, so what is already in a plan stays.
 """
 
 from __future__ import annotations
@@ -117,20 +117,21 @@ class Batch:
         if missing <= 0:
             return True
         while missing > self._blocks.num_free:
-            victim = self._victim()
+            victim = self._victim(request)
             if victim is None:
                 return False
             self._preempt(victim)
-            if victim is request:
-                return False
         fresh = self._blocks.allocate(missing)
         request.block_ids += fresh
         plan.grown_rows.extend([request.row] * missing)
         plan.grown_blocks.extend(fresh)
         return True
 
-    def _victim(self) -> Request | None:
+    def _victim(self, needy: Request) -> Request | None:
+        """The youngest that runs and is younger than the needy one; without any, that one waits with what it has."""
         for request in reversed(self.running):
+            if request is needy:
+                return None
             if not request.to_give:
                 return request
         return None

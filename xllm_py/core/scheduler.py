@@ -234,12 +234,13 @@ class Scheduler:
     def abort(self, request_id: str, attempt: int, now: float) -> str:
         """End a request nobody waits for; attempt 0 means any. Returns its state, empty when it is unknown.
 
-        An id not yet known leaves a tombstone, so that a submission that arrives later dies at once.
+        It leaves a tombstone, so that a submission that arrives later, or once more, dies at once.
         """
         request = self._requests.get(request_id)
         if request is None or attempt not in (0, request.submission.attempt):
             self._tombstones.bury(request_id, attempt, now)
             return ""
+        self._tombstones.bury(request_id, request.submission.attempt, now)
         found = request.state.value
         self._finish(request, FINISH_ABORT, now)
         return found

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xllm_py.core.block_manager import BlockManager, Holding
+
+
+def test_blocks_come_side_by_side_when_the_cache_is_fresh() -> None:
+    blocks = BlockManager(8, 4)
+    assert blocks.allocate(3) == [0, 1, 2]
+    assert blocks.allocate(2) == [3, 4]
+
+
+def test_scattered_blocks_come_in_ascending_order() -> None:
+    blocks = BlockManager(6, 4)
+    held = blocks.allocate(6)
+    for block in (4, 0, 2):
+        blocks.free([block])
+    assert held
+    assert blocks.allocate(3) == [0, 2, 4]
+
+
+def test_freeing_twice_is_an_error() -> None:
+    blocks = BlockManager(4, 4)
+    held = blocks.allocate(2)
+    blocks.free(held)
+    with pytest.raises(ValueError, match="FREE, not ACTIVE"):
+        blocks.free(held)
+
+
+def test_freeing_what_is_held_for_something_else_is_an_error() -> None:
+    blocks = BlockManager(4, 4)
+    staged = blocks.allocate(2, Holding.STAGED)
+    with pytest.raises(ValueError, match="STAGED, not ACTIVE"):
+        blocks.free(staged)
+
+
+def test_more_blocks_than_are_free_are_not_given() -> None:
+    blocks = BlockManager(4, 4)
+    blocks.allocate(3)
+    with pytest.raises(ValueError, match="2 blocks wanted, 1 free"):
+        blocks.allocate(2)
+    assert blocks.num_free == 1
+
+
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 4), (4, 0)])
+def test_a_cache_without_room_is_refused(num_blocks: int, block_size: int) -> None:
+    with pytest.raises(ValueError, match="blocks of"):
+        BlockManager(num_blocks, block_size)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_a_partial_block_counts_whole(tokens: int, blocks: int) -> None:
+    assert BlockManager(4, 4).blocks_for(tokens) == blocks
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), max_size=60))
+def test_every_block_has_one_holder_and_the_counts_agree(moves: list[tuple[int, int]]) -> None:
+    blocks = BlockManager(12, 4)
+    held: dict[Holding, list[list[int]]] = {holding: [] for holding in Holding}
+    for kind, count in moves:
+        if kind < 2 and count <= blocks.num_free:
+            holding = Holding.ACTIVE if kind == 0 else Holding.STAGED
+            held[holding].append(blocks.allocate(count, holding))
+        elif kind == 2 and held[Holding.STAGED]:
+            taken = held[Holding.STAGED].pop(count % len(held[Holding.STAGED]))
+            blocks.move(taken, Holding.STAGED, Holding.QUARANTINED)
+            held[Holding.QUARANTINED].append(taken)
+        elif kind == 3:
+            for holding in (Holding.QUARANTINED, Holding.ACTIVE):
+                if held[holding]:
+                    blocks.free(held[holding].pop(), holding)
+                    break
+        owned = [block for groups in held.values() for group in groups for block in group]
+        assert len(set(owned)) == len(owned)
+        counts = blocks.counts()
+        assert counts["free"] == blocks.num_free == 12 - len(owned)
+        assert counts["active"] == sum(map(len, held[Holding.ACTIVE]))
+        assert counts["staged"] == sum(map(len, held[Holding.STAGED]))
+        assert counts["quarantined"] == sum(map(len, held[Holding.QUARANTINED]))
