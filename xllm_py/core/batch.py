@@ -51,6 +51,11 @@ class Batch:
         return planned
 
     @property
+    def preempted(self) -> bool:
+        """Whether somebody who ran already waits for room; they go before anybody new."""
+        return bool(self.waiting) and self.waiting[0].num_preemptions > 0
+
+    @property
     def num_rows(self) -> int:
         """Rows in use."""
         return self._config.max_seqs_per_batch - len(self._free_rows)

@@ -8,10 +8,13 @@ Used by the scheduler alone; the request itself and its state belong to the sche
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from xllm_py.core.block_manager import BlockManager, Holding
 from xllm_py.core.request import FirstToken, OfferAnswer, Request
+
+_MAX_PAST = 1000  # grants remembered after their request ended
 
 
 @dataclass(slots=True)
@@ -19,6 +22,7 @@ class _Reservation:
     grant: bytes
     expires: float
     landed: bool = False
+    released: bool = False  # the transport forgot the grant after it had landed
     first: FirstToken | None = None
 
 
@@ -30,6 +34,7 @@ class Reservations:
         self._blocks = blocks
         self._open: dict[str, tuple[Request, _Reservation]] = {}
         self._run: dict[str, bytes] = {}  # requests that came by a grant, while they run
+        self._past: OrderedDict[tuple[str, int], bytes] = OrderedDict()  # the same, ended since
         self._ended: list[tuple[str, int, bytes]] = []
         self._quarantine: dict[tuple[str, int], list[int]] = {}
 
@@ -45,27 +50,26 @@ class Reservations:
         self._open[request.request_id] = (request, _Reservation(grant, now + self._ttl_s))
         return self._answer(request, grant)
 
-    def repeat(self, request: Request, now: float) -> OfferAnswer:
+    def repeat(self, request: Request, attempt: int, now: float) -> OfferAnswer:
         """The same offer again: the same grant, with a new expiry; or, when it runs already, the grant it came by."""
+        if request.submission.attempt != attempt:
+            text = "a later attempt of the request is here already"
+            return refusal(request.request_id, attempt, "cancelled", text)
         if request.request_id in self._open:
             held = self._open[request.request_id][1]
             held.expires = now + self._ttl_s
             return self._answer(request, held.grant)
         if request.request_id in self._run:
             return self._answer(request, self._run[request.request_id])
-        return OfferAnswer(
-            request_id=request.request_id,
-            attempt=request.submission.attempt,
-            refusal="invalid",
-            text="the request is here already and did not come by an offer",
-        )
+        text = "the request is here already and did not come by an offer"
+        return refusal(request.request_id, attempt, "invalid", text)
 
     def _answer(self, request: Request, grant: bytes) -> OfferAnswer:
         return OfferAnswer(
             request_id=request.request_id,
             attempt=request.submission.attempt,
             grant=grant,
-            num_blocks=self._blocks.blocks_for(request.num_prompt),
+            num_blocks=self._blocks.blocks_for(request.num_submitted),
             expires_s=self._ttl_s,
         )
 
@@ -87,9 +91,14 @@ class Reservations:
         held.expires = now + self._ttl_s
         return True
 
-    def ran_by(self, request: Request, grant: bytes) -> bool:
-        """Whether a running request came by this grant: its first token was told twice."""
-        return self._run.get(request.request_id) == grant
+    def ran_by(self, first: FirstToken) -> bool:
+        """Whether a request that runs or has ended came by this grant: its first token was told twice."""
+        past = self._past.get((first.request_id, first.attempt))
+        return first.grant in (past, self._run.get(first.request_id))
+
+    def has_run(self, request_id: str, attempt: int) -> bool:
+        """Whether a request came by a grant and ended lately."""
+        return (request_id, attempt) in self._past
 
     def close_when_complete(self, request: Request) -> FirstToken | None:
         """When nothing is missing any more: the reservation is over, the first token comes back."""
@@ -100,17 +109,24 @@ class Reservations:
         self._run[request.request_id] = held.grant
         return held.first
 
-    def forget(self, request_id: str) -> None:
-        """A request that came by a grant has ended."""
-        self._run.pop(request_id, None)
+    def ran(self, request: Request) -> None:
+        """A running request has ended; its grant is remembered for a while, when it came by one."""
+        grant = self._run.pop(request.request_id, None)
+        if grant is not None:
+            self._past[request.request_id, request.submission.attempt] = grant
+            if len(self._past) > _MAX_PAST:
+                self._past.popitem(last=False)
 
     def end(self, request: Request) -> None:
         """It will never run: the blocks wait until the transport says that nothing can be written any more."""
         _, held = self._open.pop(request.request_id)
-        key = (request.request_id, request.submission.attempt)
-        self._ended.append((*key, held.grant))
-        self._blocks.move(request.block_ids, Holding.STAGED, Holding.QUARANTINED)
-        self._quarantine[key] = request.block_ids
+        if held.released:
+            self._blocks.free(request.block_ids, Holding.STAGED)
+        else:
+            key = (request.request_id, request.submission.attempt)
+            self._ended.append((*key, held.grant))
+            self._blocks.move(request.block_ids, Holding.STAGED, Holding.QUARANTINED)
+            self._quarantine[key] = request.block_ids
         request.block_ids = []
 
     def take_ended(self) -> list[tuple[str, int, bytes]]:
@@ -119,10 +135,14 @@ class Reservations:
         return ended
 
     def released(self, request_id: str, attempt: int) -> None:
-        """Free the quarantined blocks; harmless when there are none."""
+        """Free the quarantined blocks, or note that they will need no quarantine; harmless when there are none."""
         blocks = self._quarantine.pop((request_id, attempt), None)
         if blocks is not None:
             self._blocks.free(blocks, Holding.QUARANTINED)
+            return
+        request, held = self._open.get(request_id, (None, None))
+        if request is not None and held is not None and request.submission.attempt == attempt:
+            held.released = True
 
     def expired(self, now: float) -> list[Request]:
         """Reservations without a sign of life for too long; the caller ends them."""
@@ -131,3 +151,16 @@ class Reservations:
     def assert_empty(self) -> None:
         """Nothing is promised and nothing waits for release."""
         assert not self._open and not self._run and not self._quarantine
+
+
+def refusal(
+    request_id: str, attempt: int, reason: str, text: str, retry_after_s: float = 0.0
+) -> OfferAnswer:
+    """D says no, with a reason of SPEC 6.4."""
+    return OfferAnswer(
+        request_id=request_id,
+        attempt=attempt,
+        refusal=reason,
+        text=text,
+        retry_after_s=retry_after_s,
+    )

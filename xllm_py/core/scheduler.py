@@ -33,7 +33,7 @@ from xllm_py.core.request import (
     State,
     Submission,
 )
-from xllm_py.core.reservations import Reservations
+from xllm_py.core.reservations import Reservations, refusal
 
 _NEVER = float("inf")
 
@@ -107,16 +107,11 @@ class Scheduler:
         submission = offer.submission
         known = self._requests.get(submission.request_id)
         if known is not None and known.submission.attempt >= submission.attempt:
-            return self._reservations.repeat(known, now)
+            return self._reservations.repeat(known, submission.attempt, now)
         reason, text = self._refusal(submission, now)
         if reason:
-            return OfferAnswer(
-                request_id=submission.request_id,
-                attempt=submission.attempt,
-                refusal=reason,
-                text=text,
-                retry_after_s=0.05 if reason == "full_now" else 0.0,
-            )
+            again_s = 0.05 if reason == "full_now" else 0.0
+            return refusal(submission.request_id, submission.attempt, reason, text, again_s)
         if known is not None:
             self._finish(known, FINISH_ABORT, now)
         request = self._make(submission, State.RESERVED, now)
@@ -128,6 +123,8 @@ class Scheduler:
             return "draining", "this instance is draining"
         if self._tombstones.has(submission.request_id, submission.attempt, now):
             return "cancelled", "the request was cancelled before it was offered"
+        if self._reservations.has_run(submission.request_id, submission.attempt):
+            return "cancelled", "the request was taken before and has ended"
         if submission.timeout_s <= 0:
             return "deadline_passed", "no time is left"
         try:
@@ -137,7 +134,7 @@ class Scheduler:
         except RequestError as error:
             return "invalid", error.message
         need = self._blocks.blocks_for(len(submission.prompt_ids) + len(submission.generated_ids))
-        if not self._batch.has_room(need):
+        if not self._batch.has_room(need) or self._batch.preempted:
             return "full_now", f"{need} blocks wanted, {self._blocks.num_free} free"
         taken = len(self._batch.running) + len(self._batch.waiting) + self._reservations.num_open
         if taken >= self._config.max_seqs_per_batch:
@@ -160,10 +157,10 @@ class Scheduler:
     def on_first_token(self, first: FirstToken, now: float) -> bool:
         """P's first token. False: the grant is unknown or ended. A repeat is accepted again."""
         request = self._find(first.request_id, first.attempt)
-        if request is None:
+        if request is None or request.state is not State.RESERVED:
+            return self._reservations.ran_by(first)
+        if not self._admission.in_vocabulary(first.token_id):
             return False
-        if request.state is not State.RESERVED:
-            return self._reservations.ran_by(request, first.grant)
         if not self._reservations.on_first_token(request, first, now):
             return False
         self._run_when_complete(request, now)
@@ -361,7 +358,7 @@ class Scheduler:
             if request.state in HOLDS_BLOCKS:
                 self._blocks.free(request.block_ids)
                 request.block_ids = []
-        self._reservations.forget(request.request_id)
+            self._reservations.ran(request)
         request.stamp(Moment.FINISHED, now)
         request.move(State.FINISHED)
         del self._requests[request.request_id]
