@@ -1,0 +1,188 @@
+"""Which instances serve a request: a function of a frozen view of the cluster and the facts of the request.
+
+    pd        a linked pair: P prefills, D decodes
+    default   one instance that does both
+    degraded  a lone P or D serves whole requests, because its counterpart is not there at all
+
+The router (master/router.py) holds the counters and gives the view; ties break by name. A lone instance waits a while for
+its counterpart before it serves alone, so that a starting cluster is not taken for a broken one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xllm_py.base.errors import ContextLengthExceeded, NoCompatibleDecode, NoInstances, RequestError
+from xllm_py.cluster.instance_info import Card, Role
+
+LONE_AFTER_S = 10.0
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An instance that may get work."""
+
+    card: Card
+    ready: bool  # False: only slow, taken when nobody is ready
+    alive_s: float  # since it first became ready
+
+    @property
+    def key(self) -> str:
+        """The incarnation."""
+        return self.card.incarnation_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """All candidates by name, the pairs (P, D) that are linked by incarnation, and why others are not."""
+
+    candidates: tuple[Candidate, ...] = ()
+    linked: frozenset[tuple[str, str]] = frozenset()
+    refused: tuple[str, ...] = ()  # sentences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What routing knows of a request."""
+
+    num_prompt: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where a request goes; decode None: the first instance does everything."""
+
+    mode: str  # pd, default or degraded
+    first: Card
+    decode: Card | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What could serve now, best mode only. pairs: for each P its linked Ds."""
+
+    mode: str = ""  # empty: nothing can
+    pairs: tuple[tuple[Candidate, tuple[Candidate, ...]], ...] = ()
+    alone: tuple[Candidate, ...] = ()
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """Every instance of it, once."""
+        found = {candidate.key: candidate.card for candidate in self.alone}
+        for prefill, decodes in self.pairs:
+            found |= {candidate.key: candidate.card for candidate in (prefill, *decodes)}
+        return tuple(found.values())
+
+
+def options(view: ClusterView) -> Options:
+    """The best mode the cluster can serve in. A slow instance counts only where none is ready."""
+    everyone = sorted(view.candidates, key=lambda candidate: candidate.card.name)
+    prefills = _of(everyone, Role.PREFILL, Role.MIX)
+    decodes = _of(everyone, Role.DECODE, Role.MIX)
+    pairs = tuple(
+        (prefill, linked) for prefill in prefills if (linked := _linked(prefill, decodes, view))
+    )
+    if pairs:
+        return Options(mode="pd", pairs=_ready_pairs(pairs))
+    alone = _of(everyone, Role.DEFAULT)
+    if alone:
+        return Options(mode="default", alone=_ready_first(alone))
+    lone = prefills if not decodes else decodes if not prefills else ()
+    lone = tuple(candidate for candidate in lone if candidate.alive_s >= LONE_AFTER_S)
+    return Options(mode="degraded", alone=_ready_first(lone)) if lone else Options()
+
+
+def _of(everyone: Sequence[Candidate], *roles: Role) -> tuple[Candidate, ...]:
+    return tuple(candidate for candidate in everyone if candidate.card.role in roles)
+
+
+def _linked(
+    prefill: Candidate, decodes: Sequence[Candidate], view: ClusterView
+) -> tuple[Candidate, ...]:
+    return _ready_first(
+        tuple(decode for decode in decodes if (prefill.key, decode.key) in view.linked)
+    )
+
+
+def _ready_first(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """The ready ones, or all when none is."""
+    return tuple(candidate for candidate in candidates if candidate.ready) or candidates
+
+
+def _ready_pairs(
+    pairs: tuple[tuple[Candidate, tuple[Candidate, ...]], ...],
+) -> tuple[tuple[Candidate, tuple[Candidate, ...]], ...]:
+    whole = tuple(pair for pair in pairs if pair[0].ready and pair[1][0].ready)
+    return whole or pairs
+
+
+def round_robin(view: ClusterView, model: str, facts: Facts, turns: tuple[int, int]) -> Route:
+    """The next P and the next D in turn. model "": any; turns: how many requests were placed so far, for P and for D.
+
+    Raises NoInstances, NoCompatibleDecode, or ContextLengthExceeded when no D could ever hold the request.
+    """
+    found = options(of_model(view, model))
+    if not found.mode:
+        raise _nothing(view)
+    if found.mode != "pd":
+        able = tuple(each for each in found.alone if _holds(each.card, facts))
+        if not able:
+            raise _too_long(tuple(each.card for each in found.alone), facts)
+        first = able[turns[0] % len(able)]
+        reason = f"{found.mode}: instance {turns[0] % len(able) + 1} of {len(able)} in turn"
+        return Route(mode=found.mode, first=first.card, reason=reason)
+    pairs = tuple(
+        (prefill, able)
+        for prefill, decodes in found.pairs
+        if (able := tuple(each for each in decodes if _holds(each.card, facts)))
+    )
+    if not pairs:
+        raise _too_long(tuple(each.card for _, ds in found.pairs for each in ds), facts)
+    prefill, decodes = pairs[turns[0] % len(pairs)]
+    decode = decodes[turns[1] % len(decodes)]
+    reason = (
+        f"pd: prefill {turns[0] % len(pairs) + 1} of {len(pairs)}, "
+        f"decode {turns[1] % len(decodes) + 1} of {len(decodes)} in turn"
+    )
+    return Route(mode="pd", first=prefill.card, decode=decode.card, reason=reason)
+
+
+def of_model(view: ClusterView, model: str) -> ClusterView:
+    """The part of the cluster that serves a model."""
+    if not model:
+        return view
+    kept = tuple(each for each in view.candidates if model in each.card.served_names)
+    return ClusterView(candidates=kept, linked=view.linked, refused=view.refused)
+
+
+def _holds(card: Card, facts: Facts) -> bool:
+    """Whether this instance's cache could hold prompt and answer when it is empty (the last token is never computed)."""
+    if not card.num_blocks:
+        return True
+    length = facts.num_prompt + facts.max_tokens
+    if card.max_model_len:
+        length = min(length, card.max_model_len)
+    return length - 1 <= card.num_blocks * card.block_size
+
+
+def _too_long(cards: Sequence[Card], facts: Facts) -> RequestError:
+    most = max(card.num_blocks * card.block_size for card in cards)
+    return ContextLengthExceeded(
+        f"{facts.num_prompt} prompt tokens and max_tokens={facts.max_tokens} need more KV cache "
+        f"than any decode instance has ({most} tokens). Lower max_tokens or shorten the prompt"
+    )
+
+
+def _nothing(view: ClusterView) -> RequestError:
+    if view.refused:
+        return NoCompatibleDecode(
+            "no decode instance fits the prefill instances; /ready says what differs",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    return NoInstances(
+        "no instance can serve a request now; try again soon", retry_after_s=RETRY_AFTER_S
+    )
