@@ -53,6 +53,7 @@ SUBMISSION = Submission(
     receiver=Receiver(name="d", address="127.0.0.1:1", incarnation="dd"),
     master="127.0.0.1:2",
     relay=True,
+    model="m",
 )
 OFFER = Offer(
     submission=SUBMISSION,

@@ -1,7 +1,7 @@
 """The life of one instance as a master sees it: a pure step over three witnesses.
 
     card    in the registry: who is a member                    CardSeen, CardRemoved
-    link    heartbeats, and the instance's Generations stream   Heard, StreamOpened, StreamEnded
+    link    heartbeats, and the instance's Generations stream   Heard, Spoke, StreamOpened, StreamEnded
     steps   the engine's own progress, told in heartbeats       Heard(stalled)
 
     JOINING --heard--> READY --silence, stalled--> SUSPECT --heard--> READY
@@ -74,6 +74,11 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class Spoke:
+    """A message on its stream."""
+
+
+@dataclass(frozen=True, slots=True)
 class StreamOpened:
     """Its Generations stream reached us."""
 
@@ -93,7 +98,7 @@ class Replaced:
     """A card with another incarnation took its name."""
 
 
-Event = CardSeen | CardRemoved | Heard | StreamOpened | StreamEnded | Tick | Replaced
+Event = CardSeen | CardRemoved | Heard | Spoke | StreamOpened | StreamEnded | Tick | Replaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,8 @@ def _note(view: View, event: Event, now: float) -> View:
             return dataclasses.replace(view, has_card=False)
         case Heard(stalled=stalled):
             return dataclasses.replace(view, heard_at=now, stalled=stalled)
+        case Spoke():
+            return dataclasses.replace(view, heard_at=now)
         case StreamOpened():
             return dataclasses.replace(view, stream_open=True, ended_at=None, heard_at=now)
         case StreamEnded():

@@ -57,6 +57,7 @@ def from_submission(submission: Submission) -> pb.Submission:
         ),
         master=submission.master,
         relay=submission.relay,
+        model=submission.model,
     )
 
 
@@ -84,6 +85,7 @@ def to_submission(message: pb.Submission) -> Submission:
         else None,
         master=label(message.master),
         relay=message.relay,
+        model=label(message.model),
     )
 
 

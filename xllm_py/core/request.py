@@ -40,6 +40,7 @@ class Submission:
     receiver: Receiver | None = None  # None: decode here
     master: str = ""  # host:rpc_port the tokens go to; empty: this instance's own HTTP door
     relay: bool = False  # tokens go D -> P -> master instead of D -> master
+    model: str = ""  # the served name the client asked for; empty: any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +150,12 @@ class Request:
     def to_give(self) -> bool:
         """Whether it is to be handed to another instance after its first token."""
         return self.submission.receiver is not None and not self.kept and not self.taken
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has come to its own end, by length or by a stop token."""
+        grown = len(self.tokens) > self.num_submitted
+        return grown and (len(self.tokens) >= self.max_len or self.tokens[-1] in self.stop_ids)
 
     def move(self, to: State) -> None:
         """Change state along the table, or raise IllegalTransition."""

@@ -186,6 +186,7 @@ class Intake:
             submissions=tuple(
                 Submission(
                     request_id=response_id if index == 0 else f"{response_id}-{index}",
+                    model=model.name,
                     prompt_ids=prompt,
                     sampling=SamplingParams(
                         max_tokens=_max_tokens(body, model, len(prompt), chat=chat),

@@ -42,7 +42,7 @@ class Receiver(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_ids", "generated_ids", "sampling", "timeout_s", "receiver", "master", "relay")
+    __slots__ = ("request_id", "attempt", "prompt_ids", "generated_ids", "sampling", "timeout_s", "receiver", "master", "relay", "model")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class Submission(_message.Message):
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     MASTER_FIELD_NUMBER: _ClassVar[int]
     RELAY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -61,7 +62,8 @@ class Submission(_message.Message):
     receiver: Receiver
     master: str
     relay: bool
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., receiver: _Optional[_Union[Receiver, _Mapping]] = ..., master: _Optional[str] = ..., relay: bool = ...) -> None: ...
+    model: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., receiver: _Optional[_Union[Receiver, _Mapping]] = ..., master: _Optional[str] = ..., relay: bool = ..., model: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("submission",)
