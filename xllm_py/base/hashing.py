@@ -67,3 +67,9 @@ def mac(key: bytes, message: bytes) -> bytes:
 def same(left: bytes, right: bytes) -> bool:
     """Constant-time comparison of two digests."""
     return hmac.compare_digest(left, right)
+
+
+def derive_key(key: bytes, purpose: str, salt: bytes = b"") -> bytes:
+    """HKDF-SHA256 (RFC 5869), 32 bytes: one secret, a key of its own for each purpose."""
+    extracted = mac(salt or bytes(32), key)
+    return mac(extracted, purpose.encode() + b"\x01")

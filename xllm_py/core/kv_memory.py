@@ -55,3 +55,13 @@ class KvMemory:
         size = self.layout.block_bytes
         region = self._regions[layer * PARTS + part]
         return region[first_block * size : (first_block + count) * size]
+
+    def spans(self, layer: int, part: int, block_ids: Sequence[int]) -> list[memoryview]:
+        """Bytes of these blocks in their order, adjacent ones in one view. Raises IndexError as `span` does."""
+        views: list[memoryview] = []
+        start = 0
+        for end in range(1, len(block_ids) + 1):
+            if end == len(block_ids) or block_ids[end] != block_ids[end - 1] + 1:
+                views.append(self.span(layer, part, block_ids[start], end - start))
+                start = end
+        return views

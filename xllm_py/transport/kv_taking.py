@@ -1,0 +1,81 @@
+"""The taker's grants behind one lock, and what is told of them. Shared by all links of one taker; knows no socket.
+
+`open` and `revoke` are the engine thread's, the rest is the links'.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from xllm_py.core.kv_memory import KvMemory
+from xllm_py.transport.base import KvEvent, KvEventKind, TakerGrant
+from xllm_py.transport.kv_events import Counts, EventQueue
+from xllm_py.wire import kv_session
+from xllm_py.wire.kv_grants import Grant, GrantState, GrantTable
+
+
+class Taking:
+    """The grant table with its lock, and what happens to grants, for all links of one taker."""
+
+    def __init__(self, *, memory: KvMemory, events: EventQueue, counts: Counts) -> None:
+        self.memory = memory
+        self.events = events
+        self.counts = counts
+        self.lock = threading.Lock()
+        self.grants = GrantTable()
+        self._started_s: dict[bytes, float] = {}
+
+    def open(self, grant: TakerGrant) -> None:
+        """Engine thread: the peer may write from now on."""
+        for block in grant.block_ids:
+            self.memory.span(0, 0, block)  # raises IndexError here and not in a link's thread
+        with self.lock:
+            self.grants.open(
+                Grant(
+                    grant=grant.grant,
+                    peer=grant.peer_incarnation,
+                    block_ids=grant.block_ids,
+                    first_wanted=grant.first_wanted,
+                    prompt_digest=grant.prompt_digest,
+                )
+            )
+
+    def revoke(self, grant: bytes) -> None:
+        """Engine thread: RELEASED follows, now or when the frame in flight has left the blocks."""
+        with self.lock:
+            self._started_s.pop(grant, None)
+            if self.grants.revoke(grant):
+                self.events.put(KvEvent(kind=KvEventKind.RELEASED, grant=grant))
+
+    def started(self, grant: bytes, now: float) -> None:
+        """Lock held. The first byte of a grant has come."""
+        self._started_s.setdefault(grant, now)
+
+    def settle(self, grant: Grant | None) -> None:
+        """Lock held, after a frame has left its blocks."""
+        if grant is not None and grant.state is GrantState.REVOKED and grant.in_flight == 0:
+            self.events.put(KvEvent(kind=KvEventKind.RELEASED, grant=grant.grant))
+
+    def landed(self, landed: kv_session.Landed, now: float) -> None:
+        """Lock held. COMMIT verified."""
+        seconds = now - self._started_s.pop(landed.grant, now)
+        self.events.put(
+            KvEvent(
+                kind=KvEventKind.LANDED,
+                grant=landed.grant,
+                num_bytes=landed.num_bytes,
+                seconds=seconds,
+            )
+        )
+
+    def failed(self, grant: bytes, text: str) -> None:
+        """Lock held. Nothing can land under this grant any more."""
+        self._started_s.pop(grant, None)
+        self.events.put(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=text))
+
+    def link_lost(self, peer: str, text: str) -> None:
+        """The last link of this peer broke: what it had begun will not be finished."""
+        with self.lock:
+            for grant in self.grants.receiving(peer):
+                grant.state = GrantState.FAILED
+                self.failed(grant.grant, text)

@@ -1,0 +1,357 @@
+"""P's end of one KV link over TCP: a thread that connects, proves itself, and sends what the engine thread queues.
+
+One link per peer, shared by all grants to it. The engine thread queues (grant, layer, blocks) and goes on; this thread
+computes the checksums and hands the cache's own memory to the kernel. Made by transport/tcp. It never copies a block, save the
+rest of a frame whose grant is abandoned while it is being sent.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+from xllm_py.base import log
+from xllm_py.base.clock import Clock
+from xllm_py.base.errors import InternalError
+from xllm_py.core.kv_memory import PARTS, KvMemory
+from xllm_py.transport import tcp_socket
+from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind
+from xllm_py.transport.kv_events import Counts, EventQueue, Wake
+from xllm_py.transport.tcp_socket import LinkBroken
+from xllm_py.wire import codec, kv_session
+from xllm_py.wire.kv_session import GiverSession
+
+ACK_S = 5.0  # a verified COMMIT is answered in microseconds; the peer's interpreter may be busy
+ABANDON_S = 0.5  # how long `abandon` lets the thread come out of the kernel before it cuts the link
+_IDLE_MS = 250
+
+_log = log.get(__name__)
+
+
+@dataclass(slots=True)
+class _Giving:
+    """One grant as this side sees it."""
+
+    grant: GiverGrant
+    frames: codec.FrameLog = field(default_factory=codec.FrameLog)
+    started_s: float = 0.0
+    committed_s: float = 0.0  # 0: COMMIT has not been sent
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Blocks of one layer, or, without blocks, COMMIT."""
+
+    grant: bytes
+    layer: int = 0
+    first: int = 0
+    block_ids: tuple[int, ...] = ()
+
+
+class GiverLink:
+    """See the module's text. Public methods are the engine thread's; all else is the link's thread."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: str,
+        session: GiverSession,
+        memory: KvMemory,
+        events: EventQueue,
+        counts: Counts,
+        clock: Clock,
+    ) -> None:
+        self._endpoint = endpoint
+        self._session = session
+        self._memory = memory
+        self._events = events
+        self._counts = counts
+        self._clock = clock
+        self._state = threading.Condition()  # guards everything down to _ended
+        self._givings: dict[bytes, _Giving] = {}
+        self._queue: deque[_Item] = deque()
+        self._reading: bytes | None = None  # grant whose blocks the thread may be reading
+        self._idle = False
+        self._sock: socket.socket | None = None
+        self._closing = False
+        self._ended = False
+        self._wake = Wake()
+        self._blocks_per_frame = tcp_socket.frame_blocks(
+            memory.layout.block_bytes, codec.MAX_PAYLOAD_BYTES
+        )
+        self._thread = threading.Thread(target=self._run, name="kv-giver", daemon=True)
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """No grant can be added any more."""
+        with self._state:
+            return self._ended
+
+    def add(self, grant: GiverGrant) -> bool:
+        """Serve this grant; False when the link has ended."""
+        with self._state:
+            if self._ended:
+                return False
+            self._givings[grant.grant] = _Giving(grant)
+            return True
+
+    def push(self, grant: bytes, layer: int, first: int, block_ids: tuple[int, ...]) -> None:
+        """Queue blocks; passed over when the grant has ended."""
+        self._enqueue(_Item(grant, layer, first, block_ids))
+
+    def commit(self, grant: bytes) -> None:
+        """Queue COMMIT."""
+        self._enqueue(_Item(grant))
+
+    def _enqueue(self, item: _Item) -> None:
+        with self._state:
+            if item.grant not in self._givings:
+                return
+            self._queue.append(item)
+            idle, self._idle = self._idle, False
+        if idle:
+            self._wake.ring()
+
+    def abandon(self, grant: bytes) -> None:
+        """Forget the grant; on return none of its blocks is read. Raises InternalError when the thread does not obey."""
+        with self._state:
+            self._drop(grant)
+            if self._state.wait_for(lambda: self._reading != grant, ABANDON_S):
+                return
+            self._cut()
+            if not self._state.wait_for(lambda: self._reading != grant, ABANDON_S):
+                raise InternalError("a KV link does not let go of its blocks")
+
+    def _drop(self, grant: bytes) -> None:
+        """Lock held."""
+        self._givings.pop(grant, None)
+        self._queue = deque(item for item in self._queue if item.grant != grant)
+
+    def _cut(self) -> None:
+        """Lock held. A thread inside the kernel comes back at once."""
+        if self._sock is not None:
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                return  # the peer was quicker
+
+    def close(self) -> None:
+        """Close the link; no events follow. Returns when the thread has ended or will not."""
+        with self._state:
+            self._closing = True
+            self._cut()
+        self._wake.ring()
+        self._thread.join(tcp_socket.HANDSHAKE_S + 1.0)
+        if self._thread.is_alive():
+            _log.error("a KV link's thread does not end", endpoint=self._endpoint)
+            return
+        self._wake.close()
+
+    def _run(self) -> None:
+        reason = "the link's thread broke"
+        try:
+            with self._connect() as sock:
+                self._serve(sock)
+            reason = "closed"
+        except LinkBroken as broken:
+            reason = broken.message
+        except OSError as error:
+            reason = f"KV link to {self._endpoint}: {error.strerror or error}"
+        finally:
+            self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        with self._state:
+            self._ended, self._reading, self._sock = True, None, None
+            lost = [] if self._closing else list(self._givings)
+            self._givings.clear()
+            self._queue.clear()
+            self._state.notify_all()
+        if lost:
+            self._counts.add("failures")
+            _log.warning("KV link failed", endpoint=self._endpoint, reason=reason)
+        for grant in lost:
+            self._events.put(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=reason))
+
+    def _connect(self) -> socket.socket:
+        deadline = self._clock.now() + tcp_socket.HANDSHAKE_S
+        address = tcp_socket.split_endpoint(self._endpoint)
+        sock = socket.create_connection(address, tcp_socket.HANDSHAKE_S)
+        try:
+            tcp_socket.tune(sock)
+            with self._state:
+                self._sock = sock
+                if self._closing:
+                    raise LinkBroken("closed")
+            sock.sendall(self._session.hello())
+            size = kv_session.WELCOME_BYTES
+            welcome = tcp_socket.read_handshake(sock, size, deadline, self._clock)
+            proof = self._session.on_welcome(welcome)
+            if isinstance(proof, codec.Reason):
+                raise LinkBroken(f"KV link to {self._endpoint}: {codec.TEXTS[proof]}")
+            sock.sendall(proof)
+            tcp_socket.set_slices(sock)
+        except BaseException:
+            sock.close()
+            raise
+        _log.debug("KV link open", endpoint=self._endpoint)
+        return sock
+
+    def _serve(self, sock: socket.socket) -> None:
+        poller = select.poll()
+        poller.register(sock, select.POLLIN)
+        poller.register(self._wake.fd, select.POLLIN)
+        while True:
+            item = self._next_item()
+            ready = dict(poller.poll(0 if item else _IDLE_MS))
+            if self._wake.fd in ready:
+                self._wake.hush()
+            if self._closing:
+                return
+            if sock.fileno() in ready:
+                self._read_reply(sock)
+            if item is not None:
+                self._send_item(sock, item)
+            self._check_overdue()
+
+    def _next_item(self) -> _Item | None:
+        with self._state:
+            if self._queue:
+                item = self._queue.popleft()
+                self._reading = item.grant if item.block_ids else None
+                return item
+            self._idle = True
+            return None
+
+    def _send_item(self, sock: socket.socket, item: _Item) -> None:
+        try:
+            if item.block_ids:
+                self._send_blocks(sock, item)
+            else:
+                self._send_commit(sock, item.grant)
+        except OSError:
+            self._hear_last_words(sock)
+            raise
+        finally:
+            self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        with self._state:
+            self._reading = None
+            self._state.notify_all()
+
+    def _hear_last_words(self, sock: socket.socket) -> None:
+        """The peer closed while we sent; what it said before tells why. Returns when it said nothing."""
+        self._stop_reading()
+        try:
+            while True:
+                self._read_reply(sock)
+        except OSError:
+            return
+
+    def _giving(self, grant: bytes) -> _Giving | None:
+        with self._state:
+            return self._givings.get(grant)
+
+    def _send_blocks(self, sock: socket.socket, item: _Item) -> None:
+        step = self._blocks_per_frame
+        for part in range(PARTS):
+            for start in range(0, len(item.block_ids), step):
+                giving = self._giving(item.grant)
+                if giving is None:
+                    return
+                giving.started_s = giving.started_s or self._clock.now()
+                block_ids = item.block_ids[start : start + step]
+                views = self._memory.spans(item.layer, part, block_ids)
+                crc = tcp_socket.checksum(views)
+                first, count = item.first + start, len(block_ids)
+                header, data = self._session.data(item.grant, item.layer, part, first, count, crc)
+                kv_session.sent(giving.frames, header)
+                self._send_frame(sock, item.grant, [memoryview(data), *views])
+                self._counts.add("bytes_sent", header.length)
+
+    def _send_frame(self, sock: socket.socket, grant: bytes, views: list[memoryview]) -> None:
+        progress_s = self._clock.now()
+        while True:
+            count = tcp_socket.write_from(sock, views)
+            views = tcp_socket.advance(views, count)
+            if not views:
+                return
+            if self._reading is not None and self._giving(grant) is None:
+                views = self._let_go(views)
+            now = self._clock.now()
+            if count:
+                progress_s = now
+            elif now - progress_s > tcp_socket.STALL_S:
+                raise LinkBroken(f"KV link to {self._endpoint}: the peer takes no bytes")
+
+    def _let_go(self, views: list[memoryview]) -> list[memoryview]:
+        """Abandoned in mid-frame: the peer counts on the rest, so it goes out from a copy."""
+        rest = memoryview(b"".join(views))
+        self._stop_reading()
+        return [rest]
+
+    def _send_commit(self, sock: socket.socket, grant: bytes) -> None:
+        giving = self._giving(grant)
+        if giving is None:
+            return
+        payload = giving.frames.commit_payload(giving.grant.prompt_digest)
+        crc = tcp_socket.checksum([memoryview(payload)])
+        header = self._session.commit(grant, payload, crc)
+        giving.committed_s = self._clock.now()
+        giving.started_s = giving.started_s or giving.committed_s
+        tcp_socket.write_all(sock, header + payload, self._clock)
+
+    def _check_overdue(self) -> None:
+        now = self._clock.now()
+        with self._state:
+            overdue = any(
+                giving.committed_s and now - giving.committed_s > ACK_S
+                for giving in self._givings.values()
+            )
+        if overdue:
+            raise LinkBroken(f"KV link to {self._endpoint}: no answer to COMMIT")
+
+    def _read_reply(self, sock: socket.socket) -> None:
+        data = bytearray(codec.HEADER_BYTES)
+        views = [memoryview(data)]
+        since = self._clock.now()
+        while views:
+            views = tcp_socket.advance(views, tcp_socket.read_into(sock, views))
+            if views and self._clock.now() - since > tcp_socket.STALL_S:
+                raise LinkBroken(f"KV link to {self._endpoint}: half an answer")
+        match self._session.on_header(bytes(data)):
+            case kv_session.Acknowledged(grant=grant):
+                self._on_acknowledged(grant)
+            case kv_session.Refused(grant=grant, reason=reason):
+                self._on_refused(grant, codec.TEXTS[reason])
+            case kv_session.Closed(reason=reason):
+                raise LinkBroken(f"KV link to {self._endpoint}: {codec.TEXTS[reason]}")
+
+    def _on_acknowledged(self, grant: bytes) -> None:
+        with self._state:
+            giving = self._givings.get(grant)
+            if giving is None:
+                return  # abandoned while the answer was under way
+            if not giving.committed_s:
+                raise LinkBroken(f"KV link to {self._endpoint}: an answer to no COMMIT")
+            del self._givings[grant]
+        self._events.put(
+            KvEvent(
+                kind=KvEventKind.ACKNOWLEDGED,
+                grant=grant,
+                num_bytes=giving.frames.num_bytes,
+                seconds=self._clock.now() - giving.started_s,
+            )
+        )
+
+    def _on_refused(self, grant: bytes, text: str) -> None:
+        with self._state:
+            known = grant in self._givings
+            self._drop(grant)
+        if known:
+            self._events.put(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=text))

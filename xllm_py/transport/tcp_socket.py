@@ -1,0 +1,127 @@
+"""Sockets of KV links: how they are set up, read and written. Used by tcp_giver and tcp_taker only.
+
+Sockets are blocking with short kernel time-outs, so that one call moves a whole frame without the interpreter, and a thread
+that waits still comes back often enough to see that it is no longer wanted. Everything here raises LinkBroken, or OSError.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import zlib
+from collections.abc import Sequence
+
+from xllm_py.base.clock import Clock
+from xllm_py.base.errors import PeerUnavailable
+
+HANDSHAKE_S = 2.0
+STALL_S = 1.0  # bytes outstanding and none taken for so long: the link has failed
+BUFFER_BYTES = 4 << 20
+_SLICE_S = 0.05  # the longest time one call blocks
+_TIMEVAL = struct.Struct("@ll")
+_MAX_VIEWS = 512  # buffers in one call; the kernel's limit is 1024
+
+
+class LinkBroken(PeerUnavailable):
+    """This link is over; the message says why."""
+
+
+def tune(sock: socket.socket) -> None:
+    """Buffers and options of a link."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            stall_ms = int(STALL_S * 1000)  # also for bytes that the kernel has taken
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall_ms)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+
+
+def set_slices(sock: socket.socket) -> None:
+    """After the handshake: block, but never longer than a slice in one call."""
+    sock.settimeout(None)
+    value = _TIMEVAL.pack(0, int(_SLICE_S * 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """("::1", 9) of "[::1]:9". Raises LinkBroken when there is no port."""
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit():
+        raise LinkBroken(f"{endpoint!r} is not host:port")
+    return host.strip("[]"), int(port)
+
+
+def read_handshake(sock: socket.socket, size: int, deadline: float, clock: Clock) -> bytes:
+    """Exactly `size` bytes before `deadline`."""
+    data = b""
+    while len(data) < size:
+        left_s = deadline - clock.now()
+        if left_s <= 0:
+            raise LinkBroken("the handshake took too long")
+        sock.settimeout(left_s)
+        try:
+            part = sock.recv(size - len(data))
+        except TimeoutError as error:
+            raise LinkBroken("the handshake took too long") from error
+        if not part:
+            raise LinkBroken("the peer closed the link in the handshake")
+        data += part
+    return data
+
+
+def read_into(sock: socket.socket, views: Sequence[memoryview]) -> int:
+    """What comes within a slice, at most all of `views`; 0 when nothing came. LinkBroken at the end of the stream."""
+    try:
+        if len(views) == 1:
+            count = sock.recv_into(views[0], 0, socket.MSG_WAITALL)
+        else:
+            count = sock.recvmsg_into(views[:_MAX_VIEWS], 0, socket.MSG_WAITALL)[0]
+    except BlockingIOError:
+        return 0
+    if count == 0:
+        raise LinkBroken("the peer closed the link")
+    return count
+
+
+def write_from(sock: socket.socket, views: Sequence[memoryview]) -> int:
+    """What the kernel takes within a slice; 0 when it takes nothing."""
+    try:
+        return sock.sendmsg(views[:_MAX_VIEWS])
+    except BlockingIOError:
+        return 0
+
+
+def advance(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of `views` after `count` bytes."""
+    for index, view in enumerate(views):
+        if count < view.nbytes:
+            return [view[count:], *views[index + 1 :]]
+        count -= view.nbytes
+    return []
+
+
+def write_all(sock: socket.socket, data: bytes, clock: Clock) -> None:
+    """A few bytes of our own, whole."""
+    views = [memoryview(data)]
+    since = clock.now()
+    while views:
+        count = write_from(sock, views)
+        views = advance(views, count)
+        if count == 0 and clock.now() - since > STALL_S:
+            raise LinkBroken("the peer takes no bytes")
+
+
+def checksum(views: Sequence[memoryview], start: int = 0) -> int:
+    """CRC-32 over the views in order."""
+    crc = start
+    for view in views:
+        crc = zlib.crc32(view, crc)
+    return crc
+
+
+def frame_blocks(block_bytes: int, max_payload_bytes: int) -> int:
+    """How many blocks one frame carries at most."""
+    return min(max_payload_bytes // block_bytes, _MAX_VIEWS - 1)

@@ -1,0 +1,342 @@
+"""D's end of KV links over TCP: a listener thread, and for each link a thread that writes granted blocks and nothing else.
+
+Made by transport/tcp. All links share one GrantTable under one lock (`Taking`); a payload is read without the lock, straight
+into the blocks that the header's grant names. A grant that is revoked in mid-frame gets no byte more: the rest of the frame
+goes into the sink. A link that does wrong is told why and closed; no exception leaves its thread.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections.abc import Callable
+
+from xllm_py.base import log
+from xllm_py.base.clock import Clock
+from xllm_py.transport import tcp_socket
+from xllm_py.transport.kv_events import Wake
+from xllm_py.transport.kv_taking import Taking
+from xllm_py.transport.tcp_socket import LinkBroken
+from xllm_py.wire import codec, kv_session
+from xllm_py.wire.codec import Reason
+from xllm_py.wire.kv_grants import GrantState
+from xllm_py.wire.kv_handshake import Identity
+from xllm_py.wire.kv_session import Take, TakerSession
+
+MAX_HANDSHAKES = 64  # strangers at a time
+MAX_LINKS = 512
+LINGER_S = 0.25  # how long a rejected peer gets to read why
+_SINK_BYTES = 1 << 18
+_PAUSE_MS = 100  # after accept failed for want of file descriptors
+_IDLE_MS = 250
+
+_log = log.get(__name__)
+
+
+class Listener:
+    """Accepts, and owns the links."""
+
+    def __init__(
+        self,
+        *,
+        sock: socket.socket,
+        taking: Taking,
+        make_identity: Callable[[], Identity],
+        clock: Clock,
+    ) -> None:
+        self._sock = sock
+        self._taking = taking
+        self._make_identity = make_identity
+        self._clock = clock
+        self._lock = threading.Lock()  # guards _links, _closing
+        self._links: set[TakerLink] = set()
+        self._closing = False
+        self._wake = Wake()
+        self._sock.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="kv-listener", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_links(self) -> int:
+        """Open links, strangers included."""
+        with self._lock:
+            return len(self._links)
+
+    def close(self) -> None:
+        """End listener and links and wait for their threads."""
+        with self._lock:
+            self._closing = True
+            links = list(self._links)
+        self._wake.ring()
+        self._thread.join(tcp_socket.STALL_S)
+        for link in links:
+            link.cut()
+        for link in links:
+            link.join()
+        self._sock.close()
+        if not self._thread.is_alive():
+            self._wake.close()
+
+    def _run(self) -> None:
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        poller.register(self._wake.fd, select.POLLIN)
+        while not self._closing:
+            poller.poll(_IDLE_MS)
+            try:
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                _log.warning("KV listener cannot accept", reason=error.strerror)
+                select.poll().poll(_PAUSE_MS)
+                continue
+            self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
+        with self._lock:
+            strangers = sum(1 for link in self._links if not link.known)
+            full = strangers >= MAX_HANDSHAKES or len(self._links) >= MAX_LINKS
+            if full or self._closing:
+                sock.close()
+                return
+            session = TakerSession(self._make_identity(), self._taking.grants)
+            link = TakerLink(
+                sock=sock,
+                session=session,
+                taking=self._taking,
+                on_end=self._on_link_end,
+                clock=self._clock,
+            )
+            self._links.add(link)
+            link.start()
+
+    def _on_link_end(self, link: TakerLink, reason: str) -> None:
+        with self._lock:
+            self._links.discard(link)
+            others = any(other.known and other.peer == link.peer for other in self._links)
+            silent = self._closing or not link.known or others
+        if not silent:
+            self._taking.link_lost(link.peer, reason)
+
+
+class TakerLink:
+    """One accepted connection and its thread."""
+
+    def __init__(
+        self,
+        *,
+        sock: socket.socket,
+        session: TakerSession,
+        taking: Taking,
+        on_end: Callable[[TakerLink, str], None],
+        clock: Clock,
+    ) -> None:
+        self._sock = sock
+        self._session = session
+        self._taking = taking
+        self._on_end = on_end
+        self._clock = clock
+        self.known = False  # the handshake is done
+        self._rejected = ""  # why we closed it
+        self._told: set[bytes] = set()  # revoked grants of which the peer knows
+        self._sink = memoryview(bytearray(_SINK_BYTES))
+        self._thread = threading.Thread(target=self._run, name="kv-taker", daemon=True)
+
+    @property
+    def peer(self) -> str:
+        """Incarnation of the giver, true once `known`."""
+        return self._session.peer
+
+    def start(self) -> None:
+        """Run."""
+        self._thread.start()
+
+    def cut(self) -> None:
+        """From another thread: end soon."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it is over already
+
+    def join(self) -> None:
+        """Wait for the thread."""
+        self._thread.join(tcp_socket.HANDSHAKE_S + 1.0)
+
+    def _run(self) -> None:
+        reason = "the link's thread broke"
+        try:
+            self._shake_hands()
+            while self._serve_frame():
+                pass
+            reason = "the giver gave the link up"
+        except LinkBroken as broken:
+            reason = broken.message
+        except OSError as error:
+            reason = f"KV link: {error.strerror or error}"
+        finally:
+            self._on_end(self, self._rejected or reason)
+            self._sock.close()
+            _log.debug("KV link ended", peer=self.peer, reason=reason)
+
+    def _shake_hands(self) -> None:
+        deadline = self._clock.now() + tcp_socket.HANDSHAKE_S
+        sock = self._sock
+        tcp_socket.tune(sock)
+        hello = tcp_socket.read_handshake(sock, codec.HELLO_BYTES, deadline, self._clock)
+        answer = self._session.on_hello(hello)
+        if isinstance(answer, Reason):
+            self._refuse(answer)
+        else:
+            sock.sendall(answer)
+            proof = tcp_socket.read_handshake(sock, codec.PROOF_BYTES, deadline, self._clock)
+            refusal = self._session.on_proof(proof)
+            if refusal is not None:
+                self._refuse(refusal)
+        tcp_socket.set_slices(sock)
+        self.known = True
+
+    def _refuse(self, reason: Reason) -> None:
+        self._taking.counts.add("frames_rejected")
+        _log.warning("KV link refused", reason=codec.TEXTS[reason])
+        raise LinkBroken(codec.TEXTS[reason])
+
+    def _serve_frame(self) -> bool:
+        """Take one frame; False when the link is to be closed."""
+        data = self._read_header()
+        with self._taking.lock:
+            judged = self._session.on_header(data)
+        if isinstance(judged, Take):
+            return self._take(judged)
+        if isinstance(judged, kv_session.Reject):
+            self._reject(judged)
+        return False
+
+    def _read_header(self) -> bytes:
+        """Idle links wait here for ever; half a header has to become a whole one soon."""
+        data = bytearray(codec.HEADER_BYTES)
+        views = [memoryview(data)]
+        progress_s = 0.0
+        while views:
+            count = tcp_socket.read_into(self._sock, views)
+            views = tcp_socket.advance(views, count)
+            now = self._clock.now()
+            if count:
+                progress_s = now
+            elif progress_s and now - progress_s > tcp_socket.STALL_S:
+                raise LinkBroken("half a frame header")
+        return bytes(data)
+
+    def _take(self, take: Take) -> bool:
+        grant = take.grant
+        try:
+            crc, payload = self._read_payload(take)
+        except (LinkBroken, OSError):
+            with self._taking.lock:
+                left_early = take.grant is not grant
+                self._session.on_lost(take)
+                if not left_early:
+                    self._taking.settle(grant)
+            raise
+        with self._taking.lock:
+            left_early = take.grant is not grant
+            result = self._session.on_payload(take, crc, payload)
+            if not left_early:
+                self._taking.settle(grant)
+            if isinstance(result, kv_session.Landed):
+                self._taking.landed(result, self._clock.now())
+        if not take.is_commit:
+            self._taking.counts.add("bytes_received", take.header.length)
+        return self._answer(result)
+
+    def _answer(self, result: kv_session.Result) -> bool:
+        if isinstance(result, kv_session.Landed):
+            tcp_socket.write_all(self._sock, self._session.ack(result.grant), self._clock)
+        elif isinstance(result, kv_session.Late) and result.grant not in self._told:
+            self._told.add(result.grant)
+            self._taking.counts.add("frames_late")
+            error = self._session.error(Reason.REVOKED, result.grant)
+            tcp_socket.write_all(self._sock, error, self._clock)
+        elif isinstance(result, kv_session.Reject):
+            self._reject(result)
+            return False
+        return True
+
+    def _read_payload(self, take: Take) -> tuple[int, bytes]:
+        """(checksum of what came, the bytes themselves when it is a COMMIT)."""
+        if take.is_commit:
+            payload = bytearray(take.header.length)
+            self._fill(take, [memoryview(payload)])
+            return tcp_socket.checksum([memoryview(payload)]), bytes(payload)
+        if take.store:
+            return self._write_blocks(take), b""
+        return self._drain(take.header.length), b""
+
+    def _write_blocks(self, take: Take) -> int:
+        header = take.header
+        views = self._taking.memory.spans(header.layer, header.part, take.block_ids)
+        with self._taking.lock:
+            if take.grant is not None:
+                self._taking.started(take.grant.grant, self._clock.now())
+        left = self._fill(take, views)
+        if left:
+            self._drain(left)
+            return header.crc  # nothing of it is used
+        return tcp_socket.checksum(views)
+
+    def _fill(self, take: Take, views: list[memoryview]) -> int:
+        """Read into the views; stops when the grant is revoked meanwhile. Returns the number of bytes left."""
+        progress_s = self._clock.now()
+        while views:
+            if take.store and self._is_revoked(take):
+                return sum(view.nbytes for view in views)
+            count = tcp_socket.read_into(self._sock, views)
+            views = tcp_socket.advance(views, count)
+            now = self._clock.now()
+            if count:
+                progress_s = now
+            elif now - progress_s > tcp_socket.STALL_S:
+                raise LinkBroken("the giver stopped in the middle of a frame")
+        return 0
+
+    def _is_revoked(self, take: Take) -> bool:
+        """When it is, the frame leaves the blocks here and now."""
+        grant = take.grant
+        if grant is None or grant.state is not GrantState.REVOKED:
+            return False
+        with self._taking.lock:
+            self._session.leave(take)
+            self._taking.settle(grant)
+        return True
+
+    def _drain(self, length: int) -> int:
+        """Read `length` bytes into the sink; returns their checksum."""
+        crc = 0
+        progress_s = self._clock.now()
+        while length:
+            view = self._sink[: min(length, _SINK_BYTES)]
+            count = tcp_socket.read_into(self._sock, [view])
+            crc = tcp_socket.checksum([view[:count]], crc)
+            length -= count
+            now = self._clock.now()
+            if count:
+                progress_s = now
+            elif now - progress_s > tcp_socket.STALL_S:
+                raise LinkBroken("the giver stopped in the middle of a frame")
+        return crc
+
+    def _reject(self, reject: kv_session.Reject) -> None:
+        """Say why, and give the peer a moment to read it: bytes of ours on the way would be lost by a reset."""
+        text = self._rejected = codec.TEXTS[reject.reason]
+        self._taking.counts.add("frames_rejected")
+        _log.warning("KV frame rejected", peer=self.peer, reason=text)
+        if reject.failed:
+            with self._taking.lock:
+                self._taking.failed(reject.grant, text)
+        error = self._session.error(reject.reason, reject.grant)
+        tcp_socket.write_all(self._sock, error, self._clock)
+        self._sock.shutdown(socket.SHUT_WR)
+        deadline = self._clock.now() + LINGER_S
+        while self._clock.now() < deadline:
+            tcp_socket.read_into(self._sock, [self._sink])

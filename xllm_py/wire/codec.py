@@ -1,0 +1,277 @@
+"""KV frames and handshake messages as bytes: layouts, limits, reasons. Nothing here keeps state or does I/O.
+
+Frame: a 64-byte header, little-endian, naturally aligned, then `length` bytes of payload.
+
+     0 magic "XKV1"   4 version u8   5 type u8   6 flags u8 = 0   7 part u8 (0 K, 1 V)
+     8 seq u64 (+1 each)   16 grant 16 B   32 first u32 (relative block)   36 length u32   40 layer u16   42 count u16
+    44 crc32(payload) u32    48 mac 16 B = truncated HMAC over bytes 0..47 under the link key of this direction
+
+Called by wire/kv_session; the checks and their order are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+from xllm_py.base.hashing import mac
+
+MAGIC = b"XKV1"
+VERSION = 1
+HEADER_BYTES = 64
+MAX_PAYLOAD_BYTES = 4 << 20
+GRANT_BYTES = 16
+MAC_BYTES = 16
+NO_GRANT = bytes(GRANT_BYTES)
+NONCE_BYTES = 32
+
+_HEADER = struct.Struct("<4sBBBBQ16sIIHHI16s")
+_SIGNED_BYTES = HEADER_BYTES - MAC_BYTES
+_COMMIT = struct.Struct("<I4xQ16s")
+COMMIT_BYTES = _COMMIT.size
+_ENTRY = struct.Struct("<HHIII")
+_HELLO = struct.Struct("<4sBBHHH64s32s32s")
+_PROOF = struct.Struct("<4sBBH32s")
+HANDSHAKE_MAGIC = b"XKH1"
+HELLO_BYTES = _HELLO.size
+PROOF_BYTES = _PROOF.size
+
+
+class FrameType(IntEnum):
+    """What a frame is."""
+
+    DATA = 1
+    COMMIT = 2
+    ACK = 3
+    ERROR = 4
+
+
+class Step(IntEnum):
+    """The messages of a handshake; after PROOF come frames."""
+
+    HELLO = 1  # giver: who I am, my layout, my nonce
+    WELCOME = 2  # taker: the same of its own, followed by its PROOF
+    PROOF = 3  # proof of the cluster key over both messages
+
+
+class Reason(IntEnum):
+    """Why a link or a grant was refused; travels in the `count` field of an ERROR frame."""
+
+    BAD_FRAME = 1
+    BAD_SEQUENCE = 2
+    BAD_MAC = 3
+    UNKNOWN_GRANT = 4
+    WRONG_STATE = 5
+    OUT_OF_RANGE = 6
+    BAD_LENGTH = 7
+    BAD_CHECKSUM = 8
+    CONFLICT = 9
+    INCOMPLETE = 10
+    DIGEST_DIFFERS = 11
+    REVOKED = 12
+    WRONG_VERSION = 13
+    WRONG_KEY = 14
+    WRONG_INCARNATION = 15
+    WRONG_LAYOUT = 16
+    TOO_MANY_LATE = 17
+
+
+TEXTS: Mapping[Reason, str] = {
+    Reason.BAD_FRAME: "a frame's magic, version, type or flags are wrong",
+    Reason.BAD_SEQUENCE: "a frame is out of sequence",
+    Reason.BAD_MAC: "a frame's proof is wrong",
+    Reason.UNKNOWN_GRANT: "the grant is unknown, or another peer's",
+    Reason.WRONG_STATE: "the grant takes no more frames",
+    Reason.OUT_OF_RANGE: "layer, part or blocks lie outside the grant",
+    Reason.BAD_LENGTH: "a frame's length is not that of its blocks",
+    Reason.BAD_CHECKSUM: "a payload does not match its checksum",
+    Reason.CONFLICT: "a block came twice with different content",
+    Reason.INCOMPLETE: "COMMIT came before every wanted block",
+    Reason.DIGEST_DIFFERS: "COMMIT's digest differs: other frames, or another prompt",
+    Reason.REVOKED: "the grant was revoked",
+    Reason.WRONG_VERSION: "the peer speaks another version of the KV protocol",
+    Reason.WRONG_KEY: "the peer has another cluster key",
+    Reason.WRONG_INCARNATION: "the peer is another process than the one expected",
+    Reason.WRONG_LAYOUT: "the peer's KV layout differs (model, dtype or block size)",
+    Reason.TOO_MANY_LATE: "too many frames for grants that were revoked",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """The fields of a frame header that vary; bytes 0..4, flags and mac are the codec's."""
+
+    type: int
+    seq: int
+    grant: bytes = NO_GRANT
+    part: int = 0
+    layer: int = 0
+    first: int = 0
+    count: int = 0
+    length: int = 0
+    crc: int = 0
+
+
+def pack_header(header: Header, key: bytes) -> bytes:
+    """64 bytes, signed under `key`."""
+    fields = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        header.type,
+        0,
+        header.part,
+        header.seq,
+        header.grant,
+        header.first,
+        header.length,
+        header.layer,
+        header.count,
+        header.crc,
+        b"",
+    )[:_SIGNED_BYTES]
+    return fields + mac(key, fields)[:MAC_BYTES]
+
+
+def unpack_header(data: bytes) -> tuple[Header, bool]:
+    """The fields of exactly 64 bytes, and whether magic, version, type and flags are ours. Nothing else is checked."""
+    magic, version, kind, flags, part, seq, grant, first, length, layer, count, crc, _ = (
+        _HEADER.unpack(data)
+    )
+    ours = magic == MAGIC and version == VERSION and flags == 0
+    header = Header(
+        type=kind,
+        seq=seq,
+        grant=grant,
+        part=part,
+        layer=layer,
+        first=first,
+        count=count,
+        length=length,
+        crc=crc,
+    )
+    return header, ours and FrameType.DATA <= kind <= FrameType.ERROR
+
+
+def signature(data: bytes, key: bytes) -> tuple[bytes, bytes]:
+    """(the mac that a header carries, the mac it should carry)."""
+    return data[_SIGNED_BYTES:], mac(key, data[:_SIGNED_BYTES])[:MAC_BYTES]
+
+
+def pack_commit(num_frames: int, num_bytes: int, digest: bytes) -> bytes:
+    """The payload of COMMIT."""
+    return _COMMIT.pack(num_frames, num_bytes, digest)
+
+
+class FrameLog:
+    """Which frames of a grant went over the wire, by (layer, part, first block): what COMMIT is about, on both sides."""
+
+    def __init__(self) -> None:
+        self._frames: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._bits: dict[tuple[int, int], int] = {}
+        self.num_bytes = 0
+
+    def find(self, header: Header) -> tuple[int, int] | None:
+        """(count, crc) of the frame that began at the same block, if there was one."""
+        return self._frames.get((header.layer, header.part, header.first))
+
+    def claim(self, header: Header) -> bool:
+        """Set the bits of its blocks, so that no other frame can; False when one is set already."""
+        place, mask = (header.layer, header.part), _mask(header)
+        bits = self._bits.get(place, 0)
+        if bits & mask:
+            return False
+        self._bits[place] = bits | mask
+        return True
+
+    def unclaim(self, header: Header) -> None:
+        """The payload of a claimed frame did not come, or was damaged."""
+        self._bits[header.layer, header.part] &= ~_mask(header)
+
+    def confirm(self, header: Header) -> None:
+        """The payload of a claimed frame was sent, or is written and verified."""
+        self._frames[header.layer, header.part, header.first] = (header.count, header.crc)
+        self.num_bytes += header.length
+
+    def complete(self, num_layers: int, num_parts: int, wanted: int) -> bool:
+        """Whether exactly the blocks in the bit mask `wanted` are there in every layer and part."""
+        places = ((layer, part) for layer in range(num_layers) for part in range(num_parts))
+        return all(self._bits.get(place, 0) == wanted for place in places)
+
+    def commit_payload(self, prompt_digest: bytes) -> bytes:
+        """Frame count, bytes, and BLAKE2b chained over the frames in order (layer, part, block) and the prompt's digest."""
+        digest = hashlib.blake2b(digest_size=16, person=b"xllm kv commit")
+        for place in sorted(self._frames):
+            digest.update(_ENTRY.pack(*place, *self._frames[place]))
+        digest.update(prompt_digest)
+        return pack_commit(len(self._frames), self.num_bytes, digest.digest())
+
+
+def _mask(header: Header) -> int:
+    return ((1 << header.count) - 1) << header.first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """HELLO and WELCOME."""
+
+    step: Step
+    incarnation: str  # at most 64 bytes of UTF-8
+    layout: str  # KvLayout.fingerprint: 32 hex digits
+    nonce: bytes  # 32 fresh random bytes
+    rank: int = 0
+    num_ranks: int = 1
+
+
+def pack_hello(hello: Hello) -> bytes:
+    """Fixed size. Raises ValueError when a name is too long."""
+    incarnation, layout = hello.incarnation.encode(), hello.layout.encode()
+    if len(incarnation) > 64 or len(layout) > 32 or len(hello.nonce) != NONCE_BYTES:
+        raise ValueError("incarnation, layout or nonce has the wrong size")
+    return _HELLO.pack(
+        HANDSHAKE_MAGIC,
+        VERSION,
+        hello.step,
+        hello.rank,
+        hello.num_ranks,
+        0,
+        incarnation,
+        layout,
+        hello.nonce,
+    )
+
+
+def unpack_hello(data: bytes, step: Step) -> Hello | Reason:
+    """The expected message of exactly HELLO_BYTES, or why it is not one."""
+    magic, version, kind, rank, num_ranks, spare, incarnation, layout, nonce = _HELLO.unpack(data)
+    if magic != HANDSHAKE_MAGIC or kind != step or spare:
+        return Reason.BAD_FRAME
+    if version != VERSION:
+        return Reason.WRONG_VERSION
+    try:
+        names = [name.rstrip(b"\0").decode() for name in (incarnation, layout)]
+    except UnicodeDecodeError:
+        return Reason.BAD_FRAME
+    return Hello(
+        step=step,
+        incarnation=names[0],
+        layout=names[1],
+        nonce=nonce,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+
+
+def pack_proof(proof: bytes) -> bytes:
+    """PROOF: 32 bytes of HMAC in an envelope."""
+    return _PROOF.pack(HANDSHAKE_MAGIC, VERSION, Step.PROOF, 0, proof)
+
+
+def unpack_proof(data: bytes) -> bytes | Reason:
+    """The proof in exactly PROOF_BYTES, or why there is none."""
+    magic, version, kind, spare, proof = _PROOF.unpack(data)
+    if magic != HANDSHAKE_MAGIC or version != VERSION or kind != Step.PROOF or spare:
+        return Reason.BAD_FRAME
+    return bytes(proof)
