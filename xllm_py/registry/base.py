@@ -1,0 +1,107 @@
+"""The Registry protocol: keys under leases, a list with its revision, and a watch from a revision that never dies silently.
+
+Used by instance/announcer (a card under a lease) and master/instance_manager (list and watch). Every call has a deadline and
+raises RegistryUnavailable. Conformance: tests/conformance/test_registry.py, run against memory, embedded and a real etcd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One key as it was at `revision`; in an event, value None means that the key is gone."""
+
+    key: str
+    value: bytes | None
+    revision: int  # of its last change
+
+
+class Lease(Protocol):
+    """A lease that keeps itself alive, and comes back with everything put under it when it was lost."""
+
+    async def put(self, key: str, value: bytes) -> None:
+        """Put under the lease, and again whenever the lease had to be granted anew."""
+        ...
+
+    async def revoke(self) -> None:
+        """Delete everything under it and stop; never raises, the lease ends by itself at the latest."""
+        ...
+
+
+class Registry(Protocol):
+    """See the module's text."""
+
+    @property
+    def up(self) -> bool:
+        """Whether the last word with the registry went well."""
+        ...
+
+    async def lease(self, ttl_s: int) -> Lease:
+        """A new lease, renewed every third of its time to live."""
+        ...
+
+    async def put(self, key: str, value: bytes, *, create_only: bool = False) -> bool:
+        """Put without a lease. create_only: False when the key was there already, and nothing was changed."""
+        ...
+
+    async def get(self, key: str) -> bytes | None:
+        """The value, or None."""
+        ...
+
+    async def entries(self, prefix: str) -> tuple[Sequence[Entry], int]:
+        """All entries under a prefix, and the revision at which this was true."""
+        ...
+
+    async def delete(self, key: str) -> bool:
+        """True when it was there."""
+        ...
+
+    def watch(
+        self, prefix: str, known: Sequence[Entry], revision: int
+    ) -> AsyncGenerator[list[Entry], None]:
+        """Changes after `revision`, for ever, in order.
+
+        `known` is what entries() returned at that revision: when changes were missed (compaction, a wiped registry) the watch
+        lists again and yields the difference. It resumes with back-off after every error.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End watches, leases stay to their end; idempotent."""
+        ...
+
+
+class EtcdAccess(Protocol):
+    """What the lease and the watch loop need of the etcd client."""
+
+    kv: Any
+    leases: Any
+    watches: Any
+
+    async def call(self, method: Any, request: Any) -> Any:
+        """One unary call with a deadline. Raises RegistryUnavailable."""
+        ...
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries."""
+        ...
+
+    def key(self, key: str) -> bytes:
+        """With the namespace."""
+        ...
+
+    def end_of(self, start: bytes) -> bytes:
+        """The first key after a prefix."""
+        ...
+
+    def entry(self, record: Any) -> Entry:
+        """Our value of etcd's KeyValue."""
+        ...
+
+    async def entries(self, prefix: str) -> tuple[Sequence[Entry], int]:
+        """See Registry."""
+        ...
