@@ -121,23 +121,26 @@ class TcpKvTransport:
         key = (grant.endpoint, grant.peer_incarnation)
         link = self._links.get(key)
         if link is None or not link.add(grant):
-            link = self._open_link(*key, replaces=link)
-            link.add(grant)
+            self._sweep()
+            link = self._links[key] = self._open_link(grant)
         self._by_grant[grant.grant] = link
 
-    def _open_link(self, endpoint: str, incarnation: str, replaces: GiverLink | None) -> GiverLink:
-        if replaces is not None:
-            replaces.close()
-        link = GiverLink(
-            endpoint=endpoint,
-            session=GiverSession(self._identity(), incarnation),
+    def _sweep(self) -> None:
+        """Give back what ended links still hold."""
+        for key, link in list(self._links.items()):
+            if link.ended:
+                link.close()
+                del self._links[key]
+
+    def _open_link(self, first: GiverGrant) -> GiverLink:
+        return GiverLink(
+            first=first,
+            session=GiverSession(self._identity(), first.peer_incarnation),
             memory=self._memory,
             events=self._events,
             counts=self._counts,
             clock=self._clock,
         )
-        self._links[endpoint, incarnation] = link
-        return link
 
     def push(
         self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]

@@ -57,21 +57,21 @@ class GiverLink:
     def __init__(
         self,
         *,
-        endpoint: str,
+        first: GiverGrant,
         session: GiverSession,
         memory: KvMemory,
         events: EventQueue,
         counts: Counts,
         clock: Clock,
     ) -> None:
-        self._endpoint = endpoint
+        self._endpoint = first.endpoint
         self._session = session
         self._memory = memory
         self._events = events
         self._counts = counts
         self._clock = clock
         self._state = threading.Condition()  # guards everything down to _ended
-        self._givings: dict[bytes, _Giving] = {}
+        self._givings: dict[bytes, _Giving] = {first.grant: _Giving(first)}
         self._queue: deque[_Item] = deque()
         self._reading: bytes | None = None  # grant whose blocks the thread may be reading
         self._idle = False
@@ -79,9 +79,7 @@ class GiverLink:
         self._closing = False
         self._ended = False
         self._wake = Wake()
-        self._blocks_per_frame = tcp_socket.frame_blocks(
-            memory.layout.block_bytes, codec.MAX_PAYLOAD_BYTES
-        )
+        self._blocks_per_frame = codec.blocks_per_frame(memory.layout.block_bytes)
         self._thread = threading.Thread(target=self._run, name="kv-giver", daemon=True)
         self._thread.start()
 

@@ -120,8 +120,3 @@ def checksum(views: Sequence[memoryview], start: int = 0) -> int:
     for view in views:
         crc = zlib.crc32(view, crc)
     return crc
-
-
-def frame_blocks(block_bytes: int, max_payload_bytes: int) -> int:
-    """How many blocks one frame carries at most."""
-    return min(max_payload_bytes // block_bytes, _MAX_VIEWS - 1)

@@ -25,6 +25,7 @@ HEADER_BYTES = 64
 MAX_PAYLOAD_BYTES = 4 << 20
 GRANT_BYTES = 16
 MAC_BYTES = 16
+MAX_FRAME_BLOCKS = 511  # the giver's own limit: a header and its blocks fit one system call (1,024 buffers on Linux)
 NO_GRANT = bytes(GRANT_BYTES)
 NONCE_BYTES = 32
 
@@ -113,6 +114,11 @@ class Header:
     count: int = 0
     length: int = 0
     crc: int = 0
+
+
+def blocks_per_frame(block_bytes: int) -> int:
+    """How many blocks of one layer and part a giver puts in one frame; 0 when not even one fits."""
+    return min(MAX_PAYLOAD_BYTES // block_bytes, MAX_FRAME_BLOCKS)
 
 
 def pack_header(header: Header, key: bytes) -> bytes:

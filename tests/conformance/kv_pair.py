@@ -1,0 +1,175 @@
+"""Two KV transports of one kind, the memories behind them, and how a test waits for what they tell."""
+
+from __future__ import annotations
+
+import random
+import select
+import time
+from collections.abc import Callable
+
+from xllm_py.base.clock import RealClock
+from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
+from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, KvTransport, TakerGrant
+from xllm_py.transport.memory import MemoryKvTransport, MemoryNetwork
+from xllm_py.transport.tcp import TcpKvTransport
+
+LAYOUT = KvLayout(num_layers=3, block_size=4, block_bytes=96, shape="test")
+NUM_BLOCKS = 32
+KEY = b"k" * 32
+DIGEST = b"d" * 16
+CANARY = 0xC5
+DEADLINE_S = 10.0
+
+Make = Callable[..., KvTransport]
+
+
+def make_memory(
+    seed: int | None, layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS
+) -> KvMemory:
+    """Random content, or canaries everywhere when seed is None."""
+    size = num_blocks * layout.block_bytes
+    source = random.Random(seed)
+    regions = [
+        memoryview(
+            bytearray([CANARY]) * size if seed is None else bytearray(source.randbytes(size))
+        )
+        for _ in range(layout.num_layers * PARTS)
+    ]
+    return KvMemory(layout, num_blocks, regions)
+
+
+def make_tcp(*, memory: KvMemory, incarnation: str, cluster_key: bytes = KEY) -> KvTransport:
+    return TcpKvTransport(memory=memory, incarnation=incarnation, cluster_key=cluster_key)
+
+
+def memory_maker() -> Make:
+    network = MemoryNetwork(RealClock())
+
+    def make(*, memory: KvMemory, incarnation: str, cluster_key: bytes = KEY) -> KvTransport:
+        return MemoryKvTransport(
+            network=network, memory=memory, incarnation=incarnation, cluster_key=cluster_key
+        )
+
+    return make
+
+
+class Pair:
+    """P gives, D takes. Blocks of D that no grant names hold canaries."""
+
+    def __init__(self, make: Make) -> None:
+        self.make = make
+        self.giver_memory, self.taker_memory = make_memory(1), make_memory(None)
+        self.giver = make(memory=self.giver_memory, incarnation="p-1")
+        self.taker = make(memory=self.taker_memory, incarnation="d-1")
+        self.extra: list[KvTransport] = []
+        self.given: list[KvEvent] = []
+        self.taken: list[KvEvent] = []
+        self._grants = 0
+
+    def add(self, **made: object) -> KvTransport:
+        """One more transport, closed with the pair."""
+        self.extra.append(self.make(**made))
+        return self.extra[-1]
+
+    def grant(
+        self,
+        block_ids: tuple[int, ...],
+        *,
+        first_wanted: int = 0,
+        peer: str = "p-1",
+        digest: bytes = DIGEST,
+    ) -> bytes:
+        """D opens a grant."""
+        self._grants += 1
+        grant = self._grants.to_bytes(16, "big")
+        self.taker.open_grant(
+            TakerGrant(
+                grant=grant,
+                peer_incarnation=peer,
+                block_ids=block_ids,
+                first_wanted=first_wanted,
+                prompt_digest=digest,
+            )
+        )
+        return grant
+
+    def connect(
+        self,
+        grant: bytes,
+        *,
+        giver: KvTransport | None = None,
+        incarnation: str = "d-1",
+        digest: bytes = DIGEST,
+    ) -> None:
+        """P learns of the grant."""
+        (giver or self.giver).connect(
+            GiverGrant(
+                grant=grant,
+                endpoint=self.taker.endpoint,
+                peer_incarnation=incarnation,
+                prompt_digest=digest,
+            )
+        )
+
+    def push(self, grant: bytes, block_ids: tuple[int, ...], first: int = 0) -> None:
+        """All layers of these blocks."""
+        for layer in range(LAYOUT.num_layers):
+            self.giver.push(grant, layer, first, block_ids)
+
+    def give(self, grant: bytes, block_ids: tuple[int, ...], first: int = 0) -> None:
+        """Connect, push, commit."""
+        self.connect(grant)
+        self.push(grant, block_ids, first)
+        self.giver.commit(grant)
+
+    def turn(self, wait_s: float = 0.0) -> None:
+        """Take what both tell."""
+        select.select([self.giver.wake_fd, self.taker.wake_fd], [], [], wait_s)
+        self.given += self.giver.poll()
+        self.taken += self.taker.poll()
+        for transport in self.extra:
+            self.given += transport.poll()
+
+    def until(self, what: str, condition: Callable[[], bool]) -> None:
+        """Wait for a condition, with a deadline that says what was awaited."""
+        deadline = time.monotonic() + DEADLINE_S
+        self.turn()
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"waited in vain for {what}: {self.given} {self.taken}")
+            self.turn(0.02)
+
+    def given_event(self, kind: KvEventKind, grant: bytes) -> KvEvent:
+        """Wait for P's event."""
+        self.until(f"P {kind}", lambda: bool(_find(self.given, kind, grant)))
+        return _find(self.given, kind, grant)[0]
+
+    def taken_event(self, kind: KvEventKind, grant: bytes) -> KvEvent:
+        """Wait for D's event."""
+        self.until(f"D {kind}", lambda: bool(_find(self.taken, kind, grant)))
+        return _find(self.taken, kind, grant)[0]
+
+    def assert_copied(self, sources: tuple[int, ...], targets: tuple[int, ...]) -> None:
+        """Every layer and part of these blocks is the same on both sides."""
+        for source, target in zip(sources, targets, strict=True):
+            for layer in range(LAYOUT.num_layers):
+                for part in range(PARTS):
+                    expected = self.giver_memory.span(layer, part, source)
+                    assert self.taker_memory.span(layer, part, target) == expected
+
+    def assert_untouched(self, but: tuple[int, ...] = ()) -> None:
+        """Canaries live in every block of D except these."""
+        whole = bytes([CANARY]) * LAYOUT.block_bytes
+        for block in set(range(NUM_BLOCKS)) - set(but):
+            for layer in range(LAYOUT.num_layers):
+                for part in range(PARTS):
+                    assert self.taker_memory.span(layer, part, block) == whole, block
+
+    def close(self) -> None:
+        """Everything."""
+        for transport in [self.giver, self.taker, *self.extra]:
+            transport.close()
+
+
+def _find(events: list[KvEvent], kind: KvEventKind, grant: bytes) -> list[KvEvent]:
+    return [event for event in events if event.kind is kind and event.grant == grant]

@@ -1,0 +1,340 @@
+"""What every KvTransport promises, whatever carries the bytes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conformance.kv_pair import LAYOUT, Pair, make_memory, make_tcp, memory_maker
+from xllm_py.core.kv_memory import PARTS, KvLayout
+from xllm_py.transport.base import GiverGrant, KvEventKind
+
+ACKNOWLEDGED, LANDED = KvEventKind.ACKNOWLEDGED, KvEventKind.LANDED
+FAILED, RELEASED = KvEventKind.FAILED, KvEventKind.RELEASED
+
+
+@pytest.fixture(params=["memory", "tcp"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    made = Pair(make_tcp if request.param == "tcp" else memory_maker())
+    yield made
+    made.close()
+
+
+def land(pair: Pair, sources: tuple[int, ...], targets: tuple[int, ...]) -> bytes:
+    grant = pair.grant(targets)
+    pair.give(grant, sources)
+    pair.given_event(ACKNOWLEDGED, grant)
+    pair.taken_event(LANDED, grant)
+    return grant
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets"),
+    [
+        ((5,), (9,)),
+        ((4, 5, 6, 7), (20, 21, 22, 23)),
+        ((31, 2, 17, 3, 4, 0), (0, 30, 5, 7, 6, 31)),
+        (tuple(range(32)), tuple(reversed(range(32)))),
+    ],
+    ids=["one block", "adjacent", "scattered", "all"],
+)
+def test_blocks_arrive_in_the_blocks_that_the_grant_names_and_in_no_others(
+    pair: Pair, sources: tuple[int, ...], targets: tuple[int, ...]
+) -> None:
+    land(pair, sources, targets)
+    pair.assert_copied(sources, targets)
+    pair.assert_untouched(but=targets)
+
+
+def test_both_sides_tell_how_much_moved(pair: Pair) -> None:
+    grant = land(pair, (1, 2), (3, 4))
+    moved = 2 * LAYOUT.num_layers * PARTS * LAYOUT.block_bytes
+    assert pair.given_event(ACKNOWLEDGED, grant).num_bytes == moved
+    assert pair.taken_event(LANDED, grant).num_bytes == moved
+    assert pair.given_event(ACKNOWLEDGED, grant).seconds >= 0
+    assert pair.giver.ledger()["bytes_sent"] == moved
+    assert pair.taker.ledger()["bytes_received"] == moved
+
+
+def test_blocks_come_chunk_by_chunk_and_layer_by_layer(pair: Pair) -> None:
+    sources, targets = (3, 9, 1, 20, 21), (8, 7, 6, 30, 2)
+    grant = pair.grant(targets)
+    pair.connect(grant)
+    for first, count in ((0, 1), (1, 3), (4, 1)):
+        for layer in range(LAYOUT.num_layers):
+            pair.giver.push(grant, layer, first, sources[first : first + count])
+            pair.turn()
+    pair.giver.commit(grant)
+    pair.taken_event(LANDED, grant)
+    pair.assert_copied(sources, targets)
+
+
+def test_blocks_that_the_taker_holds_already_are_not_written(pair: Pair) -> None:
+    grant = pair.grant((10, 11, 12), first_wanted=2)
+    pair.give(grant, (5,), first=2)
+    pair.taken_event(LANDED, grant)
+    pair.assert_copied((5,), (12,))
+    pair.assert_untouched(but=(12,))
+
+
+def test_a_grant_that_wants_nothing_lands_by_its_commit(pair: Pair) -> None:
+    grant = pair.grant((10, 11), first_wanted=2)
+    pair.connect(grant)
+    pair.giver.commit(grant)
+    pair.taken_event(LANDED, grant)
+    pair.given_event(ACKNOWLEDGED, grant)
+    pair.assert_untouched()
+
+
+def test_a_held_block_is_refused_when_it_is_pushed(pair: Pair) -> None:
+    grant = pair.grant((10, 11), first_wanted=1)
+    pair.connect(grant)
+    pair.push(grant, (1, 2), first=0)
+    assert "outside" in pair.given_event(FAILED, grant).text
+    pair.assert_untouched()
+
+
+def test_the_same_blocks_twice_are_fine(pair: Pair) -> None:
+    grant = pair.grant((10, 11))
+    pair.connect(grant)
+    pair.push(grant, (1, 2))
+    pair.push(grant, (1, 2))
+    pair.giver.commit(grant)
+    pair.taken_event(LANDED, grant)
+    pair.assert_copied((1, 2), (10, 11))
+
+
+def test_a_block_that_comes_again_with_other_content_ends_the_grant(pair: Pair) -> None:
+    grant = pair.grant((10, 11))
+    pair.connect(grant)
+    pair.push(grant, (1, 2))
+    pair.push(grant, (3, 4))
+    pair.given_event(FAILED, grant)
+    pair.taken_event(FAILED, grant)
+
+
+def test_a_commit_with_holes_ends_the_grant_on_both_sides(pair: Pair) -> None:
+    grant = pair.grant((10, 11, 12))
+    pair.give(grant, (1, 2))
+    assert "before every wanted block" in pair.given_event(FAILED, grant).text
+    assert "before every wanted block" in pair.taken_event(FAILED, grant).text
+    assert pair.taker.ledger()["frames_rejected"] == 1
+
+
+def test_kv_of_another_prompt_never_lands(pair: Pair) -> None:
+    grant = pair.grant((10, 11))
+    pair.connect(grant, digest=b"other prompt 16b")
+    pair.push(grant, (1, 2))
+    pair.giver.commit(grant)
+    assert "digest" in pair.taken_event(FAILED, grant).text
+    pair.given_event(FAILED, grant)
+
+
+def test_a_grant_of_another_peer_cannot_be_used(pair: Pair) -> None:
+    grant = pair.grant((10, 11), peer="p-2")
+    pair.give(grant, (1, 2))
+    assert "unknown" in pair.given_event(FAILED, grant).text
+    pair.assert_untouched()
+    assert pair.taker.ledger()["frames_rejected"] == 1
+
+
+def test_an_invented_grant_cannot_be_used(pair: Pair) -> None:
+    pair.give(b"?" * 16, (1, 2))
+    assert "unknown" in pair.given_event(FAILED, b"?" * 16).text
+    pair.assert_untouched()
+
+
+def test_a_restarted_taker_is_not_the_one_that_gave_the_grant(pair: Pair) -> None:
+    grant = pair.grant((10, 11))
+    pair.connect(grant, incarnation="d-0")
+    pair.push(grant, (1, 2))
+    assert "another process" in pair.given_event(FAILED, grant).text
+    pair.assert_untouched()
+
+
+def test_a_peer_with_another_cluster_key_gets_no_link(pair: Pair) -> None:
+    stranger = pair.add(memory=make_memory(3), incarnation="p-1", cluster_key=b"x" * 32)
+    grant = pair.grant((10, 11))
+    pair.connect(grant, giver=stranger)
+    stranger.push(grant, 0, 0, (1, 2))
+    assert "cluster key" in pair.given_event(FAILED, grant).text
+    pair.assert_untouched()
+
+
+def test_a_peer_with_another_layout_gets_no_link(pair: Pair) -> None:
+    other = KvLayout(num_layers=3, block_size=4, block_bytes=96, shape="another dtype")
+    stranger = pair.add(memory=make_memory(3, other), incarnation="p-1")
+    grant = pair.grant((10, 11))
+    pair.connect(grant, giver=stranger)
+    stranger.push(grant, 0, 0, (1, 2))
+    assert "layout" in pair.given_event(FAILED, grant).text
+    pair.assert_untouched()
+
+
+def test_nobody_at_the_endpoint_fails_the_grant(pair: Pair) -> None:
+    grant = pair.grant((10, 11))
+    endpoint = pair.taker.endpoint
+    pair.taker.close()
+    pair.taker = pair.make(memory=make_memory(None), incarnation="d-2")
+    assert pair.taker.endpoint != endpoint
+    pair.giver.connect(
+        GiverGrant(grant=grant, endpoint=endpoint, peer_incarnation="d-1", prompt_digest=b"")
+    )
+    pair.given_event(FAILED, grant)
+    assert pair.giver.ledger()["grants_given"] == 0
+
+
+def test_nothing_is_written_after_revoke_and_the_link_serves_the_others(pair: Pair) -> None:
+    revoked, other = pair.grant((10, 11)), pair.grant((12, 13))
+    pair.connect(revoked)
+    pair.connect(other)
+    pair.taker.revoke(revoked)
+    pair.taken_event(RELEASED, revoked)
+    pair.push(revoked, (1, 2))
+    pair.push(other, (3, 4))
+    pair.giver.commit(other)
+    assert "revoked" in pair.given_event(FAILED, revoked).text
+    pair.given_event(ACKNOWLEDGED, other)
+    pair.assert_copied((3, 4), (12, 13))
+    pair.assert_untouched(but=(12, 13))
+
+
+def test_revoke_in_the_middle_releases_and_later_frames_are_sunk(pair: Pair) -> None:
+    grant = pair.grant((10, 11))
+    pair.connect(grant)
+    pair.giver.push(grant, 0, 0, (1, 2))
+    pair.until("the first layer", lambda: pair.taker.ledger()["bytes_received"] > 0)
+    pair.taker.revoke(grant)
+    pair.taken_event(RELEASED, grant)
+    written = [bytes(pair.taker_memory.span(layer, 0, 10, 2)) for layer in range(3)]
+    pair.giver.push(grant, 1, 0, (1, 2))
+    pair.giver.commit(grant)
+    pair.given_event(FAILED, grant)
+    assert [bytes(pair.taker_memory.span(layer, 0, 10, 2)) for layer in range(3)] == written
+    assert pair.taker.ledger()["grants_open"] == 0
+
+
+def test_a_landed_grant_is_forgotten_by_revoke_and_takes_no_more_frames(pair: Pair) -> None:
+    grant = land(pair, (1, 2), (10, 11))
+    pair.taker.revoke(grant)
+    pair.taken_event(RELEASED, grant)
+    assert pair.taker.ledger()["grants_open"] == 0
+    pair.connect(grant)
+    pair.push(grant, (3, 4))
+    pair.given_event(FAILED, grant)
+    pair.assert_copied((1, 2), (10, 11))
+
+
+def test_a_landed_grant_takes_no_second_commit(pair: Pair) -> None:
+    grant = land(pair, (1, 2), (10, 11))
+    pair.give(grant, (3, 4))
+    assert "no more" in pair.given_event(FAILED, grant).text
+    pair.assert_copied((1, 2), (10, 11))
+
+
+def test_revoking_an_unknown_grant_says_released(pair: Pair) -> None:
+    pair.taker.revoke(b"u" * 16)
+    pair.taken_event(RELEASED, b"u" * 16)
+
+
+def test_a_taker_that_closes_fails_the_grants_of_its_givers(pair: Pair) -> None:
+    first, second = pair.grant((10, 11)), pair.grant((12,))
+    pair.connect(first)
+    pair.connect(second)
+    pair.giver.push(first, 0, 0, (1, 2))
+    pair.until("the first layer", lambda: pair.taker.ledger()["bytes_received"] > 0)
+    pair.taker.close()
+    pair.taker = pair.make(memory=make_memory(None), incarnation="d-2")
+    pair.given_event(FAILED, first)
+    pair.given_event(FAILED, second)
+
+
+def test_a_giver_that_closes_fails_what_it_had_begun(pair: Pair) -> None:
+    begun, waiting = pair.grant((10, 11)), pair.grant((12,))
+    pair.connect(begun)
+    pair.connect(waiting)
+    pair.giver.push(begun, 0, 0, (1, 2))
+    pair.until("the first layer", lambda: pair.taker.ledger()["bytes_received"] > 0)
+    pair.giver.close()
+    pair.giver = pair.make(memory=make_memory(1), incarnation="p-2")
+    pair.taken_event(FAILED, begun)
+    assert all(event.grant != waiting for event in pair.taken)
+
+
+def test_a_new_link_is_opened_after_one_failed(pair: Pair) -> None:
+    broken = pair.grant((10, 11))
+    pair.give(broken, (1,))
+    pair.given_event(FAILED, broken)
+    land(pair, (1, 2), (20, 21))
+    pair.assert_copied((1, 2), (20, 21))
+
+
+def test_many_grants_share_a_link_and_come_interleaved(pair: Pair) -> None:
+    grants = [pair.grant((index, 31 - index)) for index in range(8)]
+    sources = [(index + 3, index + 12) for index in range(8)]
+    for grant in grants:
+        pair.connect(grant)
+    for layer in range(LAYOUT.num_layers):
+        for grant, blocks in zip(grants, sources, strict=True):
+            pair.giver.push(grant, layer, 0, blocks)
+    for grant in reversed(grants):
+        pair.giver.commit(grant)
+    for grant in grants:
+        pair.given_event(ACKNOWLEDGED, grant)
+        pair.taken_event(LANDED, grant)
+    for index, blocks in enumerate(sources):
+        pair.assert_copied(blocks, (index, 31 - index))
+    assert pair.giver.ledger()["links"] == 1
+
+
+def test_an_abandoned_grant_is_silent(pair: Pair) -> None:
+    abandoned, other = pair.grant((10, 11)), pair.grant((12, 13))
+    pair.connect(abandoned)
+    pair.connect(other)
+    pair.push(abandoned, (1, 2))
+    pair.giver.abandon(abandoned)
+    pair.giver.push(abandoned, 0, 0, (3, 4))
+    pair.giver.commit(abandoned)
+    pair.push(other, (5, 6))
+    pair.giver.commit(other)
+    pair.given_event(ACKNOWLEDGED, other)
+    assert all(event.grant != abandoned for event in pair.given + pair.taken)
+    assert pair.giver.ledger()["grants_given"] == 0
+
+
+def test_blocks_may_change_once_their_grant_is_abandoned(pair: Pair) -> None:
+    grant = pair.grant((10, 11))
+    pair.connect(grant)
+    pair.push(grant, (1, 2))
+    pair.giver.abandon(grant)
+    before = {
+        layer: [bytes(pair.giver_memory.span(layer, 0, block)) for block in (1, 2)]
+        for layer in range(LAYOUT.num_layers)
+    }
+    for layer in range(LAYOUT.num_layers):
+        pair.giver_memory.span(layer, 0, 1, 2)[:] = bytes(2 * LAYOUT.block_bytes)
+    probe = pair.grant((20,))
+    pair.give(probe, (9,))
+    pair.given_event(ACKNOWLEDGED, probe)
+    for layer, contents in before.items():
+        for block, content in zip((10, 11), contents, strict=True):
+            assert bytes(pair.taker_memory.span(layer, 0, block)) != bytes(LAYOUT.block_bytes)
+            assert bytes(pair.taker_memory.span(layer, 0, block)) in (
+                content,
+                b"\xc5" * LAYOUT.block_bytes,
+            )
+
+
+def test_closing_leaves_no_thread_and_no_descriptor() -> None:
+    for make in (make_tcp, memory_maker()):
+        threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            pair = Pair(make)
+            land(pair, (1, 2), (10, 11))
+            pair.close()
+            pair.close()
+        assert threading.active_count() == threads
+        assert len(os.listdir("/proc/self/fd")) == descriptors

@@ -1,0 +1,318 @@
+"""KvTransport without sockets and threads: the fake, with programmable loss, delay and damage. For tests and simulation.
+
+All transports of a MemoryNetwork live in one process. Bytes move only inside `poll` (of any of them) or `network.pump()`, so a
+test decides when; `Faults` says what happens to them on the way. Frames, sessions and grants are the real ones of wire/.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from xllm_py.base.clock import Clock
+from xllm_py.core.kv_memory import PARTS, KvMemory
+from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
+from xllm_py.transport.kv_events import Counts, EventQueue
+from xllm_py.transport.kv_taking import Taking
+from xllm_py.wire import codec, kv_session
+from xllm_py.wire.codec import FrameLog, Header, Reason
+from xllm_py.wire.kv_handshake import Identity
+from xllm_py.wire.kv_session import GiverSession, Take, TakerSession
+
+
+@dataclass(slots=True, kw_only=True)
+class Faults:
+    """What a link does to the bytes from giver to taker; a frame is a header and its payload, counted from 0."""
+
+    delay_s: float = 0.0
+    cut_at_byte: int | None = None
+    lose_frames: frozenset[int] = frozenset()
+    flip_at_byte: int | None = None  # the lowest bit of that byte
+    lose_replies: bool = False
+
+
+class MemoryNetwork:
+    """Who listens where, and the links between them. `faults(giver, taker)` is asked once for each new link."""
+
+    def __init__(
+        self, clock: Clock, faults: Callable[[str, str], Faults] = lambda _giver, _taker: Faults()
+    ) -> None:
+        self.clock = clock
+        self.faults = faults
+        self.listeners: dict[str, MemoryKvTransport] = {}
+        self.links: list[_Link] = []
+        self._names = 0
+
+    def fresh(self) -> int:
+        """1, 2, 3, ...: names and nonces that repeat from run to run."""
+        self._names += 1
+        return self._names
+
+    def pump(self) -> None:
+        """Move every byte that is due."""
+        for link in list(self.links):
+            link.move(self.clock.now())
+
+
+@dataclass(slots=True)
+class _Giving:
+    grant: GiverGrant
+    since_s: float
+    frames: FrameLog = field(default_factory=FrameLog)
+
+
+_Item = tuple[
+    float, bytes, int, int, tuple[int, ...]
+]  # due, grant, layer, first, blocks (none: COMMIT)
+
+
+class _Link:
+    """Both ends of one connection."""
+
+    def __init__(self, giver: MemoryKvTransport, taker: MemoryKvTransport, expected: str) -> None:
+        self.giver, self.taker = giver, taker
+        self.faults = giver.network.faults(giver.incarnation, taker.incarnation)
+        self.givings: dict[bytes, _Giving] = {}
+        self.queue: deque[_Item] = deque()
+        self.open = True
+        self._out = GiverSession(giver.identity(), expected)
+        self._in = TakerSession(taker.identity(), taker.taking.grants)
+        self._known = False
+        self._told: set[bytes] = set()
+        self._frames, self._bytes = 0, 0
+
+    def end(self, reason: str) -> None:
+        """Both ends see the link break."""
+        if not self.open:
+            return
+        self.open = False
+        self.giver.network.links.remove(self)
+        for grant in self.givings:
+            self.giver.tell(KvEventKind.FAILED, grant, reason)
+        if self._known:
+            self.taker.taking.link_lost(self.giver.incarnation, reason)
+
+    def move(self, now: float) -> None:
+        """Handshake when that is due, then the frames that are due."""
+        if not self._known and self.open:
+            refusal = self._shake_hands()
+            if refusal is not None:
+                self.end(codec.TEXTS[refusal])
+        while self.open and self.queue and self.queue[0][0] <= now:
+            _, grant, layer, first, block_ids = self.queue.popleft()
+            giving = self.givings[grant]
+            if not block_ids:
+                payload = giving.frames.commit_payload(giving.grant.prompt_digest)
+                self._carry(self._out.commit(grant, payload, zlib.crc32(payload)), payload)
+            for part in range(PARTS if block_ids else 0):
+                if not self.open or grant not in self.givings:
+                    break
+                payload = b"".join(self.giver.memory.spans(layer, part, block_ids))
+                crc = zlib.crc32(payload)
+                header, data = self._out.data(grant, layer, part, first, len(block_ids), crc)
+                kv_session.sent(giving.frames, header)
+                self.giver.counts.add("bytes_sent", header.length)
+                self._carry(data, payload)
+
+    def _shake_hands(self) -> Reason | None:
+        welcome = self._in.on_hello(self._out.hello())
+        proof = welcome if isinstance(welcome, Reason) else self._out.on_welcome(welcome)
+        refusal = proof if isinstance(proof, Reason) else self._in.on_proof(proof)
+        self._known = refusal is None
+        return refusal
+
+    def _carry(self, header: bytes, payload: bytes) -> None:
+        """Over the wire, with all that can happen there."""
+        data = bytearray(header + payload)
+        start, index = self._bytes, self._frames
+        self._bytes, self._frames = start + len(data), index + 1
+        if index in self.faults.lose_frames:
+            return
+        flip, cut = self.faults.flip_at_byte, self.faults.cut_at_byte
+        if flip is not None and start <= flip < self._bytes:
+            data[flip - start] ^= 1
+        if cut is not None and cut < self._bytes:
+            data = data[: max(0, cut - start)]
+        if len(data) >= codec.HEADER_BYTES:
+            self._arrive(bytes(data[: codec.HEADER_BYTES]), memoryview(data)[codec.HEADER_BYTES :])
+        if cut is not None and cut < self._bytes:
+            self.end("the link was cut")
+
+    def _arrive(self, header: bytes, body: memoryview) -> None:
+        judged = self._in.on_header(header)
+        if not isinstance(judged, Take):
+            self._answer(judged)
+            return
+        grant, whole = judged.grant, len(body) == judged.header.length
+        if judged.store:
+            self._write(judged.header, judged.block_ids, body)
+        payload = bytes(body) if judged.is_commit else b""
+        if whole:
+            self.taker.counts.add("bytes_received", 0 if judged.is_commit else len(body))
+            self._answer(self._in.on_payload(judged, zlib.crc32(body), payload))
+        else:
+            self._in.on_lost(judged)
+        self.taker.taking.settle(grant)
+
+    def _write(self, header: Header, block_ids: tuple[int, ...], body: memoryview) -> None:
+        for view in self.taker.memory.spans(header.layer, header.part, block_ids):
+            part, body = body[: view.nbytes], body[view.nbytes :]
+            view[: part.nbytes] = part
+
+    def _answer(self, result: kv_session.Result | kv_session.Closed) -> None:
+        match result:
+            case kv_session.Landed(grant=grant):
+                self.taker.taking.landed(result, self.taker.network.clock.now())
+                self._reply(self._in.ack(grant))
+            case kv_session.Late(grant=grant) if grant not in self._told:
+                self._told.add(grant)
+                self.taker.counts.add("frames_late")
+                self._reply(self._in.error(Reason.REVOKED, grant))
+            case kv_session.Reject(reason=reason, grant=grant, failed=failed):
+                self.taker.counts.add("frames_rejected")
+                if failed:
+                    self.taker.taking.failed(grant, codec.TEXTS[reason])
+                self._reply(self._in.error(reason, grant))
+                self.end(codec.TEXTS[reason])
+
+    def _reply(self, data: bytes) -> None:
+        if self.faults.lose_replies:
+            return
+        match self._out.on_header(data):
+            case kv_session.Acknowledged(grant=grant) if grant in self.givings:
+                giving = self.givings.pop(grant)
+                seconds = self.giver.network.clock.now() - giving.since_s
+                num_bytes = giving.frames.num_bytes
+                self.giver.tell(KvEventKind.ACKNOWLEDGED, grant, "", num_bytes, seconds)
+            case kv_session.Refused(grant=grant, reason=reason) if grant in self.givings:
+                self.drop(grant)
+                self.giver.tell(KvEventKind.FAILED, grant, codec.TEXTS[reason])
+            case kv_session.Closed(reason=reason):
+                self.end(codec.TEXTS[reason])
+
+    def drop(self, grant: bytes) -> None:
+        """Send nothing more of it."""
+        self.givings.pop(grant, None)
+        self.queue = deque(item for item in self.queue if item[1] != grant)
+
+
+class MemoryKvTransport:
+    """Implements transport.base.KvTransport."""
+
+    def __init__(
+        self, *, network: MemoryNetwork, memory: KvMemory, incarnation: str, cluster_key: bytes
+    ) -> None:
+        self.network = network
+        self.memory = memory
+        self.incarnation = incarnation
+        self.counts = Counts(
+            "bytes_sent", "bytes_received", "frames_rejected", "frames_late", "failures"
+        )
+        self._cluster_key = cluster_key
+        self._events = EventQueue()
+        self.taking = Taking(memory=memory, events=self._events, counts=self.counts)
+        self._by_grant: dict[bytes, _Link] = {}
+        self._closed = False
+        self.endpoint = f"memory:{network.fresh()}"
+        network.listeners[self.endpoint] = self
+
+    def identity(self) -> Identity:
+        """For one link."""
+        return Identity(
+            incarnation=self.incarnation,
+            layout=self.memory.layout,
+            cluster_key=self._cluster_key,
+            nonce=self.network.fresh().to_bytes(codec.NONCE_BYTES, "little"),
+        )
+
+    def tell(
+        self, kind: KvEventKind, grant: bytes, text: str, num_bytes: int = 0, seconds: float = 0.0
+    ) -> None:
+        """Giver: an event for `poll`."""
+        self._by_grant.pop(grant, None)
+        self.counts.add("failures", kind is KvEventKind.FAILED)
+        self._events.put(
+            KvEvent(kind=kind, grant=grant, text=text, num_bytes=num_bytes, seconds=seconds)
+        )
+
+    @property
+    def wake_fd(self) -> int:
+        """See KvTransport."""
+        return self._events.wake.fd
+
+    def open_grant(self, grant: TakerGrant) -> None:
+        """See KvTransport."""
+        self.taking.open(grant)
+
+    def revoke(self, grant: bytes) -> None:
+        """See KvTransport."""
+        self.taking.revoke(grant)
+
+    def connect(self, grant: GiverGrant) -> None:
+        """See KvTransport."""
+        taker = self.network.listeners.get(grant.endpoint)
+        if taker is None:
+            self.tell(KvEventKind.FAILED, grant.grant, "nobody listens there")
+            return
+        for link in self.network.links:
+            if link.giver is self and link.taker is taker:
+                break
+        else:
+            link = _Link(self, taker, grant.peer_incarnation)
+            self.network.links.append(link)
+        link.givings[grant.grant] = _Giving(grant, self.network.clock.now())
+        self._by_grant[grant.grant] = link
+
+    def push(
+        self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]
+    ) -> None:
+        """See KvTransport."""
+        link = self._by_grant.get(grant)
+        if link is None:
+            return
+        step = codec.blocks_per_frame(self.memory.layout.block_bytes)
+        for start in range(0, len(block_ids), step):
+            due = self.network.clock.now() + link.faults.delay_s
+            blocks = block_ids[start : start + step]
+            link.queue.append((due, grant, layer, first_relative + start, blocks))
+
+    def commit(self, grant: bytes) -> None:
+        """See KvTransport."""
+        link = self._by_grant.get(grant)
+        if link is not None:
+            due = self.network.clock.now() + link.faults.delay_s
+            link.queue.append((due, grant, 0, 0, ()))
+
+    def abandon(self, grant: bytes) -> None:
+        """See KvTransport."""
+        link = self._by_grant.pop(grant, None)
+        if link is not None:
+            link.drop(grant)
+
+    def poll(self) -> list[KvEvent]:
+        """See KvTransport."""
+        self.network.pump()
+        return self._events.take()
+
+    def ledger(self) -> dict[str, int]:
+        """See KvTransport."""
+        links = sum(self in (link.giver, link.taker) for link in self.network.links)
+        return {
+            "grants_open": len(self.taking.grants),
+            "grants_given": len(self._by_grant),
+            "links": links,
+            **self.counts.read(),
+        }
+
+    def close(self) -> None:
+        """See KvTransport."""
+        if self._closed:
+            return
+        self._closed = True
+        self.network.listeners.pop(self.endpoint)
+        for link in list(self.network.links):
+            if self in (link.giver, link.taker):
+                link.end("the peer closed the link")
+        self._events.wake.close()
