@@ -2,10 +2,10 @@
 
 P gives, D takes. Events go in, actions come out; engine/handoff_agent acts them out. `now` is a parameter.
 
-    OFFERED --granted--> PUSHING --prompt computed, all pushed, first token--> COMMITTED --acknowledged--> DONE
-       |                    |                                                       '--link failed--> LOST
-       '---- refused, unreachable, link failed before COMMIT, first token not taken ----> KEPT (decode here) or FAILED
-    any of OFFERED, PUSHING, COMMITTED --request ended on P (stop, abort, deadline)--> CANCELLED
+    OFFERED --granted--> PUSHING --prompt computed, all pushed, first token--> COMMITTED --acknowledged, told--> DONE
+       |                    |                                    link failed, first token not taken '--> LOST
+       '---- refused, unreachable, link failed before COMMIT ----> KEPT (decode here) or FAILED
+    any of OFFERED, PUSHING, COMMITTED --request ended on P (whole answer, abort, deadline)--> CANCELLED
 
 Who owns the request? Until COMMIT has left, P alone: D cannot run without a verified COMMIT, so P may cancel the grant and
 decode here. After COMMIT has left and before the acknowledgement, perhaps D: P must not decode, and when the link fails now
@@ -27,7 +27,21 @@ OFFER_FIRST_WAIT_S = 0.05
 OFFER_MOST_WAIT_S = 1.0
 OFFER_TOTAL_S = 2.0  # a decode instance that is full for so long is not asked again
 FIRST_TRIES = 3  # deliveries of the first token
+FIRST_WAIT_S = 0.05  # before the second one; longer before the third
 REPEATABLE = frozenset({"not_linked", "stale_incarnation"})  # one repeat
+
+# what the client sees at last, when nobody else takes the request; all other reasons mean 429 no_decode_capacity
+CODE_OF_REFUSAL = {
+    "never_fits": "context_length_exceeded",
+    "best_of_needs_prefix_cache": "best_of_requires_prefix_cache",
+    "draining": "draining",
+    "layout_differs": "no_compatible_decode",
+    "model_differs": "no_compatible_decode",
+    "unsupported_feature": "unsupported_value",
+    "deadline_passed": "deadline_exceeded",
+    "invalid": "internal_error",
+    "unreachable": "instance_lost",
+}
 
 
 class GiverState(Enum):
@@ -129,7 +143,7 @@ class CancelPeer:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The one word the master gets per attempt: landed, refused, lost or cancelled."""
+    """The one word the master gets per attempt: landed, refused, lost, cancelled or finished_on_p."""
 
     kind: str
     reason: str = ""
@@ -199,7 +213,8 @@ class Giver:
             return [Connect(answer), *self._advance()]
         wait_s = self._wait_before_repeat(answer, now)
         if wait_s is None:
-            return self._give_up("refused", answer.refusal, "no_decode_capacity", answer.text)
+            code = CODE_OF_REFUSAL.get(answer.refusal, "no_decode_capacity")
+            return self._give_up("refused", answer.refusal, code, answer.text)
         self._move(GiverState.WAITING)
         self.next_tick = now + wait_s
         return []
@@ -223,7 +238,8 @@ class Giver:
         if self.state is GiverState.WAITING:
             self._move(GiverState.OFFERED)
             return [SendOffer()]
-        return []
+        self._first_tries += 1
+        return [SendFirst()]
 
     def claim(self, num_complete: int) -> tuple[int, int]:
         """(first, count) of blocks to push while the step that completes them runs; they count as pushed then."""
@@ -249,16 +265,17 @@ class Giver:
         self._first_tries = 1
         return [Commit(), SendFirst()]
 
-    def on_first_delivered(self, accepted: bool, reached: bool = True) -> list[Action]:
+    def on_first_delivered(self, accepted: bool, reached: bool, now: float) -> list[Action]:
         """D's word on the first token. reached False: no answer came, so it is told again, a few times."""
         if self.state is not GiverState.COMMITTED or self._first_taken:
             return []
         if accepted:
             self._first_taken = True
+            self.next_tick = None
             return self._finish_when_both()
         if not reached and self._first_tries < FIRST_TRIES:
-            self._first_tries += 1
-            return [SendFirst()]
+            self.next_tick = now + FIRST_WAIT_S * self._first_tries * (1.0 + self._jitter)
+            return []
         reason = "grant unknown" if reached else "first token not delivered"
         return self._lose(reason)
 
@@ -296,13 +313,11 @@ class Giver:
             self._move(GiverState.KEPT)
             return [*cancel, Keep(), Verdict(kind, reason)]
         self._move(GiverState.FAILED)
-        code = {"best_of_needs_prefix_cache": "best_of_requires_prefix_cache"}.get(reason, code)
-        code = {"never_fits": "context_length_exceeded", "draining": "draining"}.get(reason, code)
         return [*cancel, Fail(code, text or reason), Verdict(kind, reason)]
 
-    def on_ended(self) -> list[Action]:
-        """The request ended on P by itself: it stopped at its first token, or was aborted, or ran out of time."""
+    def on_ended(self, complete: bool) -> list[Action]:
+        """The request ended on P by itself. complete: its first token is the whole answer; else it was aborted or late."""
         if self.closed:
             return []
         self._move(GiverState.CANCELLED)
-        return [CancelPeer(), Verdict("cancelled")]
+        return [CancelPeer(), Verdict("finished_on_p" if complete else "cancelled")]

@@ -84,10 +84,10 @@ class GivingAgent:
                 self._act(giving, giving.machine.on_tick(now), now)
 
     def before_step(self, plan: StepPlan, now: float) -> None:
-        """Offer what was admitted, let go of what ended, claim the blocks that this step completes."""
+        """Let go of what ended, offer what was admitted, claim the blocks that this step completes."""
+        self._drop_ended(now)  # first: a new attempt may take the place of one that ended
         for request in self._scheduler.take_admitted():
             self._begin(request, now)
-        self._drop_ended(now)
         self._claims.clear()
         if self._by_grant and not plan.empty:
             self._claim(plan)
@@ -153,11 +153,13 @@ class GivingAgent:
 
     def on_first_taken(self, command: m.FirstTaken, now: float) -> None:
         """P: whether D knew the grant of a first token."""
-        entries = zip(command.request_ids, command.attempts, command.accepted, strict=True)
-        for request_id, attempt, accepted in entries:
+        reached = command.reached or [True] * len(command.accepted)
+        entries = zip(command.request_ids, command.attempts, command.accepted, reached, strict=True)
+        for request_id, attempt, accepted, answered in entries:
             giving = self._giving.get(request_id)
             if giving is not None and giving.request.submission.attempt == attempt:
-                self._act(giving, giving.machine.on_first_delivered(accepted), now)
+                actions = giving.machine.on_first_delivered(accepted, answered, now)
+                self._act(giving, actions, now)
 
     def _claim(self, plan: StepPlan) -> None:
         """Blocks that will be complete after this step leave with it, layer by layer."""
@@ -191,7 +193,8 @@ class GivingAgent:
         """Requests that ended (stop, abort, deadline, failure): nothing may read their blocks from here on."""
         for giving in list(self._giving.values()):
             if giving.request.state is State.FINISHED:
-                self._act(giving, giving.machine.on_ended(), now)
+                complete = giving.request.complete
+                self._act(giving, giving.machine.on_ended(complete), now)
 
     def _act(self, giving: _Giving, actions: list[handoff.Action], now: float) -> None:
         for action in actions:

@@ -58,11 +58,15 @@ class FirstTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstTaken:
-    """D's word on FirstTokens as an event; the same word arrived at P as a command. accepted[i]: the grant was known."""
+    """D's word on FirstTokens as an event; the same word arrived at P as a command. accepted[i]: the grant was known.
+
+    reached[i] False: P's own side says that no answer came, so the token is told again. Empty: all were answered.
+    """
 
     request_ids: list[str]
     attempts: list[int]
     accepted: list[bool]
+    reached: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
