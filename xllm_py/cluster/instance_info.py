@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from xllm_py.base.errors import ProtocolViolation
-from xllm_py.base.hashing import mac, same
+from xllm_py.base.hashing import derive_key, mac, same
 
 MAX_CARD_BYTES = 64 * 1024
 
@@ -72,6 +72,11 @@ class Card:
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Card)}
 _REQUIRED = ("name", "rpc_address", "type", "incarnation_id")
+
+
+def card_key(cluster_key: bytes) -> bytes:
+    """The key cards are signed with."""
+    return derive_key(cluster_key, "cards")
 
 
 def card_to_json(card: Card, key: bytes) -> bytes:

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Mapping
 
 from xllm_py.base.errors import InvalidApiKey, StaleIncarnation
-from xllm_py.base.hashing import mac, same
+from xllm_py.base.hashing import derive_key, mac, same
 
 Metadata = tuple[tuple[str, str], ...]
 _MAX_VALUE = 256
@@ -21,7 +21,7 @@ _MAX_VALUE = 256
 
 def control_key(cluster_key: bytes) -> bytes:
     """The key of control calls; cards, KV links and cache hashes have others."""
-    return mac(cluster_key, b"xllm control calls v1")
+    return derive_key(cluster_key, "control calls")
 
 
 def metadata(key: bytes, *, method: str, sender: str, addressee: str) -> Metadata:

@@ -131,6 +131,12 @@ async def _serve(
     return ControlServer(server, host, bound)
 
 
+def require_free(host: str, port: int) -> None:
+    """Raise PortInUse now rather than after a long wait for something else; port 0 is always free."""
+    if port and not _is_free(host, port):
+        raise PortInUse(f"control port {port} is taken; free it or choose another")
+
+
 def _bind(server: aio.Server, host: str, port: int, may_move: bool) -> int:
     most = _MOST_PORTS if may_move and port else 1
     for candidate in range(port, min(port + most, 65536)):

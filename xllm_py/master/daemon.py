@@ -1,0 +1,246 @@
+"""The life of `xllm-master`: ports, registry, cluster key, service, drain. Called by cli/xllm_master; owns the signals.
+
+ports bound -> registry (embedded when asked for) -> cluster key -> parts -> own record -> ready
+first SIGTERM or SIGINT: refuse new requests, let open ones end, then everything in reverse; second: at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+
+import uvloop
+
+from xllm_py import __version__
+from xllm_py.base import ids, log
+from xllm_py.base.clock import Clock, RealClock
+from xllm_py.base.errors import RegistryUnavailable
+from xllm_py.base.metrics import Metrics
+from xllm_py.base.notify import notify
+from xllm_py.base.tasks import TaskFamily
+from xllm_py.cluster import keys
+from xllm_py.cluster.service_info import ServiceRecord, service_to_json
+from xllm_py.control.server import ControlServer, require_free, serve_master
+from xllm_py.master.config import MasterConfig
+from xllm_py.master.front import Front
+from xllm_py.master.parts import Identity, Parts, announced, assemble
+from xllm_py.openai.app import App
+from xllm_py.openai.chat_template import ChatTemplate, load_chat_template
+from xllm_py.openai.server import HttpServer, serve_http
+from xllm_py.openai.settings import HttpSettings
+from xllm_py.openai.tokenizer import Tokenizer, load_tokenizer
+from xllm_py.registry import open_registry
+from xllm_py.registry.base import Registry
+
+_log = log.get(__name__)
+_KEY_BYTES = 32
+
+
+class Master:
+    """One master process. `start`, then `serve` until a signal, then `close` whatever happened."""
+
+    def __init__(
+        self, config: MasterConfig, tokenizer: Tokenizer, template: ChatTemplate | None
+    ) -> None:
+        self._config = config
+        self._clock: Clock = RealClock()
+        self._metrics = Metrics()
+        self._tasks = TaskFamily("master")
+        self._front = Front()
+        self._app = App(
+            self._front,
+            tokenizer,
+            template,
+            settings=_settings(config),
+            metrics=self._metrics,
+            clock=self._clock,
+            extra_routes=self._front.table(),
+        )
+        self._closers = contextlib.AsyncExitStack()
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._starting: asyncio.Task[object] | None = None
+
+    async def start(self) -> None:
+        """Everything up to the ready line. Raises StartError leaves; a signal meanwhile cancels it."""
+        config = self._config
+        self._starting = asyncio.current_task()
+        self._take_signals()
+        http = await serve_http(self._app, config.host, config.http_port)
+        self._closers.push_async_callback(http.close)
+        require_free(config.host, config.rpc_port)
+        registry = await self._open_registry()
+        cluster_key = config.cluster_key or await cluster_key_of(registry)
+        identity = Identity(
+            incarnation=ids.incarnation_id(),
+            cluster_key=cluster_key,
+            rpc_address=announced(config, config.rpc_port),
+        )
+        parts = assemble(
+            config,
+            identity,
+            clock=self._clock,
+            metrics=self._metrics,
+            tasks=self._tasks,
+            num_streams=lambda: self._app.num_open,
+        )
+        self._closers.push_async_callback(parts.peers.close)
+        self._closers.push_async_callback(self._tasks.close)
+        rpc = await self._serve_rpc(parts, identity)
+        self._tasks.start(parts.manager.follow(registry), name="registry", vital=True)
+        self._tasks.start(parts.manager.keep_time(), name="clock", vital=True)
+        await self._announce(registry, identity, http)
+        self._front.open(parts.backend, parts.routes)
+        self._starting = None
+        notify("READY=1")
+        _log.info("ready", http=http.port, rpc=rpc.port, etcd=config.etcd.address)
+
+    def _take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        _log.info("signal", name=signal.Signals(number).name, again=self._stop.is_set())
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+        if self._starting is not None:
+            self._starting.cancel()
+
+    async def _open_registry(self) -> Registry:
+        config = self._config
+        if config.embedded_etcd:
+            from xllm_py.registry.embedded import NOTICE, serve_embedded
+
+            _log.warning(NOTICE)
+            embedded = await serve_embedded(config.etcd.address, clock=self._clock)
+            self._closers.push_async_callback(embedded.close)
+        registry = await open_registry(config.etcd, self._clock)
+        self._closers.push_async_callback(registry.close)
+        return registry
+
+    async def _serve_rpc(self, parts: Parts, identity: Identity) -> ControlServer:
+        rpc = await serve_master(
+            parts.generations,
+            host=self._config.host,
+            port=self._config.rpc_port,
+            may_move=False,
+            cluster_key=identity.cluster_key,
+            incarnation=identity.incarnation,
+        )
+        self._closers.push_async_callback(rpc.close)
+        return rpc
+
+    async def _announce(self, registry: Registry, identity: Identity, http: HttpServer) -> None:
+        """Our own record, so that instances find us."""
+        lease = await registry.lease(self._config.etcd.ttl_s)
+        self._closers.push_async_callback(lease.revoke)
+        http_address = announced(self._config, http.port)
+        record = ServiceRecord(
+            name=identity.rpc_address,
+            rpc_address=identity.rpc_address,
+            http_address=http_address,
+            incarnation_id=identity.incarnation,
+            version=__version__,
+        )
+        raw = service_to_json(record, identity.cluster_key)
+        await lease.put(keys.service(identity.rpc_address), raw)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal came."""
+        return self._stop.is_set()
+
+    async def serve(self) -> int:
+        """Until a signal, or until a vital task failed. Returns the exit code."""
+        failed = self._tasks.start(self._tasks.wait_failed(), name="failure")
+        stopped = self._tasks.start(self._stop.wait(), name="stop")
+        await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not self._stop.is_set():
+            error = failed.result()
+            _log.error("the master stops because a part of it failed", reason=str(error))
+            return 1
+        notify("STOPPING=1")
+        await self._drain()
+        return 0
+
+    async def _drain(self) -> None:
+        self._app.begin_drain()
+        if self._app.num_open:
+            _log.info(
+                "draining", open=self._app.num_open, limit_s=self._config.http.drain_timeout_s
+            )
+        drained = self._tasks.start(
+            self._app.drained(self._config.http.drain_timeout_s), name="drain"
+        )
+        hurried = self._tasks.start(self._stop_now.wait(), name="second signal")
+        await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
+
+    async def close(self) -> None:
+        """Everything in reverse order of its start."""
+        await self._closers.aclose()
+        await self._tasks.close()
+        _log.info("stopped")
+
+
+async def cluster_key_of(registry: Registry) -> bytes:
+    """The key in the registry; the first daemon makes it. Raises RegistryUnavailable."""
+    made = secrets.token_bytes(_KEY_BYTES).hex().encode()
+    await registry.put(keys.CLUSTER_KEY, made, create_only=True)
+    text = await registry.get(keys.CLUSTER_KEY) or b""
+    try:
+        key = bytes.fromhex(text.decode("ascii"))
+    except ValueError as error:
+        raise RegistryUnavailable(f"{keys.CLUSTER_KEY} in etcd is no hex; delete it") from error
+    if len(key) != _KEY_BYTES:
+        raise RegistryUnavailable(f"{keys.CLUSTER_KEY} in etcd is not 32 bytes; delete it")
+    return key
+
+
+def _settings(config: MasterConfig) -> HttpSettings:
+    http = config.http
+    return HttpSettings(
+        max_concurrent_requests=http.max_concurrent_requests,
+        max_body_bytes=http.max_body_bytes,
+        request_timeout_s=http.request_timeout_s,
+        debug_endpoints=http.debug_endpoints,
+        serve_metrics=http.metrics,
+        allowed_hosts=frozenset({config.host, config.advertise_host}),
+    )
+
+
+async def _live(config: MasterConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> int:
+    master = Master(config, tokenizer, template)
+    try:
+        await master.start()
+        return await master.serve()
+    except asyncio.CancelledError:
+        if not master.stopping:
+            raise
+        return 0  # told to stop while it started
+    finally:
+        await master.close()
+
+
+def run(config: MasterConfig) -> int:
+    """Serve until told to stop; the exit code. Raises StartError leaves."""
+    log.setup(
+        level="debug" if config.log.verbose else config.log.level,
+        form=config.log.form,
+        directory=config.log.directory,
+        program="xllm-master",
+    )
+    for warning in config.warnings:
+        _log.warning(warning)
+    _log.info("starting", version=__version__, flags=config.given)
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    template = load_chat_template(config.tokenizer_path, special_tokens=tokenizer.special_tokens)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_live(config, tokenizer, template))
+    finally:
+        if template is not None:
+            template.close()

@@ -1,0 +1,57 @@
+"""The Backend and the routes the HTTP door has before the master is complete: it answers /health while etcd is still awaited.
+
+The daemon makes the door first, so that its port is bound, and puts the real backend in when there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from xllm_py.base.errors import NoInstances
+from xllm_py.core.request import Submission
+from xllm_py.master.admin import AdminRoutes
+from xllm_py.openai.backend import Backend, Delta, Readiness, ServedModel
+from xllm_py.openai.exchange import Handler, Request
+
+
+class Front:
+    """Implements openai.backend.Backend by another one that comes later."""
+
+    def __init__(self) -> None:
+        self._backend: Backend | None = None
+        self._routes: dict[tuple[str, str], Handler] = {}
+
+    def open(self, backend: Backend, routes: AdminRoutes) -> None:
+        """From now on requests go there."""
+        self._backend = backend
+        self._routes = routes.table()
+
+    def table(self) -> dict[tuple[str, str], Handler]:
+        """The admin routes, refused until `open`."""
+        paths = ("/admin/instances", "/debug/ledger", "/debug/requests/{id}")
+        return {("GET", path): self._late(path) for path in paths}
+
+    def _late(self, path: str) -> Handler:
+        async def handle(request: Request) -> tuple[int, object]:
+            handler = self._routes.get(("GET", path))
+            if handler is None:
+                raise NoInstances("the master is still starting")
+            return await handler(request)
+
+        return handle
+
+    def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
+        """See Backend."""
+        if self._backend is None:
+            raise NoInstances("the master is still starting")
+        return self._backend.generate(submission)
+
+    def models(self) -> tuple[ServedModel, ...]:
+        """See Backend."""
+        return self._backend.models() if self._backend is not None else ()
+
+    def ready(self) -> Readiness:
+        """See Backend."""
+        if self._backend is None:
+            return Readiness(ready=False, reasons=("loading",), details=("waiting for etcd",))
+        return self._backend.ready()

@@ -1,0 +1,105 @@
+"""Puts the rooms of a master together once the cluster key is known; no port is opened here. Called by the daemon and by tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xllm_py.base.clock import Clock
+from xllm_py.base.metrics import Metrics
+from xllm_py.base.tasks import TaskFamily
+from xllm_py.cluster.membership import Patience
+from xllm_py.control.server import join_address
+from xllm_py.master.admin import AdminRoutes
+from xllm_py.master.cluster_backend import AnswerWay, ClusterBackend
+from xllm_py.master.config import MasterConfig
+from xllm_py.master.generations import Generations
+from xllm_py.master.instance_manager import InstanceManager
+from xllm_py.master.journeys import Journeys
+from xllm_py.master.links import Links
+from xllm_py.master.peers import Peers
+from xllm_py.master.router import Router
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """This life of the master."""
+
+    incarnation: str
+    cluster_key: bytes
+    rpc_address: str  # as announced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """One master, without its ports."""
+
+    manager: InstanceManager
+    peers: Peers
+    links: Links
+    router: Router
+    generations: Generations
+    journeys: Journeys
+    backend: ClusterBackend
+    routes: AdminRoutes
+
+
+def announced(config: MasterConfig, port: int) -> str:
+    """host:port as others dial it."""
+    return join_address(config.advertise_host, port)
+
+
+def assemble(
+    config: MasterConfig,
+    identity: Identity,
+    *,
+    clock: Clock,
+    metrics: Metrics,
+    tasks: TaskFamily,
+    num_streams: Callable[[], int],
+) -> Parts:
+    """Make and connect everything."""
+    manager = InstanceManager(
+        cluster_key=identity.cluster_key,
+        clock=clock,
+        metrics=metrics,
+        patience=Patience(suspect_after_s=config.suspect_after_s, gone_after_s=config.gone_after_s),
+        forget_gone_after_s=config.forget_gone_after_s,
+    )
+    peers = Peers(
+        cluster_key=identity.cluster_key,
+        sender=identity.incarnation,
+        timeout_s=config.rpc_timeout_s,
+        connect_timeout_s=config.connect_timeout_s,
+    )
+    generations = Generations(manager=manager, metrics=metrics)
+    links = Links(manager=manager, peers=peers, tasks=tasks, metrics=metrics)
+    router = Router(manager=manager, links=links, metrics=metrics)
+    journeys = Journeys()
+    backend = ClusterBackend(
+        router=router,
+        generations=generations,
+        peers=peers,
+        journeys=journeys,
+        tasks=tasks,
+        clock=clock,
+        way=AnswerWay(address=identity.rpc_address, relay=not config.decode_response_to_service),
+    )
+    routes = AdminRoutes(
+        manager=manager,
+        links=links,
+        generations=generations,
+        journeys=journeys,
+        clock=clock,
+        num_streams=num_streams,
+    )
+    return Parts(
+        manager=manager,
+        peers=peers,
+        links=links,
+        router=router,
+        generations=generations,
+        journeys=journeys,
+        backend=backend,
+        routes=routes,
+    )

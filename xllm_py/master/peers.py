@@ -1,0 +1,45 @@
+"""The master's clients of instances' control ports, one per incarnation, over shared channels."""
+
+from __future__ import annotations
+
+from xllm_py.cluster.instance_info import Card
+from xllm_py.control.channels import Channels
+from xllm_py.control.client import InstanceClient
+
+
+class Peers:
+    """Opened once by the daemon."""
+
+    def __init__(
+        self, *, cluster_key: bytes, sender: str, timeout_s: float, connect_timeout_s: float
+    ) -> None:
+        self._cluster_key = cluster_key
+        self._sender = sender
+        self._timeout_s = timeout_s
+        self._channels = Channels(connect_timeout_s=connect_timeout_s)
+        self._clients: dict[str, InstanceClient] = {}
+
+    def of(self, card: Card) -> InstanceClient:
+        """The client of one life of an instance; a later life refuses its calls."""
+        client = self._clients.get(card.incarnation_id)
+        if client is None:
+            client = self._clients[card.incarnation_id] = InstanceClient(
+                card.rpc_address,
+                cluster_key=self._cluster_key,
+                sender=self._sender,
+                timeout_s=self._timeout_s,
+                addressee=card.incarnation_id,
+                channels=self._channels,
+            )
+        return client
+
+    async def forget(self, card: Card) -> None:
+        """An incarnation is gone; its channel goes unless another one lives at the address."""
+        if self._clients.pop(card.incarnation_id, None) is None:
+            return
+        if all(client.address != card.rpc_address for client in self._clients.values()):
+            await self._channels.drop(card.rpc_address)
+
+    async def close(self) -> None:
+        """Close every channel."""
+        await self._channels.close()
