@@ -24,6 +24,33 @@ from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, Heartb
 from xllm_py.wire.messages import Verdicts
 
 _log = log.get(__name__)
+_ACKNOWLEDGE_EVERY = 32  # positions; finishes always
+
+
+class _Answer:
+    """What one message is answered with; one entry per request and choice, however many rows it had."""
+
+    def __init__(self) -> None:
+        self._acks: dict[tuple[str, int, int], int] = {}
+        self.again: dict[tuple[str, int, int], int] = {}
+        self.cancels: set[tuple[str, int]] = set()
+
+    def acknowledge(self, request_id: str, entry: Entry, position: int) -> None:
+        """Everything before `position` is in the log."""
+        key = (request_id, entry.attempt, entry.choice)
+        self._acks[key] = max(position, self._acks.get(key, 0))
+
+    def down(self) -> GenerationsDown:
+        """As columns."""
+        down = GenerationsDown()
+        for (request_id, attempt, choice), position in self._acks.items():
+            down.acks.add(request_id, attempt, choice, position)
+        for (request_id, attempt, choice), position in self.again.items():
+            down.again.add(request_id, attempt, choice, position)
+        for request_id, attempt in sorted(self.cancels):
+            down.cancels.request_ids.append(request_id)
+            down.cancels.attempts.append(attempt)
+        return down
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,37 +143,42 @@ class Generations:
 
     def take(self, up: GenerationsUp) -> GenerationsDown:
         """Put one message into the log; the answer for the instance."""
-        down = GenerationsDown()
+        answer = _Answer()
         outputs = up.outputs
         for index, request_id in enumerate(outputs.request_ids):
             entry = _entry(up, index)
             judged = self._inflight.take(request_id, entry)
-            self._answer(down, request_id, entry, judged)
             opened = self._open.get(request_id)
+            self._judge(answer, request_id, entry, judged)
             if opened is not None and judged.judgement is not Judgement.STALE:
+                if _gives(opened.log, up.incarnation):
+                    answer.acknowledge(request_id, entry, judged.next)
                 self._note(opened, outputs, index, up.incarnation)
         self._take_verdicts(up.incarnation, up.verdicts)
-        return down
+        return answer.down()
 
-    def _answer(self, down: GenerationsDown, request_id: str, entry: Entry, judged: Judged) -> None:
+    def _judge(self, answer: _Answer, request_id: str, entry: Entry, judged: Judged) -> None:
+        """Count what is wrong; say what the instance needs to hear."""
         ended = bool(entry.finish_reason)
         match judged.judgement:
             case Judgement.STALE:
                 self._stale.inc()
                 if ended:
-                    down.acks.add(request_id, entry.attempt, entry.choice, entry.position + 1)
+                    answer.acknowledge(request_id, entry, entry.position + 1)
                 else:
-                    _cancel(down, request_id, entry.attempt)
+                    answer.cancels.add((request_id, entry.attempt))
             case Judgement.DIVERGED:
                 self._divergence.inc()
                 _log.error("reports diverge", request=request_id, position=entry.position)
-                _cancel(down, request_id, entry.attempt)
+                answer.cancels.add((request_id, entry.attempt))
             case Judgement.GAP:
-                down.again.add(request_id, entry.attempt, entry.choice, judged.next)
-            case _ if (
-                ended or entry.position == 0
-            ):  # a finish that is held is in the log too; the giver forgets its first token
-                down.acks.add(request_id, entry.attempt, entry.choice, entry.position + 1)
+                answer.again[request_id, entry.attempt, entry.choice] = judged.next
+            case _ if ended:  # a finish that is held is in the log too
+                answer.acknowledge(request_id, entry, entry.position + 1)
+            case Judgement.REPEATED:
+                answer.acknowledge(request_id, entry, judged.next)
+            case _ if entry.position % _ACKNOWLEDGE_EVERY == 0:
+                answer.acknowledge(request_id, entry, judged.next)
 
     def _note(self, opened: OpenRequest, outputs: Outputs, index: int, incarnation: str) -> None:
         """What comes beside tokens; then ring."""
@@ -189,9 +221,6 @@ def _entry(up: GenerationsUp, index: int) -> Entry:
     )
 
 
-def _cancel(down: GenerationsDown, request_id: str, attempt: int) -> None:
-    """Once per message is enough."""
-    columns = down.cancels
-    if (request_id, attempt) not in zip(columns.request_ids, columns.attempts, strict=True):
-        columns.request_ids.append(request_id)
-        columns.attempts.append(attempt)
+def _gives(log: RequestLog, incarnation: str) -> bool:
+    """Whether this is the giver of a handoff: its one token needs its acknowledgement, no finish of its own follows."""
+    return bool(log.decode) and incarnation == log.first
