@@ -123,3 +123,22 @@ def _build(body: dict[str, Any]) -> Card:
 
 def _canonical(body: dict[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+_MUST_AGREE = (
+    "model_fingerprint",
+    "dtype",
+    "kv_dtype",
+    "block_size",
+    "layout",
+    "layout_fingerprint",
+)
+
+
+def differences(giver: Card, taker: Card) -> list[str]:
+    """What keeps two instances from exchanging KV, one sentence a field; empty when they fit."""
+    return [
+        f"{name} differs: {getattr(giver, name)} on {giver.name}, {getattr(taker, name)} on {taker.name}"
+        for name in _MUST_AGREE
+        if getattr(giver, name) != getattr(taker, name)
+    ]

@@ -27,7 +27,7 @@ class LocalBackend:
         *,
         engine: EngineLink,
         outlets: Outlets,
-        models: tuple[ServedModel, ...],
+        models: Callable[[], tuple[ServedModel, ...]],
         ready: Callable[[], Readiness],
         clock: Clock,
         on_journey: Callable[[Submission, dict[str, float]], None],
@@ -73,7 +73,7 @@ class LocalBackend:
 
     def models(self) -> tuple[ServedModel, ...]:
         """One model under each of its served names."""
-        return self._models
+        return self._models()
 
     def ready(self) -> Readiness:
         """As the daemon sees it."""

@@ -20,10 +20,11 @@ GOOD_FINISHES = frozenset({"", FINISH_STOP, FINISH_LENGTH})
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A Generations stream: a master's rpc address, or P's control address in relayed mode."""
+    """A Generations stream: to a master's rpc address, or in relayed mode to the giver's control address."""
 
     address: str
     relay: bool = False
+    master: str = ""  # relayed: the master behind the giver
 
 
 @dataclass(slots=True)
@@ -80,11 +81,15 @@ class Outlets:
             if destination is None:
                 continue
             column = columns.setdefault(destination, Outputs(step=outputs.step))
-            _copy_entry(outputs, index, column)
+            copy_entry(outputs, index, column)
             if outputs.finish_reasons[index]:
                 del self._remote[request_id]
         for destination, column in columns.items():
             self._send(destination, column)
+
+    def destination(self, request_id: str) -> Destination | None:
+        """Where the outputs of a master's request go."""
+        return self._remote.get(request_id)
 
     def fail_all(self, error: RequestError) -> None:
         """The engine is down: every local consumer hears it; masters see our connection end."""
@@ -97,9 +102,9 @@ class Outlets:
         """Requests with an outlet, for the ledger."""
         return len(self._local) + len(self._remote)
 
-    def remote_ids(self) -> list[str]:
-        """Requests that masters wait for."""
-        return list(self._remote)
+    def has(self, request_id: str) -> bool:
+        """Whether a request is open here."""
+        return request_id in self._local or request_id in self._remote
 
 
 def _put_local(outlet: LocalOutlet, outputs: Outputs, index: int) -> None:
@@ -120,7 +125,8 @@ def _put_local(outlet: LocalOutlet, outputs: Outputs, index: int) -> None:
     )
 
 
-def _copy_entry(source: Outputs, index: int, target: Outputs) -> None:
+def copy_entry(source: Outputs, index: int, target: Outputs) -> None:
+    """Append one entry of `source` to `target`, sparse columns included."""
     at = target.add(
         source.request_ids[index],
         source.attempts[index],

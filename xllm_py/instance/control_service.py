@@ -1,0 +1,166 @@
+"""What this instance does when it is called on its control port (SPEC 5.1). Implements control.server.InstanceHandlers.
+
+Called by masters (Submit, LinkInstance, UnlinkInstance, Cancel, Drain, Describe) and by givers (AddNewRequests, FirstGeneration,
+Generations in relayed mode). It decides nothing about requests; the engine does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from xllm_py.base import log
+from xllm_py.base.errors import Draining, LayoutMismatch, UnsupportedValue
+from xllm_py.cluster.instance_info import Card, card_from_json, card_key, differences
+from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Submission
+from xllm_py.instance.engine_link import EngineLink
+from xllm_py.instance.generations import Generations
+from xllm_py.instance.outlets import Destination, Outlets
+from xllm_py.instance.relay import Relay
+from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, LinkState
+
+_log = log.get(__name__)
+_ENGINE_TIMEOUT_S = 30.0  # the engine answers between two steps, and a step may be a long prefill
+
+
+class ControlService:
+    """The handlers."""
+
+    def __init__(  # noqa: PLR0913  the ends of nine wires meet here
+        self,
+        *,
+        engine: EngineLink,
+        outlets: Outlets,
+        generations: Generations,
+        relay: Relay,
+        card: Callable[[], Card],
+        cluster_key: bytes,
+        takes_handoffs: bool,
+        drain: Callable[[float], Awaitable[None]],
+        describe: Callable[[], Awaitable[dict[str, Any]]],
+    ) -> None:
+        self._engine = engine
+        self._outlets = outlets
+        self._generations = generations
+        self._relay = relay
+        self._card = card
+        self._cluster_key = cluster_key
+        self._takes_handoffs = takes_handoffs
+        self._drain = drain
+        self._describe = describe
+        self._givers: dict[str, str] = {}  # incarnation -> name
+        self.draining = False
+
+    def links(self) -> tuple[LinkState, ...]:
+        """The givers whose offers are accepted, for heartbeats."""
+        return tuple(
+            LinkState(peer=name, incarnation=incarnation, linked=True)
+            for incarnation, name in self._givers.items()
+        )
+
+    async def submit(self, submission: Submission) -> None:
+        """A master's request. What the engine refuses comes back as an output."""
+        if self.draining:
+            raise Draining("this instance is draining; send the request to another one")
+        if submission.receiver is not None and not self._takes_handoffs:
+            raise UnsupportedValue(
+                "this instance gives no requests away; start it with --enable_disagg_pd"
+            )
+        destination = Destination(submission.master)
+        if submission.relay and submission.receiver is not None:
+            self._relay.open(submission.request_id, destination)
+        self._outlets.open_remote(submission.request_id, destination)
+        self._engine.submit(submission)
+
+    async def add_new_requests(self, offers: list[Offer]) -> list[OfferAnswer]:
+        """A giver's offers, put before our engine."""
+        known = [offer for offer in offers if offer.giver_incarnation in self._givers]
+        for offer in known:
+            submission = offer.submission
+            if not self._outlets.has(submission.request_id):
+                self._outlets.open_remote(submission.request_id, _destination(offer))
+        answers = {}
+        if known:
+            for answer in await self._engine.offer(known, timeout_s=_ENGINE_TIMEOUT_S):
+                answers[answer.request_id] = answer
+                if answer.refusal:
+                    self._outlets.close(answer.request_id)
+        return [answers.get(o.submission.request_id) or _not_linked(o) for o in offers]
+
+    async def first_generation(self, firsts: list[FirstToken]) -> list[bool]:
+        """A giver's first tokens."""
+        return await self._engine.first_tokens(firsts, timeout_s=_ENGINE_TIMEOUT_S)
+
+    async def link_instance(self, card_json: bytes) -> None:
+        """Accept offers of this giver from now on. Raises LayoutMismatch naming every field that differs."""
+        giver = card_from_json(card_json, card_key(self._cluster_key))
+        if not self._takes_handoffs:
+            raise LayoutMismatch(
+                "this instance takes no handoffs; start it with --enable_disagg_pd"
+            )
+        found = differences(giver, self._card())
+        if found:
+            raise LayoutMismatch("; ".join(found))
+        for incarnation, name in list(self._givers.items()):
+            if name == giver.name and incarnation != giver.incarnation_id:
+                self._forget_giver(incarnation)
+        if giver.incarnation_id not in self._givers:
+            _log.info("linked", giver=giver.name)
+        self._givers[giver.incarnation_id] = giver.name
+
+    async def unlink_instance(self, name: str, incarnation: str) -> None:
+        """Forget a giver and end its reservations."""
+        if incarnation in self._givers:
+            _log.info("unlinked", giver=name)
+            self._forget_giver(incarnation)
+
+    def _forget_giver(self, incarnation: str) -> None:
+        del self._givers[incarnation]
+        self._engine.peer_gone(incarnation)
+
+    async def cancel(self, request_ids: list[str], attempts: list[int], reason: str) -> list[str]:
+        """End requests; a late arrival of an unknown one dies at once."""
+        states = ["open" if self._outlets.has(name) else "unknown" for name in request_ids]
+        self.end(request_ids, attempts)
+        _log.debug("cancelled", requests=request_ids, reason=reason)
+        return states
+
+    def end(self, request_ids: list[str], attempts: list[int]) -> None:
+        """Nobody waits for these any more."""
+        for request_id in request_ids:
+            self._outlets.close(request_id)
+            self._generations.forget(request_id)
+            self._relay.close(request_id)
+        self._engine.abort(list(request_ids), list(attempts))
+
+    async def drain(self, mode: str, timeout_s: float) -> int:
+        """Take no new work from now on; the number of open requests."""
+        await self._drain(timeout_s)
+        return self._outlets.num_open
+
+    async def describe(self) -> dict[str, Any]:
+        """Card, state, load, ledger and links."""
+        return await self._describe()
+
+    async def generations(
+        self, ups: AsyncIterator[GenerationsUp]
+    ) -> AsyncGenerator[GenerationsDown, None]:
+        """Relayed mode: a decode instance's stream."""
+        async for down in self._relay.serve(ups, self._generations):
+            yield down
+
+
+def _destination(offer: Offer) -> Destination:
+    submission = offer.submission
+    if submission.relay:
+        return Destination(offer.giver_address, relay=True, master=submission.master)
+    return Destination(submission.master)
+
+
+def _not_linked(offer: Offer) -> OfferAnswer:
+    return OfferAnswer(
+        request_id=offer.submission.request_id,
+        attempt=offer.submission.attempt,
+        refusal="not_linked",
+        text="the giver is not linked to this instance yet",
+    )

@@ -1,0 +1,118 @@
+"""The masters this instance works for: found in the registry, told every heartbeat, given one Generations stream each.
+
+A master that does not answer is told again at the next beat; its requests end in instance/generations when it stays away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+from xllm_py.base import log
+from xllm_py.base.errors import ProtocolViolation, RegistryUnavailable, XllmError
+from xllm_py.base.tasks import TaskFamily
+from xllm_py.cluster import keys
+from xllm_py.cluster.service_info import service_from_json
+from xllm_py.control.client import MasterClient
+from xllm_py.instance.generations import Generations
+from xllm_py.instance.outlets import Destination
+from xllm_py.registry.base import Entry, Registry
+from xllm_py.wire.control_messages import Heartbeat
+
+_RETRY_S = 1.0
+_log = log.get(__name__)
+
+
+class Masters:
+    """All masters in the registry."""
+
+    def __init__(
+        self,
+        *,
+        cluster_key: bytes,
+        client: Callable[[str], MasterClient],
+        beat: Callable[[int], Heartbeat],
+        interval_s: float,
+        generations: Generations,
+        on_unknown: Callable[[], None],
+        tasks: TaskFamily,
+    ) -> None:
+        """beat makes a heartbeat with a sequence number; on_unknown: a master has no card of ours, put it again."""
+        self._cluster_key = cluster_key
+        self._client = client
+        self._beat = beat
+        self._interval_s = interval_s
+        self._generations = generations
+        self._on_unknown = on_unknown
+        self._tasks = tasks
+        self._beating: dict[str, asyncio.Task[None]] = {}  # key in the registry -> its heartbeat
+        self._addresses: dict[str, str] = {}
+
+    async def follow(self, registry: Registry) -> None:
+        """List, then watch, for ever."""
+        entries, revision = await self._first_list(registry)
+        self.on_entries(entries)
+        async for changes in registry.watch(keys.SERVICES, entries, revision):
+            self.on_entries(changes)
+
+    async def _first_list(self, registry: Registry) -> tuple[Sequence[Entry], int]:
+        while True:
+            try:
+                return await registry.entries(keys.SERVICES)
+            except RegistryUnavailable as error:
+                _log.warning("masters not listed", reason=error.message)
+            await asyncio.sleep(_RETRY_S)
+
+    def on_entries(self, entries: Iterable[Entry]) -> None:
+        """Records of masters came, changed or went."""
+        for entry in entries:
+            if entry.key in (keys.ELECTED_MASTER, keys.TERM):
+                continue
+            address = _address(entry, self._cluster_key)
+            if address == self._addresses.get(entry.key):
+                continue
+            self._stop(entry.key)
+            if address:
+                _log.info("master found", master=address)
+                self._addresses[entry.key] = address
+                name = f"heartbeat {address}"
+                self._beating[entry.key] = self._tasks.start(self._tell(address), name=name)
+
+    def _stop(self, key: str) -> None:
+        self._addresses.pop(key, None)
+        task = self._beating.pop(key, None)
+        if task is not None:
+            task.cancel()
+
+    async def _tell(self, address: str) -> None:
+        """One master's heartbeats, until its record is gone."""
+        client = self._client(address)
+        sequence = 0
+        answered = True
+        try:
+            while True:
+                self._generations.open(Destination(address))
+                try:
+                    reply = await client.heartbeat(self._beat(sequence))
+                    if not reply.known and sequence:
+                        self._on_unknown()
+                    answered = True
+                except XllmError as error:
+                    if answered:
+                        _log.warning("master does not answer", master=address, reason=error.message)
+                    answered = False
+                sequence += 1
+                await asyncio.sleep(self._interval_s)
+        finally:
+            await client.close()
+
+
+def _address(entry: Entry, cluster_key: bytes) -> str:
+    """The rpc address in a master's record; empty when it is gone or not signed with the cluster key."""
+    if entry.value is None:
+        return ""
+    try:
+        return service_from_json(entry.value, cluster_key).rpc_address
+    except ProtocolViolation as error:
+        _log.warning("record of a master is passed over", key=entry.key, reason=error.message)
+        return ""

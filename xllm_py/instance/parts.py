@@ -1,0 +1,338 @@
+"""Puts the rooms of an instance together. `Parts` is what every instance has; `Routed` what one in a cluster has beside it.
+
+Made by the daemon, which owns the order of start and stop; no port is opened here but the control port, in `routed_parts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from xllm_py import __version__
+from xllm_py.base.clock import Clock
+from xllm_py.base.metrics import Metrics
+from xllm_py.base.tasks import TaskFamily
+from xllm_py.cluster.instance_info import Card, Role
+from xllm_py.cluster.load import Load, Progress
+from xllm_py.control.client import GenerationsStream, MasterClient
+from xllm_py.control.server import ControlServer, join_address, serve_instance
+from xllm_py.core.plan import Outputs
+from xllm_py.core.request import Offer, Submission
+from xllm_py.instance.announcer import Announcer
+from xllm_py.instance.config import InstanceConfig
+from xllm_py.instance.control_service import ControlService
+from xllm_py.instance.engine_link import EngineHandlers, EngineLink
+from xllm_py.instance.generations import Generations
+from xllm_py.instance.local_backend import LocalBackend
+from xllm_py.instance.masters import Masters
+from xllm_py.instance.outlets import Destination, Outlets
+from xllm_py.instance.peers import Peers, identified
+from xllm_py.instance.records import Records
+from xllm_py.instance.relay import Relay
+from xllm_py.openai.backend import Readiness, ServedModel
+from xllm_py.registry.base import Registry
+from xllm_py.wire import messages as m
+from xllm_py.wire.control_messages import Heartbeat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """This life of the instance."""
+
+    incarnation: str
+    cluster_key: bytes
+    http_port: int  # the real one
+
+
+class Parts:
+    """What every instance has: an engine, outlets, a backend for its own door."""
+
+    def __init__(
+        self, config: InstanceConfig, *, clock: Clock, tasks: TaskFamily, metrics: Metrics
+    ) -> None:
+        self.config = config
+        self.clock = clock
+        self.tasks = tasks
+        self.metrics = metrics
+        self.routed: Routed | None = None
+        self.engine_ready: m.Ready = _NOT_READY
+        self.ready: Callable[[], Readiness] = lambda: Readiness(ready=False, reasons=("loading",))
+        self.records = Records(clock)
+        self.outlets = Outlets(self._send)
+        handlers = EngineHandlers(
+            on_outputs=self.outlets.on_outputs,
+            on_offers=lambda offers: self._in_cluster().peers.on_offers(offers),
+            on_first_tokens=lambda out: self._in_cluster().peers.on_first_tokens(out),
+            on_cancels=lambda out: self._in_cluster().peers.on_cancels(out),
+            on_verdicts=lambda verdicts: self._in_cluster().on_verdicts(verdicts),
+        )
+        self.engine = EngineLink(handlers=handlers, tasks=tasks, clock=clock)
+        self.backend = LocalBackend(
+            engine=self.engine,
+            outlets=self.outlets,
+            models=self.models,
+            ready=lambda: self.ready(),
+            clock=clock,
+            on_journey=self._on_journey,
+        )
+
+    def _in_cluster(self) -> Routed:
+        if self.routed is None:
+            raise ValueError("the engine speaks of peers, but this instance is in no cluster")
+        return self.routed
+
+    def _send(self, destination: Destination, outputs: Outputs) -> None:
+        self._in_cluster().generations.send(destination, outputs)
+
+    def _on_journey(self, submission: Submission, moments: dict[str, float]) -> None:
+        self.records.put(submission.request_id, moments)
+
+    def on_engine_ready(self, ready: m.Ready) -> None:
+        """The model is loaded."""
+        self.engine_ready = ready
+
+    def models(self) -> tuple[ServedModel, ...]:
+        """One model under each of its served names, once it is loaded."""
+        ready = self.engine_ready
+        if not ready.num_blocks:
+            return ()
+        return tuple(
+            ServedModel(
+                name=name,
+                max_model_len=ready.max_model_len,
+                vocab_size=ready.vocab_size,
+                created=int(self.clock.wall()),
+                fingerprint=ready.model_fingerprint[:12],
+            )
+            for name in self.config.served_names
+        )
+
+    def num_busy(self) -> int:
+        """Requests that still run or are not yet acknowledged."""
+        told = self.routed.generations.num_unacknowledged if self.routed is not None else 0
+        return self.outlets.num_open + told
+
+    def load(self) -> Load:
+        """For heartbeats."""
+        progress = self.engine.progress
+        blocks = progress.blocks
+        return Load(
+            waiting_requests=progress.waiting,
+            running_requests=progress.running,
+            total_blocks=blocks.get("total", self.engine_ready.num_blocks),
+            free_blocks=blocks.get("free", self.engine_ready.num_blocks),
+            reserved_blocks=blocks.get("staged", 0),
+        )
+
+
+_NOT_READY = m.Ready(
+    num_blocks=0,
+    block_size=0,
+    vocab_size=0,
+    max_model_len=0,
+    eos_token_ids=(),
+    dtype="",
+    device="",
+    model_fingerprint="",
+    layout_fingerprint="",
+    layout="",
+    numerics_fingerprint="",
+    kv_endpoint="",
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Routed:
+    """What an instance in a cluster has beside its Parts."""
+
+    parts: Parts
+    identity: Identity
+    generations: Generations
+    relay: Relay
+    peers: Peers
+    service: ControlService
+    control: ControlServer
+    announcer: Announcer
+    masters: Masters
+    state: str = "JOINING"
+
+    def card(self, state: str) -> Card:
+        """What we say of ourselves, from now on in this state."""
+        self.state = state
+        return make_card(self.parts, self.identity, self.control.port, state)
+
+    def on_verdicts(self, verdicts: m.Verdicts) -> None:
+        """How handoffs ended: to the masters; a landed request has left us."""
+        for index, request_id in enumerate(verdicts.request_ids):
+            destination = self.parts.outlets.destination(request_id)
+            if destination is None:
+                continue
+            one = m.Verdicts(
+                request_ids=[request_id],
+                attempts=[verdicts.attempts[index]],
+                kinds=[verdicts.kinds[index]],
+                reasons=[verdicts.reasons[index]],
+                num_bytes=[verdicts.num_bytes[index]],
+                seconds=[verdicts.seconds[index]],
+            )
+            self.generations.send_verdicts(destination, one)
+            if verdicts.kinds[index] == "landed":
+                self.parts.outlets.close(request_id)
+
+    def beat(self, sequence: int) -> Heartbeat:
+        """One heartbeat."""
+        engine, now = self.parts.engine, self.parts.clock.now()
+        busy = bool(engine.progress.waiting + engine.progress.running)
+        return Heartbeat(
+            name=self.generations.name,
+            incarnation=self.identity.incarnation,
+            sequence=sequence,
+            state=self.state,
+            role=self.parts.config.cluster.role,
+            load=self.parts.load(),
+            progress=Progress(
+                steps=engine.progress.steps,
+                tokens=engine.progress.tokens,
+                step_age_s=now - engine.progress_at if busy else 0.0,
+                announced_s=engine.progress.announced_s,
+            ),
+            links=self.service.links(),
+        )
+
+
+def make_card(parts: Parts, identity: Identity, control_port: int, state: str) -> Card:
+    """SPEC 4.2."""
+    config, ready = parts.config, parts.engine_ready
+    host = config.addresses.advertise_host
+    kv_port = int(ready.kv_endpoint.rpartition(":")[2] or 0)
+    return Card(
+        name=join_address(host, identity.http_port),
+        rpc_address=join_address(host, control_port),
+        type=config.cluster.role.value,
+        incarnation_id=identity.incarnation,
+        register_ts_ms=int(parts.clock.wall() * 1000),
+        addrs=(join_address(host, kv_port),) if kv_port else (),
+        ports=(kv_port,) if kv_port else (),
+        http_address=join_address(host, identity.http_port),
+        version=__version__,
+        state=state,
+        model=config.served_names[0],
+        served_names=config.served_names,
+        max_model_len=ready.max_model_len,
+        vocab_size=ready.vocab_size,
+        model_fingerprint=ready.model_fingerprint,
+        dtype=ready.dtype,
+        kv_dtype=ready.dtype,
+        block_size=ready.block_size,
+        num_blocks=ready.num_blocks,
+        layout_fingerprint=ready.layout_fingerprint,
+        layout=ready.layout,
+        device_type=ready.device.partition(":")[0],
+        enable_prefix_cache=False,
+        enable_chunked_prefill=config.engine.scheduler.enable_chunked_prefill,
+        max_seqs=config.engine.scheduler.max_seqs_per_batch,
+        numerics_fingerprint=ready.numerics_fingerprint,
+    )
+
+
+async def routed_parts(
+    parts: Parts,
+    registry: Registry,
+    identity: Identity,
+    *,
+    drain: Callable[[float], Awaitable[None]],
+) -> Routed:
+    """Bind the control port and connect everything. Raises PortInUse."""
+    config, key = parts.config, identity.cluster_key
+    host = config.addresses.advertise_host
+    name = join_address(host, identity.http_port)
+    relay = Relay()
+    announcer = Announcer(
+        registry=registry, cluster_key=key, ttl_s=config.cluster.etcd.ttl_s, tasks=parts.tasks
+    )
+    caller: dict[str, Any] = {"cluster_key": key, "sender": identity.incarnation}
+
+    def connect(address: str, kind: Literal["master", "instance"]) -> GenerationsStream:
+        return GenerationsStream(address, kind, **caller)
+
+    generations = Generations(
+        name=name,
+        incarnation=identity.incarnation,
+        connect=connect,
+        tasks=parts.tasks,
+        clock=parts.clock,
+        on_cancel=lambda ids, attempts: service.end(ids, attempts),
+        on_relayed=relay.take,
+    )
+    service = ControlService(
+        engine=parts.engine,
+        outlets=parts.outlets,
+        generations=generations,
+        relay=relay,
+        card=lambda: make_card(parts, identity, control.port, "READY"),
+        cluster_key=key,
+        takes_handoffs=config.cluster.role is not Role.DEFAULT,
+        drain=drain,
+        describe=functools.partial(_describe, parts, identity),
+    )
+    control = await serve_instance(
+        service,
+        host=config.addresses.host,
+        port=config.addresses.disagg_pd_port,
+        may_move=config.addresses.disagg_pd_port_may_move,
+        cluster_key=key,
+        incarnation=identity.incarnation,
+    )
+
+    def identify(offer: Offer) -> Offer:
+        address = join_address(host, control.port)
+        return identified(offer, name=name, address=address, incarnation=identity.incarnation)
+
+    peers = Peers(
+        engine=lambda: parts.engine,
+        card_json=announcer.signed,
+        identify=identify,
+        cluster_key=key,
+        incarnation=identity.incarnation,
+        timeout_s=config.cluster.rpc_timeout_s,
+        tasks=parts.tasks,
+    )
+    masters = Masters(
+        cluster_key=key,
+        client=lambda address: MasterClient(
+            address, timeout_s=config.cluster.rpc_timeout_s, **caller
+        ),
+        beat=lambda sequence: routed.beat(sequence),
+        interval_s=config.cluster.heart_beat_interval_s,
+        generations=generations,
+        on_unknown=announcer.put_again,
+        tasks=parts.tasks,
+    )
+    routed = Routed(
+        parts=parts,
+        identity=identity,
+        generations=generations,
+        relay=relay,
+        peers=peers,
+        service=service,
+        control=control,
+        announcer=announcer,
+        masters=masters,
+    )
+    parts.routed = routed
+    return routed
+
+
+async def _describe(parts: Parts, identity: Identity) -> dict[str, Any]:
+    routed = parts.routed
+    return {
+        "card": dataclasses.asdict(
+            make_card(parts, identity, routed.control.port if routed else 0, "READY")
+        ),
+        "state": routed.state if routed else "JOINING",
+        "load": dataclasses.asdict(parts.load()),
+        "ledger": await parts.engine.ledger(timeout_s=1.0),
+    }

@@ -1,0 +1,113 @@
+"""Relayed mode on P (ENABLE_DECODE_RESPONSE_TO_SERVICE=false): D's stream ends here, its messages go on to the master unchanged.
+
+What the master says of a relayed request comes back on our own stream to it and is handed down to D.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from xllm_py.base.tasks import TaskFamily
+from xllm_py.instance.generations import Generations
+from xllm_py.instance.outlets import Destination
+from xllm_py.wire.control_messages import Cancels, GenerationsDown, GenerationsUp, Positions
+
+_MOST_REQUESTS = 10_000
+
+
+class Relay:
+    """All streams of decode instances that end here."""
+
+    def __init__(self) -> None:
+        self._masters: dict[str, Destination] = {}  # relayed request -> its master
+        self._downs: dict[str, asyncio.Queue[GenerationsDown]] = {}  # incarnation of D -> its queue
+        self._takers: dict[str, str] = {}  # relayed request -> incarnation of D
+
+    def open(self, request_id: str, master: Destination) -> None:
+        """A request whose answer will come through here. The oldest are forgotten when there are too many."""
+        self._masters[request_id] = master
+        while len(self._masters) > _MOST_REQUESTS:
+            self.close(next(iter(self._masters)))
+
+    def close(self, request_id: str) -> None:
+        """Nothing more will come."""
+        self._masters.pop(request_id, None)
+        self._takers.pop(request_id, None)
+
+    @property
+    def num_open(self) -> int:
+        """Relayed requests, for the ledger."""
+        return len(self._masters)
+
+    async def serve(
+        self, ups: AsyncIterator[GenerationsUp], generations: Generations
+    ) -> AsyncGenerator[GenerationsDown, None]:
+        """One D's stream: pass its messages on, yield what its masters answer."""
+        queue: asyncio.Queue[GenerationsDown] = asyncio.Queue()
+        tasks = TaskFamily("relay")
+        reader = tasks.start(self._read(ups, queue, generations), name="read")
+        reader.add_done_callback(lambda _: queue.put_nowait(GenerationsDown()))
+        try:
+            while not reader.done():
+                down = await queue.get()
+                if not down.empty:
+                    yield down
+        finally:
+            for incarnation in [name for name, held in self._downs.items() if held is queue]:
+                del self._downs[incarnation]
+            await tasks.close()
+
+    async def _read(
+        self,
+        ups: AsyncIterator[GenerationsUp],
+        queue: asyncio.Queue[GenerationsDown],
+        generations: Generations,
+    ) -> None:
+        async for up in ups:
+            self._downs[up.incarnation] = queue
+            masters = {self._masters.get(name) for name in up.outputs.request_ids}
+            for request_id in up.outputs.request_ids:
+                self._takers[request_id] = up.incarnation
+            for master in masters:
+                if master is not None:
+                    generations.forward(master, up)
+            unknown = [name for name in up.outputs.request_ids if name not in self._masters]
+            if unknown:
+                attempts = [0] * len(unknown)
+                queue.put_nowait(
+                    GenerationsDown(cancels=Cancels(request_ids=unknown, attempts=attempts))
+                )
+
+    def take(self, down: GenerationsDown) -> GenerationsDown:
+        """Hand a master's words on relayed requests down to their D; returns what is meant for ourselves."""
+        if not self._masters:
+            return down
+        ours = GenerationsDown()
+        for name in ("acks", "again"):
+            column: Positions = getattr(down, name)
+            rows = zip(
+                column.request_ids, column.attempts, column.choices, column.nexts, strict=True
+            )
+            for request_id, attempt, choice, position in rows:
+                # position 1 acknowledges the first token, which was our own
+                target = ours if name == "acks" and position == 1 else self._to(request_id, ours)
+                getattr(target, name).add(request_id, attempt, choice, position)
+                self._flush(request_id, target, ours)
+        cancels = zip(down.cancels.request_ids, down.cancels.attempts, strict=True)
+        for request_id, attempt in cancels:
+            target = self._to(request_id, ours)
+            target.cancels.request_ids.append(request_id)
+            target.cancels.attempts.append(attempt)
+            self._flush(request_id, target, ours)
+        return ours
+
+    def _to(self, request_id: str, ours: GenerationsDown) -> GenerationsDown:
+        return GenerationsDown() if self._takers.get(request_id) in self._downs else ours
+
+    def _flush(self, request_id: str, target: GenerationsDown, ours: GenerationsDown) -> None:
+        if target is ours:
+            return
+        self._downs[self._takers[request_id]].put_nowait(target)
+        if target.acks.request_ids or target.cancels.request_ids:
+            self.close(request_id)

@@ -1,0 +1,49 @@
+"""The instance's own routes beside OpenAI's: the ledger and the journeys of requests (SPEC 7.1, 7.7)."""
+
+from __future__ import annotations
+
+import psutil
+
+from xllm_py.base.errors import RequestNotFound
+from xllm_py.instance.parts import Parts
+from xllm_py.openai.exchange import Handler, Request
+
+
+class InstanceRoutes:
+    """Handlers over the instance's parts."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._process = psutil.Process()
+
+    def table(self) -> dict[tuple[str, str], Handler]:
+        """For openai.app."""
+        return {
+            ("GET", "/debug/ledger"): self.ledger,
+            ("GET", "/debug/requests/{id}"): self.request,
+        }
+
+    async def ledger(self, request: Request) -> tuple[int, object]:
+        """Blocks, grants, links, requests, rows, tasks, file handles, resident bytes; engine and API process."""
+        parts = self._parts
+        counts = await parts.engine.ledger()
+        engine = psutil.Process(parts.engine.pid)
+        extra = {
+            "outlets": parts.outlets.num_open,
+            "tasks": parts.tasks.size,
+            "file_handles": self._process.num_fds() + engine.num_fds(),
+            "threads": self._process.num_threads() + engine.num_threads(),
+            "resident_bytes": self._process.memory_info().rss + engine.memory_info().rss,
+        }
+        if parts.routed is not None:
+            extra["unacknowledged"] = parts.routed.generations.num_unacknowledged
+            extra["relayed"] = parts.routed.relay.num_open
+        return 200, {**counts, **extra}
+
+    async def request(self, request: Request) -> tuple[int, object]:
+        """The moments of a request that came by this instance's own door."""
+        request_id = request.params["id"]
+        moments = self._parts.records.get(request_id)
+        if moments is None:
+            raise RequestNotFound(f"request {request_id} is unknown here, or was long ago")
+        return 200, {"request_id": request_id, "state": "finished", "moments": moments}
