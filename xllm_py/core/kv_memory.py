@@ -58,10 +58,25 @@ class KvMemory:
 
     def spans(self, layer: int, part: int, block_ids: Sequence[int]) -> list[memoryview]:
         """Bytes of these blocks in their order, adjacent ones in one view. Raises IndexError as `span` does."""
-        views: list[memoryview] = []
-        start = 0
-        for end in range(1, len(block_ids) + 1):
-            if end == len(block_ids) or block_ids[end] != block_ids[end - 1] + 1:
-                views.append(self.span(layer, part, block_ids[start], end - start))
-                start = end
-        return views
+        if block_ids and not (min(block_ids) >= 0 and max(block_ids) < self.num_blocks):
+            raise IndexError(f"blocks {min(block_ids)}..{max(block_ids)} of {self.num_blocks}")
+        if not (0 <= layer < self.layout.num_layers and 0 <= part < PARTS):
+            raise IndexError(f"layer {layer}, part {part}")
+        size = self.layout.block_bytes
+        region = self._regions[layer * PARTS + part]
+        return [region[first * size : end * size] for first, end in _runs(block_ids)]
+
+
+def _runs(block_ids: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, end) of each run of adjacent blocks."""
+    runs: list[tuple[int, int]] = []
+    first = end = -1
+    for block in block_ids:
+        if block != end:
+            if end >= 0:
+                runs.append((first, end))
+            first = block
+        end = block + 1
+    if end >= 0:
+        runs.append((first, end))
+    return runs

@@ -11,7 +11,9 @@ import select
 import socket
 import threading
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
@@ -26,6 +28,7 @@ from xllm_py.wire.kv_session import GiverSession
 
 ACK_S = 5.0  # a verified COMMIT is answered in microseconds; the peer's interpreter may be busy
 ABANDON_S = 0.5  # how long `abandon` lets the thread come out of the kernel before it cuts the link
+BATCH_BYTES = 1 << 20  # frames that wait go out in one call, up to about so many bytes
 _IDLE_MS = 250
 
 _log = log.get(__name__)
@@ -41,12 +44,12 @@ class _Giving:
     committed_s: float = 0.0  # 0: COMMIT has not been sent
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """Blocks of one layer, or, without blocks, COMMIT."""
+class _Item(NamedTuple):
+    """One frame to come: blocks of one layer and part, or, without blocks, COMMIT."""
 
     grant: bytes
     layer: int = 0
+    part: int = 0
     first: int = 0
     block_ids: tuple[int, ...] = ()
 
@@ -73,7 +76,7 @@ class GiverLink:
         self._state = threading.Condition()  # guards everything down to _ended
         self._givings: dict[bytes, _Giving] = {first.grant: _Giving(first)}
         self._queue: deque[_Item] = deque()
-        self._reading: bytes | None = None  # grant whose blocks the thread may be reading
+        self._reading: set[bytes] = set()  # grants whose blocks the thread may be reading
         self._idle = False
         self._sock: socket.socket | None = None
         self._closing = False
@@ -99,17 +102,20 @@ class GiverLink:
 
     def push(self, grant: bytes, layer: int, first: int, block_ids: tuple[int, ...]) -> None:
         """Queue blocks; passed over when the grant has ended."""
-        self._enqueue(_Item(grant, layer, first, block_ids))
+        step = self._blocks_per_frame
+        self._enqueue(
+            _Item(grant, layer, part, first + start, block_ids[start : start + step])
+            for part in range(PARTS)
+            for start in range(0, len(block_ids), step)
+        )
 
     def commit(self, grant: bytes) -> None:
         """Queue COMMIT."""
-        self._enqueue(_Item(grant))
+        self._enqueue([_Item(grant)])
 
-    def _enqueue(self, item: _Item) -> None:
+    def _enqueue(self, items: Iterable[_Item]) -> None:
         with self._state:
-            if item.grant not in self._givings:
-                return
-            self._queue.append(item)
+            self._queue.extend(item for item in items if item.grant in self._givings)
             idle, self._idle = self._idle, False
         if idle:
             self._wake.ring()
@@ -118,10 +124,10 @@ class GiverLink:
         """Forget the grant; on return none of its blocks is read. Raises InternalError when the thread does not obey."""
         with self._state:
             self._drop(grant)
-            if self._state.wait_for(lambda: self._reading != grant, ABANDON_S):
+            if self._state.wait_for(lambda: grant not in self._reading, ABANDON_S):
                 return
             self._cut()
-            if not self._state.wait_for(lambda: self._reading != grant, ABANDON_S):
+            if not self._state.wait_for(lambda: grant not in self._reading, ABANDON_S):
                 raise InternalError("a KV link does not let go of its blocks")
 
     def _drop(self, grant: bytes) -> None:
@@ -164,7 +170,8 @@ class GiverLink:
 
     def _end(self, reason: str) -> None:
         with self._state:
-            self._ended, self._reading, self._sock = True, None, None
+            self._ended, self._sock = True, None
+            self._reading.clear()
             lost = [] if self._closing else list(self._givings)
             self._givings.clear()
             self._queue.clear()
@@ -204,42 +211,90 @@ class GiverLink:
         poller.register(sock, select.POLLIN)
         poller.register(self._wake.fd, select.POLLIN)
         while True:
-            item = self._next_item()
-            ready = dict(poller.poll(0 if item else _IDLE_MS))
+            views = self._gather()
+            ready = dict(poller.poll(0 if views else _IDLE_MS))
             if self._wake.fd in ready:
                 self._wake.hush()
             if self._closing:
                 return
             if sock.fileno() in ready:
                 self._read_reply(sock)
-            if item is not None:
-                self._send_item(sock, item)
+            if views:
+                self._write(sock, views)
             self._check_overdue()
 
-    def _next_item(self) -> _Item | None:
-        with self._state:
-            if self._queue:
+    def _gather(self) -> list[memoryview]:
+        """Headers and payloads of the next frames, up to about BATCH_BYTES; their grants are in _reading from here on."""
+        views: list[memoryview] = []
+        num_bytes = 0
+        while num_bytes < BATCH_BYTES and len(views) < codec.MAX_FRAME_BLOCKS:
+            with self._state:
+                if not self._queue:
+                    self._idle = not views
+                    break
                 item = self._queue.popleft()
-                self._reading = item.grant if item.block_ids else None
-                return item
-            self._idle = True
-            return None
+                giving = self._givings[item.grant]
+                if item.block_ids:
+                    self._reading.add(item.grant)
+            frame = self._data(giving, item) if item.block_ids else self._commit(giving)
+            num_bytes += sum(view.nbytes for view in frame)
+            views += frame
+        return views
 
-    def _send_item(self, sock: socket.socket, item: _Item) -> None:
+    def _data(self, giving: _Giving, item: _Item) -> list[memoryview]:
+        grant, layer, part, first, block_ids = item
+        giving.started_s = giving.started_s or self._clock.now()
+        views = self._memory.spans(layer, part, block_ids)
+        crc = tcp_socket.checksum(views)
+        header, data = self._session.data(grant, layer, part, first, len(block_ids), crc)
+        kv_session.sent(giving.frames, header)
+        self._counts.add("bytes_sent", header.length)
+        return [memoryview(data), *views]
+
+    def _commit(self, giving: _Giving) -> list[memoryview]:
+        payload = giving.frames.commit_payload(giving.grant.prompt_digest)
+        crc = tcp_socket.checksum([memoryview(payload)])
+        giving.committed_s = self._clock.now()
+        giving.started_s = giving.started_s or giving.committed_s
+        return [memoryview(self._session.commit(giving.grant.grant, payload, crc) + payload)]
+
+    def _write(self, sock: socket.socket, views: list[memoryview]) -> None:
         try:
-            if item.block_ids:
-                self._send_blocks(sock, item)
-            else:
-                self._send_commit(sock, item.grant)
+            self._write_all(sock, views)
         except OSError:
             self._hear_last_words(sock)
             raise
         finally:
             self._stop_reading()
 
+    def _write_all(self, sock: socket.socket, views: list[memoryview]) -> None:
+        progress_s = self._clock.now()
+        while True:
+            count = tcp_socket.write_from(sock, views)
+            views = tcp_socket.advance(views, count)
+            if not views:
+                return
+            if self._is_abandoned():
+                views = [self._copy(views)]
+            now = self._clock.now()
+            if count:
+                progress_s = now
+            elif now - progress_s > tcp_socket.STALL_S:
+                raise LinkBroken(f"KV link to {self._endpoint}: the peer takes no bytes")
+
+    def _is_abandoned(self) -> bool:
+        with self._state:
+            return not self._reading <= self._givings.keys()
+
+    def _copy(self, views: list[memoryview]) -> memoryview:
+        """Abandoned in mid-frame: the peer counts on the rest, so it goes out from a copy."""
+        rest = memoryview(b"".join(views))
+        self._stop_reading()
+        return rest
+
     def _stop_reading(self) -> None:
         with self._state:
-            self._reading = None
+            self._reading.clear()
             self._state.notify_all()
 
     def _hear_last_words(self, sock: socket.socket) -> None:
@@ -250,59 +305,6 @@ class GiverLink:
                 self._read_reply(sock)
         except OSError:
             return
-
-    def _giving(self, grant: bytes) -> _Giving | None:
-        with self._state:
-            return self._givings.get(grant)
-
-    def _send_blocks(self, sock: socket.socket, item: _Item) -> None:
-        step = self._blocks_per_frame
-        for part in range(PARTS):
-            for start in range(0, len(item.block_ids), step):
-                giving = self._giving(item.grant)
-                if giving is None:
-                    return
-                giving.started_s = giving.started_s or self._clock.now()
-                block_ids = item.block_ids[start : start + step]
-                views = self._memory.spans(item.layer, part, block_ids)
-                crc = tcp_socket.checksum(views)
-                first, count = item.first + start, len(block_ids)
-                header, data = self._session.data(item.grant, item.layer, part, first, count, crc)
-                kv_session.sent(giving.frames, header)
-                self._send_frame(sock, item.grant, [memoryview(data), *views])
-                self._counts.add("bytes_sent", header.length)
-
-    def _send_frame(self, sock: socket.socket, grant: bytes, views: list[memoryview]) -> None:
-        progress_s = self._clock.now()
-        while True:
-            count = tcp_socket.write_from(sock, views)
-            views = tcp_socket.advance(views, count)
-            if not views:
-                return
-            if self._reading is not None and self._giving(grant) is None:
-                views = self._let_go(views)
-            now = self._clock.now()
-            if count:
-                progress_s = now
-            elif now - progress_s > tcp_socket.STALL_S:
-                raise LinkBroken(f"KV link to {self._endpoint}: the peer takes no bytes")
-
-    def _let_go(self, views: list[memoryview]) -> list[memoryview]:
-        """Abandoned in mid-frame: the peer counts on the rest, so it goes out from a copy."""
-        rest = memoryview(b"".join(views))
-        self._stop_reading()
-        return [rest]
-
-    def _send_commit(self, sock: socket.socket, grant: bytes) -> None:
-        giving = self._giving(grant)
-        if giving is None:
-            return
-        payload = giving.frames.commit_payload(giving.grant.prompt_digest)
-        crc = tcp_socket.checksum([memoryview(payload)])
-        header = self._session.commit(grant, payload, crc)
-        giving.committed_s = self._clock.now()
-        giving.started_s = giving.started_s or giving.committed_s
-        tcp_socket.write_all(sock, header + payload, self._clock)
 
     def _check_overdue(self) -> None:
         now = self._clock.now()
@@ -337,7 +339,7 @@ class GiverLink:
                 return  # abandoned while the answer was under way
             if not giving.committed_s:
                 raise LinkBroken(f"KV link to {self._endpoint}: an answer to no COMMIT")
-            del self._givings[grant]
+            self._drop(grant)
         self._events.put(
             KvEvent(
                 kind=KvEventKind.ACKNOWLEDGED,

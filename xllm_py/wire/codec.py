@@ -12,12 +12,14 @@ Called by wire/kv_session; the checks and their order are there.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
-from xllm_py.base.hashing import mac
+from xllm_py.base.hashing import same
 
 MAGIC = b"XKV1"
 VERSION = 1
@@ -29,7 +31,7 @@ MAX_FRAME_BLOCKS = 511  # the giver's own limit: a header and its blocks fit one
 NO_GRANT = bytes(GRANT_BYTES)
 NONCE_BYTES = 32
 
-_HEADER = struct.Struct("<4sBBBBQ16sIIHHI16s")
+_FIELDS = struct.Struct("<4sBBBBQ16sIIHHI")
 _SIGNED_BYTES = HEADER_BYTES - MAC_BYTES
 _COMMIT = struct.Struct("<I4xQ16s")
 COMMIT_BYTES = _COMMIT.size
@@ -48,6 +50,9 @@ class FrameType(IntEnum):
     COMMIT = 2
     ACK = 3
     ERROR = 4
+
+
+_KINDS = frozenset(int(kind) for kind in FrameType)
 
 
 class Step(IntEnum):
@@ -101,9 +106,8 @@ TEXTS: Mapping[Reason, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """The fields of a frame header that vary; bytes 0..4, flags and mac are the codec's."""
+class Header(NamedTuple):
+    """The fields of a frame header that vary; magic, version, flags and mac are the codec's."""
 
     type: int
     seq: int
@@ -111,9 +115,22 @@ class Header:
     part: int = 0
     layer: int = 0
     first: int = 0
-    count: int = 0
+    num_blocks: int = 0  # of ERROR: the Reason
     length: int = 0
     crc: int = 0
+
+
+class Signer:
+    """Makes the mac of one direction of a link."""
+
+    def __init__(self, key: bytes) -> None:
+        self._keyed = hmac.new(key, digestmod=hashlib.sha256)
+
+    def sign(self, fields: bytes) -> bytes:
+        """16 bytes over the first 48 bytes of a header."""
+        keyed = self._keyed.copy()
+        keyed.update(fields)
+        return keyed.digest()[:MAC_BYTES]
 
 
 def blocks_per_frame(block_bytes: int) -> int:
@@ -121,49 +138,27 @@ def blocks_per_frame(block_bytes: int) -> int:
     return min(MAX_PAYLOAD_BYTES // block_bytes, MAX_FRAME_BLOCKS)
 
 
-def pack_header(header: Header, key: bytes) -> bytes:
-    """64 bytes, signed under `key`."""
-    fields = _HEADER.pack(
-        MAGIC,
-        VERSION,
-        header.type,
-        0,
-        header.part,
-        header.seq,
-        header.grant,
-        header.first,
-        header.length,
-        header.layer,
-        header.count,
-        header.crc,
-        b"",
-    )[:_SIGNED_BYTES]
-    return fields + mac(key, fields)[:MAC_BYTES]
+def pack_header(header: Header, signer: Signer) -> bytes:
+    """64 bytes, signed."""
+    kind, seq, grant, part, layer, first, num_blocks, length, crc = header
+    fields = _FIELDS.pack(
+        MAGIC, VERSION, kind, 0, part, seq, grant, first, length, layer, num_blocks, crc
+    )
+    return fields + signer.sign(fields)
 
 
 def unpack_header(data: bytes) -> tuple[Header, bool]:
     """The fields of exactly 64 bytes, and whether magic, version, type and flags are ours. Nothing else is checked."""
-    magic, version, kind, flags, part, seq, grant, first, length, layer, count, crc, _ = (
-        _HEADER.unpack(data)
+    magic, version, kind, flags, part, seq, grant, first, length, layer, num_blocks, crc = (
+        _FIELDS.unpack_from(data)
     )
-    ours = magic == MAGIC and version == VERSION and flags == 0
-    header = Header(
-        type=kind,
-        seq=seq,
-        grant=grant,
-        part=part,
-        layer=layer,
-        first=first,
-        count=count,
-        length=length,
-        crc=crc,
-    )
-    return header, ours and FrameType.DATA <= kind <= FrameType.ERROR
+    ours = magic == MAGIC and version == VERSION and flags == 0 and kind in _KINDS
+    return Header(kind, seq, grant, part, layer, first, num_blocks, length, crc), ours
 
 
-def signature(data: bytes, key: bytes) -> tuple[bytes, bytes]:
-    """(the mac that a header carries, the mac it should carry)."""
-    return data[_SIGNED_BYTES:], mac(key, data[:_SIGNED_BYTES])[:MAC_BYTES]
+def is_signed(data: bytes, signer: Signer) -> bool:
+    """Whether exactly 64 bytes carry the mac they should."""
+    return same(data[_SIGNED_BYTES:], signer.sign(data[:_SIGNED_BYTES]))
 
 
 def pack_commit(num_frames: int, num_bytes: int, digest: bytes) -> bytes:
@@ -198,7 +193,7 @@ class FrameLog:
 
     def confirm(self, header: Header) -> None:
         """The payload of a claimed frame was sent, or is written and verified."""
-        self._frames[header.layer, header.part, header.first] = (header.count, header.crc)
+        self._frames[header.layer, header.part, header.first] = (header.num_blocks, header.crc)
         self.num_bytes += header.length
 
     def complete(self, num_layers: int, num_parts: int, wanted: int) -> bool:
@@ -216,7 +211,7 @@ class FrameLog:
 
 
 def _mask(header: Header) -> int:
-    return ((1 << header.count) - 1) << header.first
+    return ((1 << header.num_blocks) - 1) << header.first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,14 +97,14 @@ class Take:
         if self.grant is None:
             return ()
         first = self.header.first
-        return self.grant.block_ids[first : first + self.header.count]
+        return self.grant.block_ids[first : first + self.header.num_blocks]
 
 
 class _Frames:
     """One direction of a link: sequence and key."""
 
     def __init__(self, key: bytes) -> None:
-        self._key = key
+        self._signer = codec.Signer(key)
         self._seq = 0
 
     @property
@@ -115,7 +115,7 @@ class _Frames:
     def pack(self, header: Header) -> bytes:
         """The next frame out; `header.seq` must be `seq`."""
         self._seq += 1
-        return codec.pack_header(header, self._key)
+        return codec.pack_header(header, self._signer)
 
     def unpack(self, data: bytes) -> Header | Reason:
         """The next frame in: the first three checks."""
@@ -124,7 +124,7 @@ class _Frames:
             return Reason.BAD_FRAME
         if header.seq != self._seq:
             return Reason.BAD_SEQUENCE
-        if not same(*codec.signature(data, self._key)):
+        if not codec.is_signed(data, self._signer):
             return Reason.BAD_MAC
         self._seq += 1
         return header
@@ -163,7 +163,7 @@ class GiverSession:
         return codec.pack_proof(agreed.giver_proof)
 
     def data(
-        self, grant: bytes, layer: int, part: int, first: int, count: int, crc: int
+        self, grant: bytes, layer: int, part: int, first: int, num_blocks: int, crc: int
     ) -> tuple[Header, bytes]:
         """The header of the next frame, as fields and as bytes; its payload follows it."""
         header = Header(
@@ -173,8 +173,8 @@ class GiverSession:
             part=part,
             layer=layer,
             first=first,
-            count=count,
-            length=count * self._identity.layout.block_bytes,
+            num_blocks=num_blocks,
+            length=num_blocks * self._identity.layout.block_bytes,
             crc=crc,
         )
         return header, self._out.pack(header)
@@ -195,7 +195,7 @@ class GiverSession:
             return Closed(Reason.BAD_FRAME, by_peer=False)
         if header.type == FrameType.ACK:
             return Acknowledged(header.grant)
-        reason = _reason(header.count)
+        reason = _reason(header.num_blocks)
         if reason is Reason.REVOKED:
             return Refused(header.grant, reason)
         return Closed(reason, by_peer=True)
@@ -243,7 +243,7 @@ class TakerSession:
         if isinstance(header, Reason):
             return Reject(header)
         if header.type == FrameType.ERROR:
-            return Closed(_reason(header.count), by_peer=True)
+            return Closed(_reason(header.num_blocks), by_peer=True)
         if header.type == FrameType.ACK:
             return Reject(Reason.BAD_FRAME)
         grant = self._grants.find(header.grant, self.peer)
@@ -269,11 +269,11 @@ class TakerSession:
         """What the payload must have, or -1 when that is too much."""
         if header.type == FrameType.COMMIT:
             return codec.COMMIT_BYTES
-        length = header.count * self._layout.block_bytes
+        length = header.num_blocks * self._layout.block_bytes
         return length if length <= codec.MAX_PAYLOAD_BYTES else -1
 
     def _judge_commit(self, header: Header, grant: Grant) -> Take | Reject:
-        if header.first or header.count or header.layer or header.part:
+        if header.first or header.num_blocks or header.layer or header.part:
             return Reject(Reason.OUT_OF_RANGE, grant.grant)
         if header.length != self._length(header):
             return Reject(Reason.BAD_LENGTH, grant.grant)
@@ -284,16 +284,16 @@ class TakerSession:
         inside = (
             header.part < PARTS
             and header.layer < self._layout.num_layers
-            and header.count >= 1
+            and header.num_blocks >= 1
             and header.first >= grant.first_wanted
-            and header.first + header.count <= len(grant.block_ids)
+            and header.first + header.num_blocks <= len(grant.block_ids)
         )
         if not inside:
             return Reject(Reason.OUT_OF_RANGE, grant.grant)
         if header.length != self._length(header):
             return Reject(Reason.BAD_LENGTH, grant.grant)
         known = grant.frames.find(header)
-        again = known == (header.count, header.crc)
+        again = known == (header.num_blocks, header.crc)
         if not again and not grant.frames.claim(header):
             grant.state = GrantState.FAILED
             return Reject(Reason.CONFLICT, grant.grant, failed=True)
@@ -351,7 +351,7 @@ class TakerSession:
     def error(self, reason: Reason, grant: bytes = codec.NO_GRANT) -> bytes:
         """Say why; REVOKED ends a grant, every other reason the link."""
         return self._out.pack(
-            Header(type=FrameType.ERROR, seq=self._out.seq, grant=grant, count=reason)
+            Header(type=FrameType.ERROR, seq=self._out.seq, grant=grant, num_blocks=reason)
         )
 
 
@@ -365,5 +365,5 @@ def _reason(code: int) -> Reason:
 
 def sent(frames: FrameLog, header: Header) -> None:
     """Giver: note a frame that went out. What overlaps in another way is the taker's to refuse."""
-    if frames.find(header) != (header.count, header.crc):
+    if frames.find(header) != (header.num_blocks, header.crc):
         frames.confirm(header)

@@ -1,0 +1,305 @@
+"""How fast is the KV link over loopback, against a plain socket loop in the same run?
+
+    python -m benchmarks.kv_link [--rounds 7] [--mebibytes 240]
+
+Giver and taker are two processes. Each round moves the same number of bytes once through a plain sendall / recv_into loop and
+once through grants, frames, checksums and COMMIT, in turns; both read from and write to memory of that whole size, so caches
+do not help. The content is compared before anything is timed. One JSON line per row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import select
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from benchmarks.report import emit, summary
+from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
+from xllm_py.transport.base import GiverGrant, KvEventKind, TakerGrant
+from xllm_py.transport.tcp import TcpKvTransport
+
+KEY = b"benchmark key of some length 32."
+DIGEST = bytes(16)
+PIECE_BYTES = 1 << 20
+DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row: how the cache is cut and how blocks lie in it."""
+
+    name: str
+    num_layers: int
+    block_tokens: int
+    block_bytes: int
+    prompt_blocks: int  # of one grant
+    scattered: bool
+    mebibytes: int = 240
+
+    @property
+    def layout(self) -> KvLayout:
+        return KvLayout(
+            num_layers=self.num_layers,
+            block_size=self.block_tokens,
+            block_bytes=self.block_bytes,
+            shape=self.name,
+        )
+
+    @property
+    def num_grants(self) -> int:
+        per_grant = self.num_layers * PARTS * self.block_bytes * self.prompt_blocks
+        return max(1, (self.mebibytes << 20) // per_grant)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_grants * self.prompt_blocks
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes * self.num_layers * PARTS
+
+    def grants(self, seed: int) -> list[tuple[int, ...]]:
+        """The block ids of each grant."""
+        blocks = list(range(self.num_blocks))
+        if self.scattered:
+            random.Random(seed).shuffle(blocks)
+        size = self.prompt_blocks
+        return [tuple(blocks[i : i + size]) for i in range(0, len(blocks), size)]
+
+
+# Qwen2-0.5B: 24 layers, 2 KV heads of 64, bf16: 256 bytes a token, layer and part
+SHAPES = [
+    Shape("0.5B, 128-token blocks, prompt 2048", 24, 128, 32 << 10, 16, False),
+    Shape("0.5B, 128-token blocks, prompt 2048, scattered", 24, 128, 32 << 10, 16, True),
+    Shape("0.5B, 16-token blocks, prompt 2048, scattered", 24, 16, 4 << 10, 128, True),
+    Shape("0.5B, 128-token blocks, prompt 512", 24, 128, 32 << 10, 4, False),
+    Shape("7B, 128-token blocks, prompt 2048", 28, 128, 128 << 10, 16, False),
+]
+
+
+def make_memory(shape: Shape, fill: bool) -> tuple[KvMemory, list[memoryview]]:
+    """Content that differs everywhere, or poison."""
+    size = shape.num_blocks * shape.block_bytes
+    regions = []
+    for index in range(shape.num_layers * PARTS):
+        region = bytearray(b"\xa5") * size
+        if fill:
+            region[:] = random.Random(index).randbytes(size)
+        regions.append(memoryview(region))
+    return KvMemory(shape.layout, shape.num_blocks, regions), regions
+
+
+def content(memory: KvMemory, shape: Shape, grants: list[tuple[int, ...]]) -> int:
+    """A checksum over all grants in relative order."""
+    crc = 0
+    for block_ids in grants:
+        for layer in range(shape.num_layers):
+            for part in range(PARTS):
+                for view in memory.spans(layer, part, block_ids):
+                    crc = zlib.crc32(view, crc)
+    return crc
+
+
+def grant_name(number: int, index: int) -> bytes:
+    return number.to_bytes(8, "big") + index.to_bytes(8, "big")
+
+
+def pieces(regions: list[memoryview]) -> list[memoryview]:
+    return [
+        region[i : i + PIECE_BYTES]
+        for region in regions
+        for i in range(0, region.nbytes, PIECE_BYTES)
+    ]
+
+
+def say(pipe: IO[str], **message: Any) -> None:
+    pipe.write(json.dumps(message) + "\n")
+    pipe.flush()
+
+
+def take(shape: Shape) -> None:
+    """The child: the taker of both."""
+    memory, regions = make_memory(shape, fill=False)
+    transport = TcpKvTransport(memory=memory, incarnation="taker", cluster_key=KEY)
+    plain = socket.create_server(("127.0.0.1", 0))
+    say(sys.stdout, kv=transport.endpoint, plain=plain.getsockname()[1])
+    link, _ = plain.accept()
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    grants = shape.grants(seed=2)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order["do"] == "plain":
+            say(sys.stdout, ready=True)
+            for piece in pieces(regions):
+                view = piece
+                while view:
+                    view = view[link.recv_into(view) :]
+            link.sendall(b"!")
+        elif order["do"] == "cpu":
+            say(sys.stdout, seconds=time.process_time())
+        elif order["do"] == "open":
+            for index, block_ids in enumerate(grants):
+                transport.open_grant(
+                    TakerGrant(
+                        grant=grant_name(order["number"], index),
+                        peer_incarnation="giver",
+                        block_ids=block_ids,
+                        first_wanted=0,
+                        prompt_digest=DIGEST,
+                    )
+                )
+            say(sys.stdout, ready=True)
+        elif order["do"] == "close":
+            for index in range(len(grants)):
+                transport.revoke(grant_name(order["number"], index))
+            say(sys.stdout, content=content(memory, shape, grants) if order["check"] else 0)
+    transport.close()
+
+
+class Giver:
+    """The parent's side of one row."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.memory, self.regions = make_memory(shape, fill=True)
+        self.grants = shape.grants(seed=1)
+        arguments = ["-m", "benchmarks.kv_link", "--serve", json.dumps(asdict(shape))]
+        self.child = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        hello = self.hear()
+        self.endpoint = hello["kv"]
+        self.plain = socket.create_connection(("127.0.0.1", hello["plain"]))
+        self.plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        self.transport = TcpKvTransport(
+            memory=self.memory, incarnation="giver", cluster_key=KEY, listen=False
+        )
+        self.number = 0
+
+    def hear(self) -> dict[str, Any]:
+        assert self.child.stdout is not None
+        message: dict[str, Any] = json.loads(self.child.stdout.readline())
+        return message
+
+    def order(self, **message: Any) -> dict[str, Any]:
+        assert self.child.stdin is not None
+        say(self.child.stdin, **message)
+        return self.hear()
+
+    def cpu_s(self) -> float:
+        """CPU seconds of both processes so far."""
+        theirs: float = self.order(do="cpu")["seconds"]
+        return time.process_time() + theirs
+
+    def run_plain(self) -> float:
+        """GB/s."""
+        self.order(do="plain")
+        parts = pieces(self.regions)
+        start = time.perf_counter()
+        for part in parts:
+            self.plain.sendall(part)
+        assert self.plain.recv(1) == b"!"
+        return self.shape.num_bytes / (time.perf_counter() - start) / 1e9
+
+    def run_link(self, check: bool = False) -> float:
+        """GB/s, from the first push to the last acknowledgement."""
+        self.number += 1
+        self.order(do="open", number=self.number)
+        start = time.perf_counter()
+        for index, block_ids in enumerate(self.grants):
+            grant = grant_name(self.number, index)
+            self.transport.connect(
+                GiverGrant(
+                    grant=grant,
+                    endpoint=self.endpoint,
+                    peer_incarnation="taker",
+                    prompt_digest=DIGEST,
+                )
+            )
+            for layer in range(self.shape.num_layers):
+                self.transport.push(grant, layer, 0, block_ids)
+            self.transport.commit(grant)
+        self.wait_for_all()
+        rate = self.shape.num_bytes / (time.perf_counter() - start) / 1e9
+        theirs = self.order(do="close", number=self.number, check=check)["content"]
+        if check and theirs != content(self.memory, self.shape, self.grants):
+            raise SystemExit("what arrived is not what was sent")
+        return rate
+
+    def wait_for_all(self) -> None:
+        missing = len(self.grants)
+        while missing:
+            readable, _, _ = select.select([self.transport.wake_fd], [], [], DEADLINE_S)
+            if not readable:
+                raise SystemExit("no acknowledgement in time")
+            for event in self.transport.poll():
+                if event.kind is not KvEventKind.ACKNOWLEDGED:
+                    raise SystemExit(f"the link failed: {event.text}")
+                missing -= 1
+
+    def close(self) -> None:
+        assert self.child.stdin is not None
+        self.transport.close()
+        self.plain.close()
+        self.child.stdin.close()
+        self.child.wait(10)
+
+
+def measure(shape: Shape, rounds: int) -> None:
+    """One row."""
+    giver = Giver(shape)
+    try:
+        giver.run_plain()
+        giver.run_link(check=True)
+        plain, link, plain_cpu, link_cpu = [], [], [], []
+        for _ in range(rounds):
+            start = giver.cpu_s()
+            plain.append(giver.run_plain())
+            middle = giver.cpu_s()
+            link.append(giver.run_link())
+            plain_cpu.append((middle - start) / shape.num_bytes * 1e9)
+            link_cpu.append((giver.cpu_s() - middle) / shape.num_bytes * 1e9)
+    finally:
+        giver.close()
+    share = [ours / theirs for ours, theirs in zip(link, plain, strict=True)]
+    emit(
+        "kv_link",
+        {"row": shape.name, "mebibytes": shape.num_bytes >> 20, "grants": shape.num_grants},
+        {
+            "link_gb_s": summary(link),
+            "plain_gb_s": summary(plain),
+            "share_of_plain": round(statistics.median(share), 3),
+            "link_cpu_s_per_gb": round(statistics.median(link_cpu), 3),
+            "plain_cpu_s_per_gb": round(statistics.median(plain_cpu), 3),
+        },
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--mebibytes", type=int, default=240)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        take(Shape(**json.loads(options.serve)))
+        return
+    for shape in SHAPES:
+        measure(Shape(**{**asdict(shape), "mebibytes": options.mebibytes}), options.rounds)
+
+
+if __name__ == "__main__":
+    main()
