@@ -24,7 +24,6 @@ from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, Heartb
 from xllm_py.wire.messages import Verdicts
 
 _log = log.get(__name__)
-_ACKNOWLEDGE_EVERY = 32  # positions; finishes always
 
 
 class _Answer:
@@ -175,10 +174,6 @@ class Generations:
                 answer.again[request_id, entry.attempt, entry.choice] = judged.next
             case _ if ended:  # a finish that is held is in the log too
                 answer.acknowledge(request_id, entry, entry.position + 1)
-            case Judgement.REPEATED:
-                answer.acknowledge(request_id, entry, judged.next)
-            case _ if entry.position % _ACKNOWLEDGE_EVERY == 0:
-                answer.acknowledge(request_id, entry, judged.next)
 
     def _note(self, opened: OpenRequest, outputs: Outputs, index: int, incarnation: str) -> None:
         """What comes beside tokens; then ring."""
