@@ -1,0 +1,461 @@
+"""The machines of a KV link: who gets one, what is refused, in which order, and what a refusal leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.wire.kv_link import DIGEST, KEY, LAYOUT, Link, Taker, grant, identity
+from xllm_py.core.kv_memory import KvLayout
+from xllm_py.wire import codec, kv_session
+from xllm_py.wire.codec import FrameType, Header, Reason
+from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState, GrantTable
+from xllm_py.wire.kv_session import (
+    MAX_LATE_FRAMES,
+    Acknowledged,
+    Closed,
+    GiverSession,
+    Landed,
+    Late,
+    Refused,
+    Reject,
+    Stored,
+    Take,
+    TakerSession,
+)
+
+BLOCK = b"x" * LAYOUT.block_bytes
+
+
+@pytest.fixture
+def taker() -> Taker:
+    return Taker()
+
+
+@pytest.fixture
+def link(taker: Taker) -> Link:
+    return taker.link()
+
+
+# ---- handshake
+
+
+def shake(giver: GiverSession, taker: TakerSession) -> tuple[object, object]:
+    """What each side thinks of it: (giver, taker)."""
+    welcome = taker.on_hello(giver.hello())
+    assert isinstance(welcome, bytes)
+    proof = giver.on_welcome(welcome)
+    if not isinstance(proof, bytes):
+        return proof, None
+    return "open", taker.on_proof(proof) or "open"
+
+
+def test_two_sides_with_one_key_open_a_link() -> None:
+    giver = GiverSession(identity("p", 1), "d")
+    assert shake(giver, TakerSession(identity("d", 2), GrantTable())) == ("open", "open")
+
+
+def test_another_cluster_key_is_seen_by_the_giver_before_it_proves_anything() -> None:
+    giver = GiverSession(identity("p", 1, key=b"x" * 32), "d")
+    assert shake(giver, TakerSession(identity("d", 2), GrantTable()))[0] is Reason.WRONG_KEY
+
+
+def test_a_giver_that_only_pretends_to_know_the_key_is_refused() -> None:
+    taker = TakerSession(identity("d", 2), GrantTable())
+    taker.on_hello(GiverSession(identity("p", 1), "d").hello())
+    assert taker.on_proof(codec.pack_proof(b"?" * 32)) is Reason.WRONG_KEY
+
+
+def test_a_recorded_handshake_does_not_open_a_second_link() -> None:
+    giver = GiverSession(identity("p", 1), "d")
+    welcome = TakerSession(identity("d", 2), GrantTable()).on_hello(giver.hello())
+    assert isinstance(welcome, bytes)
+    recorded = giver.on_welcome(welcome)
+    assert isinstance(recorded, bytes)
+    again = TakerSession(identity("d", 3), GrantTable())
+    again.on_hello(giver.hello())
+    assert again.on_proof(recorded) is Reason.WRONG_KEY
+
+
+def test_the_takers_own_proof_cannot_be_sent_back_to_it() -> None:
+    taker = TakerSession(identity("d", 2), GrantTable())
+    welcome = taker.on_hello(GiverSession(identity("p", 1), "d").hello())
+    assert isinstance(welcome, bytes)
+    assert taker.on_proof(welcome[codec.HELLO_BYTES :]) is Reason.WRONG_KEY
+
+
+def test_a_proof_without_a_hello_is_refused() -> None:
+    taker = TakerSession(identity("d", 2), GrantTable())
+    assert taker.on_proof(codec.pack_proof(bytes(32))) is Reason.WRONG_KEY
+
+
+def test_another_incarnation_than_the_expected_one_is_refused() -> None:
+    giver = GiverSession(identity("p", 1), "d-before")
+    assert shake(giver, TakerSession(identity("d", 2), GrantTable()))[0] is Reason.WRONG_INCARNATION
+
+
+def test_another_layout_is_refused_by_both() -> None:
+    other = KvLayout(num_layers=3, block_size=4, block_bytes=8, shape="test")
+    giver = GiverSession(identity("p", 1, layout=other), "d")
+    taker = TakerSession(identity("d", 2), GrantTable())
+    assert shake(giver, taker)[0] is Reason.WRONG_LAYOUT
+    welcome = taker.on_hello(giver.hello())
+    assert isinstance(welcome, bytes)
+    agreed = identity("p", 1, layout=other).agreement(giver.hello(), welcome[: codec.HELLO_BYTES])
+    assert taker.on_proof(codec.pack_proof(agreed.giver_proof)) is Reason.WRONG_LAYOUT
+
+
+@pytest.mark.parametrize("place", [0, 5, 4])
+def test_garbage_in_the_handshake_is_refused_by_both(place: int) -> None:
+    giver = GiverSession(identity("p", 1), "d")
+    taker = TakerSession(identity("d", 2), GrantTable())
+    hello, welcome = bytearray(giver.hello()), taker.on_hello(giver.hello())
+    assert isinstance(welcome, bytes)
+    hello[place] ^= 0xFF
+    damaged = bytearray(welcome)
+    damaged[place] ^= 0xFF
+    assert isinstance(taker.on_hello(bytes(hello)), Reason)
+    assert isinstance(giver.on_welcome(bytes(damaged)), Reason)
+    damaged = bytearray(welcome)
+    damaged[codec.HELLO_BYTES + place] ^= 0xFF
+    assert giver.on_welcome(bytes(damaged)) is Reason.BAD_FRAME
+    assert taker.on_proof(bytes(damaged[codec.HELLO_BYTES :])) is Reason.BAD_FRAME
+
+
+# ---- the order of the checks
+
+
+def test_frames_land_and_are_acknowledged(taker: Taker, link: Link) -> None:
+    taker.grants.open(grant(1, (5, 9, 2)))
+    log = link.give(1, 3)
+    landed = link.commit(1, log.commit_payload(DIGEST))
+    assert landed == Landed((1).to_bytes(16, "big"), 2 * 2 * 3 * LAYOUT.block_bytes)
+    assert taker.written() == {2, 5, 9}
+    assert link.giver.on_header(link.session.ack(b"g" * 16)) == Acknowledged(b"g" * 16)
+
+
+def test_magic_is_checked_before_the_sequence_and_that_before_the_proof(link: Link) -> None:
+    good = codec.pack_header(Header(type=1, seq=7), codec.Signer(b"another key"))
+    assert link.session.on_header(b"?" + good[1:]) == Reject(Reason.BAD_FRAME)
+    assert link.session.on_header(good) == Reject(Reason.BAD_SEQUENCE)
+    good = codec.pack_header(Header(type=1, seq=0), codec.Signer(b"another key"))
+    assert link.session.on_header(good) == Reject(Reason.BAD_MAC)
+
+
+def test_a_frame_cannot_be_repeated_skipped_or_taken_from_another_link(
+    taker: Taker, link: Link
+) -> None:
+    taker.grants.open(grant(1, (5, 9)))
+    first, second = link.data(1, BLOCK), link.data(1, BLOCK, first=1)
+    assert link.session.on_header(second) == Reject(Reason.BAD_SEQUENCE)
+    assert link.arrive(first, BLOCK) == Stored()
+    assert link.session.on_header(first) == Reject(Reason.BAD_SEQUENCE)
+    assert taker.link().session.on_header(first) == Reject(Reason.BAD_MAC)
+    assert taker.written() == {5}
+
+
+def test_a_grant_is_known_to_its_peer_only(taker: Taker, link: Link) -> None:
+    foreign = grant(1, (5,), peer="p2")
+    taker.grants.open(foreign)
+    for number in (1, 2):
+        name = number.to_bytes(16, "big")
+        header = link.data(number, BLOCK)
+        assert link.session.on_header(header) == Reject(Reason.UNKNOWN_GRANT, name)
+    assert foreign.state is GrantState.GRANTED
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"part": 2},
+        {"part": 255},
+        {"layer": LAYOUT.num_layers},
+        {"layer": 65535},
+        {"first": 0},  # held
+        {"first": 3},
+        {"first": 2**32 - 1},
+        {"first": 2, "num_blocks": 2},
+        {"num_blocks": 0},
+        {"num_blocks": 65535},
+    ],
+)
+def test_what_lies_outside_the_grant_is_refused_unread(
+    taker: Taker, link: Link, fields: dict[str, int]
+) -> None:
+    taker.grants.open(grant(1, (5, 9, 2), first_wanted=1))
+    header = link.data(1, BLOCK, **{"first": 1, **fields})
+    assert link.session.on_header(header) == Reject(Reason.OUT_OF_RANGE, (1).to_bytes(16, "big"))
+
+
+@pytest.mark.parametrize("length", [0, 7, 9, 4 << 20, 2**32 - 1])
+def test_a_length_is_computed_and_never_believed(taker: Taker, link: Link, length: int) -> None:
+    taker.grants.open(grant(1, (5,)))
+    header = link.data(1, BLOCK, length=length)
+    assert link.session.on_header(header) == Reject(Reason.BAD_LENGTH, (1).to_bytes(16, "big"))
+
+
+def test_a_frame_larger_than_the_limit_is_refused_even_when_it_is_consistent() -> None:
+    big = KvLayout(num_layers=1, block_size=4, block_bytes=3 << 20, shape="big")
+    grants = GrantTable()
+    giver = GiverSession(identity("p", 1, layout=big), "d")
+    taker = TakerSession(identity("d", 2, layout=big), grants)
+    assert shake(giver, taker) == ("open", "open")
+    grants.open(grant(1, (0, 1)))
+    _, data = giver.data((1).to_bytes(16, "big"), 0, 0, 0, 2, 0)
+    assert taker.on_header(data) == Reject(Reason.BAD_LENGTH, (1).to_bytes(16, "big"))
+
+
+def test_acks_do_not_flow_towards_the_taker(link: Link) -> None:
+    assert link.session.on_header(link.forge(Header(type=FrameType.ACK, seq=0))) == Reject(
+        Reason.BAD_FRAME
+    )
+
+
+def test_a_giver_that_says_error_closes_the_link(link: Link) -> None:
+    header = Header(type=FrameType.ERROR, seq=0, num_blocks=Reason.CONFLICT)
+    assert link.session.on_header(link.forge(header)) == Closed(Reason.CONFLICT, by_peer=True)
+    header = Header(type=FrameType.ERROR, seq=0, num_blocks=9999)
+    assert link.session.on_header(link.forge(header)) == Closed(Reason.BAD_FRAME, by_peer=True)
+
+
+# ---- payloads
+
+
+def test_a_damaged_payload_is_refused_and_may_come_again_on_another_link(
+    taker: Taker, link: Link
+) -> None:
+    taker.grants.open(grant(1, (5,)))
+    damaged = b"y" + BLOCK[1:]
+    name = (1).to_bytes(16, "big")
+    assert link.arrive(link.data(1, BLOCK), damaged) == Reject(Reason.BAD_CHECKSUM, name)
+    log = taker.link().give(1, 1)
+    assert isinstance(taker.link().commit(1, log.commit_payload(DIGEST)), Landed)
+
+
+def test_a_payload_that_broke_off_may_come_again_on_another_link(taker: Taker, link: Link) -> None:
+    entry = grant(1, (5,))
+    taker.grants.open(entry)
+    take = link.session.on_header(link.data(1, BLOCK))
+    assert isinstance(take, Take)
+    link.session.on_lost(take)
+    assert entry.in_flight == 0
+    taker.link().give(1, 1)
+
+
+def test_the_same_frame_again_is_read_and_not_written(taker: Taker, link: Link) -> None:
+    taker.grants.open(grant(1, (5,)))
+    link.arrive(link.data(1, BLOCK), BLOCK)
+    take = link.session.on_header(link.data(1, BLOCK))
+    assert isinstance(take, Take)
+    assert not take.store
+    assert link.session.on_payload(take, take.header.crc) == Stored()
+
+
+@pytest.mark.parametrize("fields", [{"crc": 1}, {"first": 1, "num_blocks": 2, "length": 16}])
+def test_a_block_that_comes_in_two_versions_ends_the_grant(
+    taker: Taker, link: Link, fields: dict[str, int]
+) -> None:
+    entry = grant(1, (5, 9, 2))
+    taker.grants.open(entry)
+    link.arrive(link.data(1, BLOCK * 2), BLOCK * 2)
+    reject = link.session.on_header(link.data(1, BLOCK * 2, **fields))
+    assert reject == Reject(Reason.CONFLICT, entry.grant, failed=True)
+    assert entry.state is GrantState.FAILED
+    other = taker.link()
+    header = other.data(1, BLOCK, first=2)
+    assert other.session.on_header(header) == Reject(Reason.WRONG_STATE, entry.grant)
+
+
+def test_two_links_cannot_write_one_block_at_the_same_time(taker: Taker, link: Link) -> None:
+    taker.grants.open(grant(1, (5,)))
+    assert isinstance(link.session.on_header(link.data(1, BLOCK)), Take)
+    other = taker.link()
+    reject = other.session.on_header(other.data(1, BLOCK))
+    assert isinstance(reject, Reject)
+    assert reject.reason is Reason.CONFLICT
+
+
+# ---- commit
+
+
+def test_a_commit_with_holes_ends_the_grant(taker: Taker, link: Link) -> None:
+    taker.grants.open(grant(1, (5, 9)))
+    log = link.give(1, 1)
+    name = (1).to_bytes(16, "big")
+    reject = link.commit(1, log.commit_payload(DIGEST))
+    assert reject == Reject(Reason.INCOMPLETE, name, failed=True)
+    again = taker.link()
+    assert again.session.on_header(again.data(1, BLOCK, first=1)) == Reject(
+        Reason.WRONG_STATE, name
+    )
+
+
+def test_a_commit_over_other_frames_or_another_prompt_ends_the_grant(taker: Taker) -> None:
+    for number, digest in ((1, b"other"), (2, DIGEST)):
+        link = taker.link()
+        taker.grants.open(grant(number, (number,)))
+        payload = bytearray(link.give(number, 1).commit_payload(digest))
+        payload[0] ^= number - 1  # the frame count of the second
+        reject = link.commit(number, bytes(payload))
+        assert isinstance(reject, Reject)
+        assert reject.reason is Reason.DIGEST_DIFFERS
+
+
+def test_a_commit_while_another_link_still_writes_is_refused(taker: Taker, link: Link) -> None:
+    entry = grant(1, (5,))
+    taker.grants.open(entry)
+    log = link.give(1, 1)
+    again = link.session.on_header(link.data(1, BLOCK[:0] + bytes([1]) * 8))
+    assert isinstance(again, Take)
+    other = taker.link()
+    assert other.commit(1, log.commit_payload(DIGEST)) == Reject(
+        Reason.INCOMPLETE, entry.grant, failed=True
+    )
+
+
+def test_a_landed_grant_takes_neither_data_nor_commit(taker: Taker, link: Link) -> None:
+    taker.grants.open(grant(1, (5,)))
+    payload = link.give(1, 1).commit_payload(DIGEST)
+    assert isinstance(link.commit(1, payload), Landed)
+    name = (1).to_bytes(16, "big")
+    assert link.commit(1, payload) == Reject(Reason.WRONG_STATE, name)
+    other = taker.link()
+    assert other.session.on_header(other.data(1, BLOCK)) == Reject(Reason.WRONG_STATE, name)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"first": 1}, {"num_blocks": 1}, {"layer": 1}, {"part": 1}, {"length": 8}]
+)
+def test_a_commit_with_strange_fields_is_refused(
+    taker: Taker, link: Link, fields: dict[str, int]
+) -> None:
+    taker.grants.open(grant(1, (5,)))
+    payload = link.give(1, 1).commit_payload(DIGEST)
+    assert isinstance(link.commit(1, payload, **fields), Reject)
+
+
+def test_a_damaged_commit_closes_the_link_and_the_grant_lives_on(taker: Taker, link: Link) -> None:
+    entry = grant(1, (5,))
+    taker.grants.open(entry)
+    payload = link.give(1, 1).commit_payload(DIGEST)
+    assert link.commit(1, payload, crc=0) == Reject(Reason.BAD_CHECKSUM, entry.grant)
+    assert isinstance(taker.link().commit(1, payload), Landed)
+
+
+# ---- revoke
+
+
+def test_frames_of_a_revoked_grant_are_sunk_and_the_link_lives(taker: Taker, link: Link) -> None:
+    taker.grants.open(grant(1, (5,)))
+    assert taker.grants.revoke((1).to_bytes(16, "big")) is True
+    name = (1).to_bytes(16, "big")
+    assert link.arrive(link.data(1, BLOCK), BLOCK) == Late(name)
+    assert link.commit(1, bytes(codec.COMMIT_BYTES)) == Late(name)
+    assert taker.written() == set()
+    error = link.session.error(Reason.REVOKED, name)
+    assert link.giver.on_header(error) == Refused(name, Reason.REVOKED)
+
+
+def test_a_grant_revoked_in_mid_frame_is_released_by_the_frame(taker: Taker, link: Link) -> None:
+    entry = grant(1, (5,))
+    taker.grants.open(entry)
+    take = link.session.on_header(link.data(1, BLOCK))
+    assert isinstance(take, Take)
+    assert taker.grants.revoke(entry.grant) is False
+    assert entry.state is GrantState.REVOKED
+    link.session.leave(take)
+    link.session.leave(take)
+    assert entry.in_flight == 0
+    assert not take.store
+    assert link.session.on_payload(take, take.header.crc) == Late(entry.grant)
+
+
+def test_a_grant_revoked_before_its_last_byte_does_not_count_it(taker: Taker, link: Link) -> None:
+    entry = grant(1, (5,))
+    taker.grants.open(entry)
+    take = link.session.on_header(link.data(1, BLOCK))
+    assert isinstance(take, Take)
+    taker.grants.revoke(entry.grant)
+    assert link.session.on_payload(take, take.header.crc) == Late(entry.grant)
+    assert entry.in_flight == 0
+
+
+def test_a_revoked_grant_of_another_peer_or_a_landed_one_is_unknown(taker: Taker) -> None:
+    owner, other = taker.link(), taker.link("p2")
+    taker.grants.open(grant(1, (5,)))
+    taker.grants.open(grant(2, (6,)))
+    assert isinstance(owner.commit(2, owner.give(2, 1).commit_payload(DIGEST)), Landed)
+    for number in (1, 2):
+        taker.grants.revoke(number.to_bytes(16, "big"))
+    for link, number in ((other, 1), (owner, 2)):
+        reject = link.session.on_header(link.data(number, BLOCK))
+        assert reject == Reject(Reason.UNKNOWN_GRANT, number.to_bytes(16, "big"))
+
+
+def test_late_frames_have_a_computed_length_and_an_end(taker: Taker, link: Link) -> None:
+    taker.grants.open(grant(1, (5,)))
+    name = (1).to_bytes(16, "big")
+    taker.grants.revoke(name)
+    other = taker.link()
+    assert other.session.on_header(other.data(1, BLOCK, length=9)) == Reject(
+        Reason.BAD_LENGTH, name
+    )
+    for _ in range(MAX_LATE_FRAMES):
+        assert link.arrive(link.data(1, BLOCK), BLOCK) == Late(name)
+    assert link.session.on_header(link.data(1, BLOCK)) == Reject(Reason.TOO_MANY_LATE, name)
+
+
+def test_revoked_grants_are_forgotten_in_the_end() -> None:
+    grants = GrantTable()
+    for number in range(MAX_REMEMBERED + 1):
+        grants.open(grant(number, ()))
+        assert grants.revoke(number.to_bytes(16, "big"))
+    assert not grants.is_late((0).to_bytes(16, "big"), "p")
+    assert grants.is_late((1).to_bytes(16, "big"), "p")
+    assert len(grants) == 0
+
+
+def test_a_grant_is_opened_once() -> None:
+    grants = GrantTable()
+    grants.open(grant(1, ()))
+    with pytest.raises(ValueError, match="once"):
+        grants.open(grant(1, ()))
+    grants.revoke((1).to_bytes(16, "big"))
+    with pytest.raises(ValueError, match="once"):
+        grants.open(grant(1, ()))
+
+
+# ---- the giver's ears
+
+
+def test_the_giver_closes_on_anything_but_an_ack_or_an_error(link: Link) -> None:
+    assert link.giver.on_header(bytes(64)) == Closed(Reason.BAD_FRAME, by_peer=False)
+    assert link.giver.on_header(link.session.error(Reason.CONFLICT)) == Closed(
+        Reason.CONFLICT, by_peer=True
+    )
+    assert link.giver.on_header(link.session.ack(b"g" * 16)) == Acknowledged(b"g" * 16)
+    assert link.giver.on_header(link.data(1, BLOCK)) == Closed(Reason.BAD_SEQUENCE, by_peer=False)
+
+
+def test_the_two_directions_have_keys_of_their_own(link: Link) -> None:
+    assert link.giver.on_header(link.data(1, BLOCK)) == Closed(Reason.BAD_MAC, by_peer=False)
+
+
+def test_the_link_keys_depend_on_both_nonces_and_on_the_cluster_key() -> None:
+    hello = identity("p", 1).hello(codec.Step.HELLO)
+    keys = {
+        identity("p", 1, key=key).agreement(hello, welcome).giver_key
+        for key in (KEY, b"x" * 32)
+        for welcome in (
+            identity("d", 2).hello(codec.Step.WELCOME),
+            identity("d", 3).hello(codec.Step.WELCOME),
+        )
+    }
+    assert len(keys) == 4
+
+
+def test_a_frame_sent_twice_counts_once_for_the_commit() -> None:
+    log = codec.FrameLog()
+    header = Header(type=1, seq=0, num_blocks=1, length=8, crc=3)
+    kv_session.sent(log, header)
+    kv_session.sent(log, header._replace(seq=1))
+    assert log.num_bytes == 8
