@@ -90,7 +90,7 @@ class EngineLoop:
         outputs = self._scheduler.take_outputs()
         if outputs.request_ids:
             self._pipe.send(m.Stepped(outputs=outputs))
-        self._tell_progress(force=plan.empty)
+        self._tell_progress(force=plan.empty or not self._scheduler.has_work())
 
     def _step(self, plan: StepPlan) -> None:
         started = self._clock.now()

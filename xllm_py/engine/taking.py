@@ -74,10 +74,13 @@ class TakingAgent:
             return _refuse(offer, "model_differs", "the giver serves another model")
         if offer.layout_fingerprint != self._layout_fingerprint:
             return _refuse(offer, "layout_differs", "the giver's KV layout is another one")
-        answer = self._scheduler.reserve(offer, ids.grant_id(), now)
+        fresh = ids.grant_id()
+        answer = self._scheduler.reserve(offer, fresh, now)
         if not answer.grant:
             return answer
-        if answer.grant not in self._taking:
+        if (
+            answer.grant == fresh
+        ):  # a repeated offer gets the grant it has, which may be in use or closed already
             self._taking[answer.grant] = (
                 submission.request_id,
                 submission.attempt,

@@ -91,7 +91,8 @@ class Generations:
         try:
             await talk.run()
         finally:
-            self._streams.pop(talk.destination, None)
+            if self._streams.get(talk.destination) is talk:
+                del self._streams[talk.destination]
 
     def send(self, destination: Destination, outputs: Outputs) -> None:
         """One step's entries."""
@@ -111,10 +112,6 @@ class Generations:
         self._streams.pop(talk.destination, None)
         for told in talk.told.values():
             self.send(straight, told.entries)
-
-    def is_relay_broken(self, destination: Destination) -> bool:
-        """Whether a relayed destination must be replaced by the master."""
-        return destination.relay and destination not in self._streams
 
     def forget(self, request_id: str) -> None:
         """Nobody waits for a request any more."""

@@ -23,6 +23,7 @@ class Relay:
         self._masters: dict[str, Destination] = {}  # relayed request -> its master
         self._downs: dict[str, asyncio.Queue[GenerationsDown]] = {}  # incarnation of D -> its queue
         self._takers: dict[str, str] = {}  # relayed request -> incarnation of D
+        self._finished: set[str] = set()  # relayed requests whose finish has passed through
 
     def open(self, request_id: str, master: Destination) -> None:
         """A request whose answer will come through here. The oldest are forgotten when there are too many."""
@@ -34,6 +35,7 @@ class Relay:
         """Nothing more will come."""
         self._masters.pop(request_id, None)
         self._takers.pop(request_id, None)
+        self._finished.discard(request_id)
 
     @property
     def num_open(self) -> int:
@@ -67,8 +69,10 @@ class Relay:
         async for up in ups:
             self._downs[up.incarnation] = queue
             masters = {self._masters.get(name) for name in up.outputs.request_ids}
-            for request_id in up.outputs.request_ids:
+            for index, request_id in enumerate(up.outputs.request_ids):
                 self._takers[request_id] = up.incarnation
+                if up.outputs.finish_reasons[index]:
+                    self._finished.add(request_id)
             for master in masters:
                 if master is not None:
                     generations.forward(master, up)
@@ -109,5 +113,6 @@ class Relay:
         if target is ours:
             return
         self._downs[self._takers[request_id]].put_nowait(target)
-        if target.acks.request_ids or target.cancels.request_ids:
+        ended = request_id in self._finished and target.acks.request_ids
+        if ended or target.cancels.request_ids:
             self.close(request_id)
