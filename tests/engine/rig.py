@@ -26,7 +26,7 @@ class Rig:
         cache_bytes: int = 32 << 20,
         chunk: int = 10240,
         max_seqs: int = 64,
-        threads: int = 2,
+        threads: int = 1,
     ) -> None:
         config = EngineConfig(
             model_path=str(model),
@@ -41,13 +41,14 @@ class Rig:
         assert isinstance(executor, OneRank)
         self.executor = executor
         capacity = executor.capacity()
+        self.config = config
         self.scheduler = Scheduler(
             config.scheduler, capacity.facts, capacity.num_blocks, capacity.block_size
         )
         self.clock = HandClock()
         self.tokens: dict[str, list[int]] = {}
         self.logits: dict[tuple[str, int], torch.Tensor] = {}
-        self.preemptions = 0
+        self.num_starts = 0  # rows assigned; more than requests when some were preempted
         executor.worker.observer = self._observe
 
     def _observe(self, ids: list[str], positions: list[int], logits: torch.Tensor) -> None:
@@ -67,6 +68,7 @@ class Rig:
         plan = self.scheduler.schedule(now)
         if plan.empty:
             return self.scheduler.has_work()
+        self.num_starts += len(plan.started)
         result = self.executor.execute(plan)
         assert not result.failed_rows
         self.scheduler.apply(plan, result, now)

@@ -1,0 +1,133 @@
+"""The promise the whole project stands on: a token's logits are the same bits however they were computed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import make_checkpoint
+from tests.engine.rig import Rig
+
+SHAPES = {
+    "tied": {
+        "hidden_size": 64,
+        "heads": 4,
+        "kv_heads": 2,
+        "layers": 2,
+        "intermediate": 96,
+        "tied": True,
+    },
+    "odd heads": {"hidden_size": 112, "heads": 7, "kv_heads": 1, "layers": 2, "intermediate": 100},
+    "untied": {"hidden_size": 96, "heads": 6, "kv_heads": 3, "layers": 2, "intermediate": 200},
+}
+LENGTHS = (1, 3, 16, 17, 130, 513)
+COUNT = 8
+
+Answers = dict[tuple[str, int], torch.Tensor]
+
+
+@pytest.fixture(
+    scope="module", params=[(s, d) for s in SHAPES for d in ("float32", "bfloat16")], ids=str
+)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape, dtype = request.param
+    folder = tmp_path_factory.mktemp("model")
+    return make_checkpoint(folder, seed=5, dtype=dtype, **SHAPES[shape])  # type: ignore[arg-type]  # fields by name
+
+
+def prompts() -> dict[str, list[int]]:
+    """One prompt of each length."""
+    chooser = random.Random(3)
+    return {f"p{n}": [chooser.randrange(320) for _ in range(n)] for n in LENGTHS}
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> Answers:
+    """The reference: every prompt computed whole, alone, in blocks of 128."""
+    seen: Answers = {}
+    for name, prompt in prompts().items():
+        rig = Rig(model, block_size=128)
+        rig.add(name, prompt, COUNT, temperature=0.8, seed=9)
+        rig.run()
+        seen |= rig.logits
+    return seen
+
+
+def same(left: Answers, right: Answers) -> None:
+    """Bit for bit, for every token of every request."""
+    assert left.keys() == right.keys()
+    different = [key for key in left if not torch.equal(left[key], right[key])]
+    assert not different, different
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 512, 10240])
+def test_logits_do_not_depend_on_chunks_or_neighbours(
+    model: Path, alone: Answers, chunk: int
+) -> None:
+    rig = Rig(model, block_size=16, chunk=chunk)
+    for name, prompt in prompts().items():
+        rig.add(name, prompt, COUNT, temperature=0.8, seed=9)
+    rig.run()
+    same(rig.logits, alone)
+
+
+def test_logits_do_not_depend_on_who_came_when(model: Path, alone: Answers) -> None:
+    rig = Rig(model, block_size=32, chunk=100)
+    chooser = random.Random(1)
+    order = list(prompts().items())
+    chooser.shuffle(order)
+    for name, prompt in order:
+        rig.add(name, prompt, COUNT, temperature=0.8, seed=9)
+        for _ in range(chooser.randrange(4)):
+            rig.step()
+    rig.run()
+    same(rig.logits, alone)
+
+
+def test_logits_survive_preemption(model: Path) -> None:
+    many = {f"p{n}": [(7 * n + i * i) % 320 for i in range(36 + n)] for n in range(5)}
+    count = 24
+    reference: Answers = {}
+    for name, prompt in many.items():
+        lone = Rig(model, block_size=4)
+        lone.add(name, prompt, count)
+        lone.run()
+        reference |= lone.logits
+        layout = lone.executor.kv_memory().layout
+    # all prompts fit, their answers do not
+    blocks = sum(-(-len(prompt) // 4) for prompt in many.values()) + 6
+    rig = Rig(model, block_size=4, cache_bytes=blocks * layout.block_bytes * layout.num_layers * 2)
+    for name, prompt in many.items():
+        rig.add(name, prompt, count)
+    rig.run()
+    assert rig.num_starts > len(many)  # somebody had to begin again
+    same(rig.logits, reference)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_seeded_tokens_are_the_same_alone_and_together(model: Path, threads: int) -> None:
+    together = Rig(model, threads=threads)
+    for name, prompt in prompts().items():
+        together.add(name, prompt, COUNT, temperature=1.1, seed=4, top_p=0.9, top_k=40, min_p=0.01)
+    tokens = together.run()
+    for name, prompt in prompts().items():
+        lone = Rig(model, threads=threads)
+        lone.add(name, prompt, COUNT, temperature=1.1, seed=4, top_p=0.9, top_k=40, min_p=0.01)
+        assert lone.run()[name] == tokens[name]
+
+
+def test_stale_cache_contents_never_leak(model: Path, alone: Answers) -> None:
+    rig = Rig(model, block_size=16)
+    memory = rig.executor.kv_memory()
+    for layer in range(memory.layout.num_layers):
+        for part in range(2):
+            memory.span(layer, part, 0, memory.num_blocks)[:] = b"\xff" * (
+                memory.num_blocks * memory.layout.block_bytes  # NaN in float32 and bfloat16
+            )
+    for name, prompt in prompts().items():
+        rig.add(name, prompt, COUNT, temperature=0.8, seed=9)
+    rig.run()
+    same(rig.logits, alone)
