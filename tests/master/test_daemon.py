@@ -23,8 +23,8 @@ from xllm_py.base.clock import RealClock
 from xllm_py.cluster import keys
 from xllm_py.cluster.service_info import service_from_json
 from xllm_py.core.service_config import EtcdSlice
-from xllm_py.master.daemon import cluster_key_of
 from xllm_py.registry import open_registry
+from xllm_py.registry.cluster_key import cluster_key_of
 from xllm_py.registry.embedded import serve_embedded
 
 ROOT = Path(__file__).resolve().parents[2]

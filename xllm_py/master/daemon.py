@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import signal
 
 import uvloop
@@ -16,7 +15,6 @@ import uvloop
 from xllm_py import __version__
 from xllm_py.base import ids, log
 from xllm_py.base.clock import Clock, RealClock
-from xllm_py.base.errors import RegistryUnavailable
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.notify import notify
 from xllm_py.base.tasks import TaskFamily
@@ -33,9 +31,9 @@ from xllm_py.openai.settings import HttpSettings
 from xllm_py.openai.tokenizer import Tokenizer, load_tokenizer
 from xllm_py.registry import open_registry
 from xllm_py.registry.base import Registry
+from xllm_py.registry.cluster_key import cluster_key_of
 
 _log = log.get(__name__)
-_KEY_BYTES = 32
 
 
 class Master:
@@ -186,20 +184,6 @@ class Master:
         _log.info("stopped")
 
 
-async def cluster_key_of(registry: Registry) -> bytes:
-    """The key in the registry; the first daemon makes it. Raises RegistryUnavailable."""
-    made = secrets.token_bytes(_KEY_BYTES).hex().encode()
-    await registry.put(keys.CLUSTER_KEY, made, create_only=True)
-    text = await registry.get(keys.CLUSTER_KEY) or b""
-    try:
-        key = bytes.fromhex(text.decode("ascii"))
-    except ValueError as error:
-        raise RegistryUnavailable(f"{keys.CLUSTER_KEY} in etcd is no hex; delete it") from error
-    if len(key) != _KEY_BYTES:
-        raise RegistryUnavailable(f"{keys.CLUSTER_KEY} in etcd is not 32 bytes; delete it")
-    return key
-
-
 def _settings(config: MasterConfig) -> HttpSettings:
     http = config.http
     return HttpSettings(
@@ -213,6 +197,7 @@ def _settings(config: MasterConfig) -> HttpSettings:
 
 
 async def _live(config: MasterConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> int:
+    """Start, serve, close; the exit code. Raises StartError leaves."""
     master = Master(config, tokenizer, template)
     try:
         await master.start()
