@@ -141,6 +141,16 @@ def test_a_gap_that_nobody_else_can_fill_is_asked_for_again() -> None:
     assert inflight.take("r", entry(1, who=P)).judgement is Judgement.GAP
 
 
+def test_once_held_entries_were_let_in_the_giver_is_needed_no_more() -> None:
+    inflight, log = opened(max_tokens=9)
+    inflight.take("r", entry(1))
+    inflight.take("r", entry(0, who=P))
+    assert log.needed == {D}
+    judged = inflight.take("r", entry(3, finish_reason=""))
+    assert (judged.judgement, judged.next) == (Judgement.GAP, 2)
+    assert inflight.on_lost(P, "gone") == []
+
+
 def test_an_error_ends_the_request_after_what_was_said() -> None:
     inflight, log = opened()
     inflight.take("r", entry(0, who=P))

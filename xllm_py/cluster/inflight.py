@@ -81,13 +81,17 @@ class ChoiceLog:
         """Whether it has its finish."""
         return bool(self.finish_reason)
 
-    def append(self, entry: Entry) -> None:
-        """The entry of the next position, and those held that follow it."""
+    def append(self, entry: Entry) -> set[str]:
+        """The entry of the next position, and those held that follow it. Returns whose entries these were."""
         self._append_one(entry)
+        speakers = {entry.incarnation}
         while not self.finish_reason and len(self.ids) in self.held:
-            self._append_one(self.held.pop(len(self.ids)))
+            following = self.held.pop(len(self.ids))
+            self._append_one(following)
+            speakers.add(following.incarnation)
         if self.finish_reason:
             self.held.clear()
+        return speakers
 
     def _append_one(self, entry: Entry) -> None:
         if entry.token_id >= 0:
@@ -186,10 +190,6 @@ class Inflight:
         judged = self._place(log, choice, entry)
         if judged.judgement is Judgement.DIVERGED:
             self._diverge(log)
-        elif judged.judgement is Judgement.APPENDED and entry.incarnation == log.decode:
-            log.needed.discard(
-                log.first
-            )  # it was handed over, and what the giver had to say is here
         return judged
 
     def _end(self, log: RequestLog, entry: Entry) -> Judged:
@@ -214,7 +214,8 @@ class Inflight:
             return _closed(Judgement.DIVERGED, choice)
         if position > known:
             return _hold(log, choice, entry)
-        choice.append(entry)
+        if log.decode in choice.append(entry):
+            log.needed.discard(log.first)  # handed over, and what the giver had to say is here
         return _closed(Judgement.APPENDED, choice)
 
     def _diverge(self, log: RequestLog) -> None:
