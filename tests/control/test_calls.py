@@ -374,6 +374,21 @@ async def test_a_stream_to_nobody_raises() -> None:
     await stream.close()
 
 
+async def test_a_stream_that_is_not_let_in_says_why() -> None:
+    handlers = ScriptedInstance()
+    server = await master_server(handlers)
+    stream = GenerationsStream(server.address, "master", cluster_key=b"x" * 32, sender="me")
+    with pytest.raises(InvalidApiKey):
+        for _ in range(100):  # the first ones may leave before the refusal comes
+            await stream.send(an_up())
+            await asyncio.sleep(0.01)
+    with pytest.raises(InvalidApiKey):
+        await anext(aiter(stream))
+    await stream.close()
+    await server.close()
+    assert handlers.seen == []
+
+
 async def test_heartbeats_and_cards_of_others() -> None:
     handlers = ScriptedInstance()
     server = await master_server(handlers)

@@ -114,6 +114,8 @@ class FakeInstance:
         await self.master.registry.put(keys.instance(self.card.role, self.card.name), raw)
 
     async def open_stream(self) -> None:
+        """Begin, or come back after `cut_stream`."""
+        self.beating = True
         self._stream = GenerationsStream(
             self.master.address, "master", cluster_key=KEY, sender=self.incarnation
         )
@@ -189,7 +191,8 @@ class FakeInstance:
         await self._send(Outputs(), Verdicts(**dict(zip(names, columns, strict=True))))  # type: ignore[arg-type]
 
     async def cut_stream(self) -> None:
-        """End the Generations stream as a dying process does."""
+        """Fall silent and end the Generations stream, as a dying process does."""
+        self.beating = False
         assert self._stream is not None
         await self._stream.close()
 
@@ -284,6 +287,7 @@ class RunningMaster:
             cluster_key=KEY,
             incarnation=identity.incarnation,
         )
+        await self.parts.manager.begin(self.registry)
         self.tasks.start(self.parts.manager.follow(self.registry), name="registry")
         self.tasks.start(self.parts.manager.keep_time(), name="clock")
 

@@ -14,13 +14,15 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.master.support import free_port
+from tests.master.support import KEY, FakeInstance, free_port, until
 from xllm_py.base.clock import RealClock
 from xllm_py.cluster import keys
+from xllm_py.cluster.instance_info import Role
 from xllm_py.cluster.service_info import service_from_json
 from xllm_py.core.service_config import EtcdSlice
 from xllm_py.registry import open_registry
@@ -28,7 +30,7 @@ from xllm_py.registry.cluster_key import cluster_key_of
 from xllm_py.registry.embedded import serve_embedded
 
 ROOT = Path(__file__).resolve().parents[2]
-WAIT_S = 30.0
+WAIT_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +201,58 @@ async def test_the_own_record_is_in_the_registry_and_goes_with_the_master(
     await registry.close()
     await embedded.close()
     assert await asyncio.to_thread(daemon.process.wait, WAIT_S) == 0
+
+
+def read_until(answer: http.client.HTTPResponse, text: bytes) -> None:
+    """Lines of an event stream up to the one that holds a text."""
+    while text not in (line := answer.readline()):
+        assert line, f"the stream ended before {text!r}"
+
+
+async def test_open_streams_end_in_order_when_the_master_must_leave(
+    start: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_bytes(KEY)
+    key_file.chmod(0o600)
+    embedded = await serve_embedded("127.0.0.1:0", clock=RealClock())
+    address = f"127.0.0.1:{embedded.port}"
+    daemon = start(
+        f"--etcd_addr={address}", f"--cluster_key_file={key_file}", "--drain_timeout_s=60"
+    )
+    registry = await open_registry(EtcdSlice(address=address), RealClock())
+    await asyncio.to_thread(wait_for, "the ready line", lambda: daemon.said(" ready http="))
+    place: Any = SimpleNamespace(address=f"127.0.0.1:{daemon.rpc}", registry=registry)
+    instance = await FakeInstance(place, "a", Role.DEFAULT, vocab_size=95).start()
+    ready = await asyncio.to_thread(
+        wait_for, "readiness", lambda: daemon.get("/ready")[0] == 200 and daemon.get("/ready")
+    )
+    assert ready[1]["mode"] == "default"
+
+    body = {"model": "m", "prompt": [1, 2], "max_tokens": 8, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.http, timeout=WAIT_S)
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"}
+    )
+    order = (await until("the submission", lambda: instance.submissions))[0]
+    await instance.say(0, 40, request_id=order.request_id)
+    answer = await asyncio.to_thread(connection.getresponse)
+    await asyncio.to_thread(read_until, answer, b'"text":"H"')
+
+    daemon.process.send_signal(signal.SIGTERM)
+    await asyncio.to_thread(
+        wait_for, "draining", lambda: daemon.get("/ready")[1].get("reasons") == ["draining"]
+    )
+    assert daemon.process.poll() is None
+    await instance.say(1, 41, request_id=order.request_id)
+    await asyncio.to_thread(read_until, answer, b'I"')
+    daemon.process.send_signal(signal.SIGTERM)
+    rest = await asyncio.to_thread(answer.read)
+    assert b'"code":"draining"' in rest
+    assert b"[DONE]" not in rest
+    await until("the cancel", lambda: instance.cancelled == [(order.request_id, 1)])
+    assert await asyncio.to_thread(daemon.process.wait, WAIT_S) == 0
+    connection.close()
+    await instance.stop()
+    await registry.close()
+    await embedded.close()

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from xllm_py.base.errors import PeerUnavailable, ProtocolViolation
+from xllm_py.base.errors import PeerUnavailable, ProtocolViolation, XllmError
 from xllm_py.control import convert, convert_streams, methods, proof, status
 from xllm_py.control.channels import Channels
 from xllm_py.control.pb import xllm_pb2 as pb
@@ -23,6 +23,7 @@ from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, Heartb
 
 CANCEL_TIMEOUT_S = 1.0
 DESCRIBE_TIMEOUT_S = 1.0
+_STATUS_TIMEOUT_S = 1.0
 STREAM_TIMEOUT_S = 24 * 3600.0  # every call has a deadline; after this one a stream is opened again
 
 Reply = TypeVar("Reply", bound="_Message")
@@ -96,10 +97,14 @@ class _Caller:
 
 
 def _rebuilt(method: str, error: aio.AioRpcError) -> Exception:
-    rebuilt = status.from_status(error.code(), error.details() or "", error.trailing_metadata())
-    if type(rebuilt) is PeerUnavailable:
-        return PeerUnavailable(f"{method}: {rebuilt.message}")
-    return rebuilt
+    trailer = error.trailing_metadata()
+    return _named(method, status.from_status(error.code(), error.details() or "", trailer))
+
+
+def _named(method: str, error: XllmError) -> XllmError:
+    return (
+        PeerUnavailable(f"{method}: {error.message}") if type(error) is PeerUnavailable else error
+    )
 
 
 def _decoded(method: str, reply: type[Reply], raw: bytes) -> Reply:
@@ -280,10 +285,18 @@ class GenerationsStream:
         """Write one message; returns when it left for the transport."""
         try:
             await self._call.write(convert_streams.from_up(up).SerializeToString())
-        except aio.AioRpcError as error:
-            raise _rebuilt("Generations", error) from error
-        except (aio.UsageError, asyncio.InvalidStateError) as error:
-            raise PeerUnavailable("Generations: the stream is closed") from error
+        except (aio.AioRpcError, aio.UsageError, asyncio.InvalidStateError) as error:
+            raise await self._why() from error
+
+    async def _why(self) -> XllmError:
+        """What ended the stream; a failed write itself says only `internal error`, the call's status says more."""
+        try:
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                code, details = await self._call.code(), await self._call.details()
+                trailer = await self._call.trailing_metadata()
+        except TimeoutError:
+            return PeerUnavailable("Generations: the stream is broken")
+        return _named("Generations", status.from_status(code, details or "", trailer))
 
     def __aiter__(self) -> AsyncIterator[GenerationsDown]:
         return self._downs()

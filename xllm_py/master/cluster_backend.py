@@ -35,6 +35,7 @@ from xllm_py.openai.backend import Delta, Readiness, ServedModel
 _log = log.get(__name__)
 _CANCEL_TRIES = 3
 _CANCEL_WAIT_S = 0.2
+_CLOSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,7 @@ class ClusterBackend:
         self._tasks = tasks
         self._clock = clock
         self._way = way
+        self._cancels: set[asyncio.Task[None]] = set()
 
     # ---- Backend ----
 
@@ -172,10 +174,17 @@ class ClusterBackend:
             return
         for card in (route.first, route.decode):
             if card is not None:
-                self._tasks.start(
+                task = self._tasks.start(
                     self._cancel(card, entry.request_id, entry.attempt, record.state),
                     name=f"cancel {entry.request_id} at {card.name}",
                 )
+                self._cancels.add(task)
+                task.add_done_callback(self._cancels.discard)
+
+    async def close(self) -> None:
+        """Let the cancels of the last requests arrive, for a moment."""
+        if self._cancels:
+            await asyncio.wait(self._cancels, timeout=_CLOSE_S)
 
     async def _cancel(self, card: Card, request_id: str, attempt: int, reason: str) -> None:
         """Tell one instance, a few times when it does not hear; after that the request's own deadline ends it there."""

@@ -60,14 +60,19 @@ class Master:
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._starting: asyncio.Task[object] | None = None
+        self._http: HttpServer | None = None
+        self._failures: tuple[asyncio.Task[BaseException], ...] = ()
 
     async def start(self) -> None:
         """Everything up to the ready line. Raises StartError leaves; a signal meanwhile cancels it."""
         config = self._config
         self._starting = asyncio.current_task()
         self._take_signals()
+        failed = self._tasks.start(self._tasks.wait_failed(), name="failure")
         http = await serve_http(self._app, config.host, config.http_port)
-        self._closers.push_async_callback(http.close)
+        http_failed = self._tasks.start(http.wait_failed(), name="http failure")
+        self._failures = (failed, http_failed)
+        self._http = http
         require_free(config.host, config.rpc_port)
         registry = await self._open_registry()
         cluster_key = config.cluster_key or await cluster_key_of(registry)
@@ -87,6 +92,8 @@ class Master:
         self._closers.push_async_callback(parts.peers.close)
         self._closers.push_async_callback(self._tasks.close)
         rpc = await self._serve_rpc(parts, identity)
+        self._closers.push_async_callback(parts.backend.close)
+        await parts.manager.begin(registry)
         self._tasks.start(parts.manager.follow(registry), name="registry", vital=True)
         self._tasks.start(parts.manager.keep_time(), name="clock", vital=True)
         await self._announce(registry, identity, http)
@@ -154,12 +161,11 @@ class Master:
 
     async def serve(self) -> int:
         """Until a signal, or until a vital task failed. Returns the exit code."""
-        failed = self._tasks.start(self._tasks.wait_failed(), name="failure")
         stopped = self._tasks.start(self._stop.wait(), name="stop")
-        await asyncio.wait((failed, stopped), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((*self._failures, stopped), return_when=asyncio.FIRST_COMPLETED)
         if not self._stop.is_set():
-            error = failed.result()
-            _log.error("the master stops because a part of it failed", reason=str(error))
+            reasons = [str(task.result()) for task in self._failures if task.done()]
+            _log.error("the master stops because a part of it failed", reasons=reasons)
             return 1
         notify("STOPPING=1")
         await self._drain()
@@ -178,7 +184,9 @@ class Master:
         await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
 
     async def close(self) -> None:
-        """Everything in reverse order of its start."""
+        """The door first, so that open requests end and are cancelled at the instances; then the rest in reverse order."""
+        if self._http is not None:
+            await self._http.close()
         await self._closers.aclose()
         await self._tasks.close()
         _log.info("stopped")

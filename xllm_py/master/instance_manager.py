@@ -77,6 +77,7 @@ class InstanceManager:
         self._members: dict[str, Member] = {}
         self._streams: dict[str, int] = {}  # incarnation -> open Generations streams
         self._registry: Registry | None = None
+        self._listed: tuple[Sequence[Entry], int] = ((), 0)
         self.on_changed: list[Callable[[], None]] = []
         self.on_lost: list[Callable[[Card, str], None]] = []
         self._ignored = metrics.counter(
@@ -90,12 +91,15 @@ class InstanceManager:
 
     # ---- the registry ----
 
-    async def follow(self, registry: Registry) -> None:
-        """List and watch for ever."""
+    async def begin(self, registry: Registry) -> None:
+        """The first list. Raises RegistryUnavailable."""
         self._registry = registry
-        known, revision = await registry.entries(keys.EVERYTHING)
-        self.on_entries(known)
-        async for changes in registry.watch(keys.EVERYTHING, known, revision):
+        self._listed = await registry.entries(keys.EVERYTHING)
+        self.on_entries(self._listed[0])
+
+    async def follow(self, registry: Registry) -> None:
+        """Changes since `begin`, for ever; outages are the registry's business."""
+        async for changes in registry.watch(keys.EVERYTHING, *self._listed):
             self.on_entries(changes)
 
     def on_entries(self, entries: Sequence[Entry]) -> None:
