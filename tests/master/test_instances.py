@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.master.support import FakeInstance, RunningMaster, running_master, until
+from tests.master.support import FakeInstance, RunningMaster, running_master, submission, until
 from xllm_py.base.errors import LayoutMismatch, PeerUnavailable, RequestNotFound
 from xllm_py.cluster import keys
 from xllm_py.cluster.instance_info import Role, card_key, card_to_json
@@ -186,3 +186,16 @@ async def test_the_metrics_name_instances_and_pairs() -> None:
         assert 'xllm_instances{role="PREFILL",state="READY"} 1.0' in text
         assert 'xllm_pair_linked{decode="d",prefill="p"} 1.0' in text
         assert "xllm_etcd_up 1.0" in text
+
+
+async def test_a_silent_registry_takes_nothing_away() -> None:
+    async with running_master() as master:
+        prefill, decode = await master.pair()
+        master.registry.up = False
+        await until("the metric", lambda: b"xllm_etcd_up 0.0" in master.metrics.text())
+        reader = master.read(submission())
+        await until("the submission", lambda: prefill.submissions)
+        await prefill.say(0, 11)
+        await decode.say(1, 12, "stop")
+        await reader.ended()
+        assert reader.ids == [11, 12]
