@@ -112,6 +112,24 @@ def test_landed_requests_beyond_the_rows_wait_for_one() -> None:
     taker.scheduler.assert_empty()
 
 
+def test_a_row_given_in_a_step_that_computes_nothing_is_told_later() -> None:
+    giver, taker = ToyRig(), ToyRig(num_blocks=5)
+    one = submission("a", PROMPT[:8], 6, give=True, ignore_eos=True)
+    blocks = computed(giver, one)
+    told = take(giver, taker, one, reserve(taker, one), blocks)
+    other = dataclasses.replace(given(), request_id="other")
+    assert reserve(taker, other, b"h" * 16).grant  # now no block is free
+    taker.tokens["a"] = [told.token_id]
+    taker.scheduler.on_landed("a", 1, taker.now)
+    taker.scheduler.on_first_token(told, taker.now)
+    assert taker.step().empty  # it has a row and needs a third block
+    taker.scheduler.abort("other", 1, taker.now)
+    taker.scheduler.released("other", 1)
+    taker.run()
+    assert taker.tokens["a"] == expected(one)[0]
+    taker.scheduler.assert_empty()
+
+
 def test_the_journey_of_a_taken_request_names_its_moments() -> None:
     rig = ToyRig()
     reserve(rig, given(2))

@@ -69,7 +69,8 @@ class Batch:
         budget = self._plan_running(plan, self._config.max_tokens_per_batch)
         if len(self.waiting) == num_waiting:  # nobody was preempted: there is room to look for more
             self._admit(plan, budget, now)
-        return self._with_starts(plan) if self._started else plan
+        # an empty plan is not executed, so rows are told with the next one that is not
+        return self._with_starts(plan) if self._started and plan.rows else plan
 
     def _plan_running(self, plan: StepPlan, budget: int) -> int:
         """One pass over the running requests; the common case, a decode with room in its last block, is inlined."""
@@ -186,6 +187,8 @@ class Batch:
         if request.row >= 0:
             self._free_rows.append(request.row)
             request.row = -1
+            if request in self._started:
+                self._started.remove(request)
 
     def _plan_row(self, request: Request, count: int, plan: StepPlan) -> None:
         start = request.num_computed
@@ -200,7 +203,7 @@ class Batch:
 
     def _with_starts(self, plan: StepPlan) -> StepPlan:
         """Rows with a new owner are told whole; what they grew by is in their block list already."""
-        starts = tuple(_row_start(request) for request in self._started if request.row >= 0)
+        starts = tuple(_row_start(request) for request in self._started)
         self._started = []
         fresh = {start.row for start in starts}
         grown = zip(plan.grown_rows, plan.grown_blocks, strict=True)

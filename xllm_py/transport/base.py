@@ -83,7 +83,9 @@ class KvTransport(Protocol):
         """Giver: open (or share) the link to the peer and make the grant known to it. Failure comes by `poll`."""
         ...
 
-    def push(self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]) -> None:
+    def push(
+        self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]
+    ) -> None:
         """Giver: send K and V of these local blocks as relative blocks first_relative... The blocks must not change or
         be freed until ACKNOWLEDGED, FAILED or `abandon`.
         """

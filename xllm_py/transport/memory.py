@@ -21,6 +21,8 @@ from xllm_py.wire.codec import FrameLog, Header, Reason
 from xllm_py.wire.kv_handshake import Identity
 from xllm_py.wire.kv_session import GiverSession, Take, TakerSession
 
+ACK_S = 5.0  # a COMMIT without an answer for so long: the link has failed
+
 
 @dataclass(slots=True, kw_only=True)
 class Faults:
@@ -60,6 +62,7 @@ class MemoryNetwork:
 class _Giving:
     grant: GiverGrant
     since_s: float
+    committed_s: float | None = None
     frames: FrameLog = field(default_factory=FrameLog)
 
 
@@ -104,6 +107,7 @@ class _Link:
             _, grant, layer, first, block_ids = self.queue.popleft()
             giving = self.givings[grant]
             if not block_ids:
+                giving.committed_s = now
                 payload = giving.frames.commit_payload(giving.grant.prompt_digest)
                 self._carry(self._out.commit(grant, payload, zlib.crc32(payload)), payload)
             for part in range(PARTS if block_ids else 0):
@@ -115,6 +119,10 @@ class _Link:
                 kv_session.sent(giving.frames, header)
                 self.giver.counts.add("bytes_sent", header.length)
                 self._carry(data, payload)
+        if any(
+            now - each.committed_s > ACK_S for each in self.givings.values() if each.committed_s
+        ):
+            self.end("the peer did not acknowledge")
 
     def _shake_hands(self) -> Reason | None:
         welcome = self._in.on_hello(self._out.hello())
