@@ -1,7 +1,8 @@
 """P's side of handoffs: acts out core/handoff.Giver for every request that is to be given away.
 
-Offers a request when it is admitted, pushes blocks layer by layer while the prefill computes, commits, tells the first token,
-and frees the blocks on the peer's acknowledgement. Part of engine/handoff_agent; it decides nothing the machine can decide.
+Offers a request when it is admitted, pushes blocks, commits, tells the first token, and frees the blocks on the peer's
+acknowledgement. Part of engine/handoff_agent; it decides nothing the machine can decide. The peer's answer is read between two
+steps: blocks of the step that ran meanwhile follow at once, those of later chunks leave layer by layer while they are computed.
 
 Before a step is computed, the grants of requests that ended are abandoned: from then on the transport reads none of their
 blocks, which may belong to somebody else in that very step.
@@ -88,6 +89,9 @@ class GivingAgent:
         self._drop_ended(now)  # first: a new attempt may take the place of one that ended
         for request in self._scheduler.take_admitted():
             self._begin(request, now)
+        if self._offers:  # now, so that the peers answer while the step computes
+            self._send(m.OffersOut(offers=self._offers))
+            self._offers = []
         self._claims.clear()
         if self._by_grant and not plan.empty:
             self._claim(plan)
@@ -100,14 +104,11 @@ class GivingAgent:
             self._transport.push(grant, layer, first, block_ids)
 
     def after_step(self, now: float) -> None:
-        """Tell the machines how far the prompts are; send the offers."""
+        """Tell the machines how far the prompts are."""
         self._claims.clear()
         self._drop_ended(now)
         for giving in list(self._giving.values()):
             self._on_computed(giving, now)
-        if self._offers:
-            self._send(m.OffersOut(offers=self._offers))
-            self._offers = []
 
     def on_transport(self, event: KvEvent, now: float) -> bool:
         """Take an event of one of our grants; False when it is none of ours."""
