@@ -220,14 +220,21 @@ class _Talk:
                     await stream.send(up)
                 if not self._queue:
                     await self._news.wait()
-            await reader
+            broken = await reader
+            if broken is not None:
+                raise broken
         finally:
             await reading.close()
             await stream.close()
 
-    async def _read(self, stream: Stream) -> None:
-        async for down in stream:  # type: ignore[attr-defined]  # the protocol above is deliberately loose here
-            self._on_down(self._owner.on_relayed(down))
+    async def _read(self, stream: Stream) -> XllmError | None:
+        """Until the stream ends; what broke it is a result, because a lost peer is no failure of this task."""
+        try:
+            async for down in stream:  # type: ignore[attr-defined]  # the protocol above is deliberately loose here
+                self._on_down(self._owner.on_relayed(down))
+        except XllmError as error:
+            return error
+        return None
 
     def _on_down(self, down: GenerationsDown) -> None:
         acks = zip(
