@@ -266,7 +266,7 @@ class RunningMaster:
 
     async def start(self) -> None:
         port = free_port()
-        require_free("127.0.0.1", port)
+        require_free("127.0.0.1", port, "--rpc_server_port")
         self.address = f"127.0.0.1:{port}"
         identity = Identity(
             incarnation=ids.incarnation_id(), cluster_key=KEY, rpc_address=self.address

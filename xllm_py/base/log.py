@@ -6,7 +6,6 @@ A record is handed to a queue and written by a thread, so that a slow terminal n
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import logging.handlers
@@ -86,15 +85,35 @@ def setup(
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     listener = logging.handlers.QueueListener(records, *handlers)
     root = logging.getLogger("xllm_py")
-    root.handlers = [_Forward(records)]
+    root.handlers = [_Forward(records, listener)]
     root.setLevel(level.upper())
     root.propagate = False
     listener.start()
-    atexit.register(listener.stop)
+
+
+def close() -> None:
+    """Write what is queued; called before a program's last words, which nothing may follow."""
+    for handler in logging.getLogger("xllm_py").handlers:
+        handler.close()
 
 
 class _Forward(logging.handlers.QueueHandler):
-    """Hands the record over unformatted: both ends are one process."""
+    """Hands the record over unformatted: both ends are one process. Closed by logging itself at exit."""
+
+    def __init__(
+        self,
+        records: queue.SimpleQueue[logging.LogRecord],
+        listener: logging.handlers.QueueListener,
+    ) -> None:
+        super().__init__(records)
+        self._listener: logging.handlers.QueueListener | None = listener
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record
+
+    def close(self) -> None:
+        """Stop the writing thread once it has written everything."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.stop()
+        super().close()

@@ -17,16 +17,17 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from xllm_py.base import log
 from xllm_py.base.errors import StartError, UsageError
-from xllm_py.cli import gflags
+from xllm_py.cli import flag_types, gflags
 
 TYPES: dict[str, click.ParamType[Any]] = {
-    "bool": gflags.BOOL,
-    "int32": gflags.INT32,
-    "uint32": gflags.UINT32,
-    "int64": gflags.INT64,
-    "double": gflags.DOUBLE,
-    "string": gflags.STRING,
+    "bool": flag_types.BOOL,
+    "int32": flag_types.INT32,
+    "uint32": flag_types.UINT32,
+    "int64": flag_types.INT64,
+    "double": flag_types.DOUBLE,
+    "string": flag_types.STRING,
 }
 SECRET = ("key", "password", "token")
 
@@ -197,9 +198,10 @@ class FlagCommand(gflags.GflagsCommand):
         return "\n".join(lines) + tail
 
     def complain(self, causes: Sequence[str]) -> None:
-        """`xllm: error: <cause>`, one line each."""
+        """`xllm: error: <cause>. <fix>.`, one line each, and nothing after them."""
+        log.close()
         for cause in causes:
-            click.echo(f"{self._program}: error: {cause}", err=True)
+            click.echo(f"{self._program}: error: {cause.rstrip('.')}.", err=True)
 
     def start(self, words: Sequence[str]) -> int:
         """Parse and run; returns the exit code."""
@@ -253,7 +255,7 @@ def echo_given(given: Given) -> str:
         value = given.values[name]
         hidden = (
             any(word in name for word in SECRET)
-            and not name.endswith("_file")
+            and not name.endswith(("_file", "_path"))
             and isinstance(value, str)
         )
         shown.append(f"--{name}={'***' if hidden else value}")

@@ -32,7 +32,9 @@ def build(given: Given) -> MasterConfig:
         f"{announced} is no address to announce. Pass --advertise_host",
     )
     policy = values["load_balance_policy"]
-    causes.need(policy == "RR", f"--load_balance_policy={policy} is not built yet. Use RR")
+    if policy != "RR":
+        why = "not built yet" if policy in ("CAR", "SLO_AWARE") else "unknown"
+        causes.need(False, f"--load_balance_policy={policy} is {why}. Use RR")
     backend = values["default_backend_type"]
     causes.need(backend == "xllm", f"--default_backend_type={backend} is not built. Use xllm")
     rules.at_least(

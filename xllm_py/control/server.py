@@ -20,12 +20,12 @@ from grpc import aio
 from xllm_py.base import log
 from xllm_py.base.errors import (
     InvalidValue,
-    PortInUse,
     ProtocolViolation,
     RequestError,
     UsageError,
     XllmError,
 )
+from xllm_py.base.ports import port_taken
 from xllm_py.control import convert, convert_streams, methods, proof, status
 from xllm_py.control.channels import SERVER_OPTIONS
 from xllm_py.control.pb import xllm_pb2 as pb
@@ -99,7 +99,9 @@ async def serve_instance(
 ) -> ControlServer:
     """Serve DisaggPDService. may_move: take the next free port when this one is busy. Raises PortInUse, UsageError."""
     guard = _Guard(methods.INSTANCE, cluster_key, incarnation)
-    return await _serve(guard, _instance_table(guard, handlers), host, port, may_move)
+    server = _server(guard, _instance_table(guard, handlers))
+    bound = _bind(server, host, port, "--disagg_pd_port", may_move)
+    return await _started(server, host, bound)
 
 
 async def serve_master(
@@ -113,7 +115,9 @@ async def serve_master(
 ) -> ControlServer:
     """Serve XllmRpcService; the arguments are serve_instance's."""
     guard = _Guard(methods.MASTER, cluster_key, incarnation)
-    return await _serve(guard, _master_table(guard, handlers), host, port, may_move)
+    server = _server(guard, _master_table(guard, handlers))
+    bound = _bind(server, host, port, "--rpc_server_port", may_move)
+    return await _started(server, host, bound)
 
 
 def join_address(host: str, port: int) -> str:
@@ -121,23 +125,24 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _serve(
-    guard: _Guard, table: dict[str, MethodHandler], host: str, port: int, may_move: bool
-) -> ControlServer:
+def _server(guard: _Guard, table: dict[str, MethodHandler]) -> aio.Server:
     server = aio.server(options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(guard.service, table),))
-    bound = _bind(server, host, port, may_move)
+    return server
+
+
+async def _started(server: aio.Server, host: str, port: int) -> ControlServer:
     await server.start()
-    return ControlServer(server, host, bound)
+    return ControlServer(server, host, port)
 
 
-def require_free(host: str, port: int) -> None:
+def require_free(host: str, port: int, flag: str) -> None:
     """Raise PortInUse now rather than after a long wait for something else; port 0 is always free."""
     if port and not _is_free(host, port):
-        raise PortInUse(f"control port {port} is taken; free it or choose another")
+        raise port_taken(port, flag)
 
 
-def _bind(server: aio.Server, host: str, port: int, may_move: bool) -> int:
+def _bind(server: aio.Server, host: str, port: int, flag: str, may_move: bool) -> int:
     most = _MOST_PORTS if may_move and port else 1
     for candidate in range(port, min(port + most, 65536)):
         if not _is_free(host, candidate):
@@ -147,8 +152,10 @@ def _bind(server: aio.Server, host: str, port: int, may_move: bool) -> int:
         except RuntimeError:  # taken between the look and the bind
             continue
         if bound:
+            if port and bound != port:
+                _log.warning("control port is taken, moved on", port=port, took=bound)
             return bound
-    raise PortInUse(f"control port {port} is taken; free it or choose another")
+    raise port_taken(port, flag)
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -144,8 +144,8 @@ def _size_cache(
     num_blocks = budget // block_bytes
     if num_blocks < 2:
         raise DeviceUnavailable(
-            f"the KV cache may take {budget // _MIB} MiB ({free // _MIB} MiB are free), but two blocks need "
-            f"{2 * block_bytes / _MIB:.1f} MiB; raise --max_cache_size or lower --block_size"
+            f"the KV cache may take {budget / _MIB:.3g} MiB ({free // _MIB} MiB are free), but two blocks need "
+            f"{2 * block_bytes / _MIB:.3g} MiB; raise --max_cache_size or lower --block_size"
         )
     tokens = num_blocks * cache.block_size
     lines = [

@@ -20,6 +20,7 @@ from xllm_py.base.errors import EngineDied, EngineDown, PeerUnavailable, Registr
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.notify import notify
 from xllm_py.base.tasks import TaskFamily
+from xllm_py.control.server import require_free
 from xllm_py.instance.config import InstanceConfig
 from xllm_py.instance.health import Health
 from xllm_py.instance.parts import Identity, Parts, Routed, routed_parts
@@ -79,6 +80,7 @@ class Instance:
         self._closers.push_async_callback(self._tasks.close)
         http = await serve_http(self._app, config.addresses.host, config.addresses.port)
         self._closers.push_async_callback(http.close)
+        _require_ports(config)
         registry = await self._open_registry()
         key = config.cluster.cluster_key
         if registry is not None and not key:
@@ -182,6 +184,15 @@ class Instance:
         """Everything in reverse order of its start."""
         await self._closers.aclose()
         _log.info("stopped")
+
+
+def _require_ports(config: InstanceConfig) -> None:
+    """Ports given by hand never move: say that one is taken before a model is loaded. Raises PortInUse."""
+    addresses, engine = config.addresses, config.engine
+    if config.cluster.routed and not addresses.disagg_pd_port_may_move:
+        require_free(addresses.host, addresses.disagg_pd_port, "--disagg_pd_port")
+    if engine.kv_listen and not engine.kv_port_may_move:
+        require_free(engine.kv_host, engine.kv_port, "--transfer_listen_port")
 
 
 def _settings(config: InstanceConfig) -> HttpSettings:

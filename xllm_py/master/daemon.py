@@ -69,11 +69,11 @@ class Master:
         self._starting = asyncio.current_task()
         self._take_signals()
         failed = self._tasks.start(self._tasks.wait_failed(), name="failure")
-        http = await serve_http(self._app, config.host, config.http_port)
+        http = await serve_http(self._app, config.host, config.http_port, flag="--http_server_port")
         http_failed = self._tasks.start(http.wait_failed(), name="http failure")
         self._failures = (failed, http_failed)
         self._http = http
-        require_free(config.host, config.rpc_port)
+        require_free(config.host, config.rpc_port, "--rpc_server_port")
         registry = await self._open_registry()
         cluster_key = config.cluster_key or await cluster_key_of(registry)
         identity = Identity(

@@ -114,9 +114,11 @@ class _Fields:
                 f"{path}: cannot be read ({error.strerror}); is this a model folder?"
             ) from error
         except ValueError as error:
-            raise ModelLoadError(f"{path}: is not JSON ({error})") from error
+            raise ModelLoadError(
+                f"{path}: is not JSON ({error}); copy the model folder again"
+            ) from error
         if not isinstance(raw, dict):
-            raise ModelLoadError(f"{path}: is not a JSON object")
+            raise ModelLoadError(f"{path}: is not a JSON object; copy the model folder again")
         self.raw: dict[str, Any] = raw
 
     def text(self, name: str) -> str:

@@ -53,7 +53,9 @@ class Weights:
         """See WeightSource."""
         path = self._file_of.get(name)
         if path is None:
-            raise ModelLoadError(f"the checkpoint has no tensor {name}; is it complete?")
+            raise ModelLoadError(
+                f"the checkpoint has no tensor {name}; copy the model folder again, it is not complete"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
@@ -108,7 +110,7 @@ def _index(folder: Path) -> dict[str, Path]:
                 names_of |= dict.fromkeys(file.keys(), path)
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
-                f"{path}: is truncated or no safetensors file ({error})"
+                f"{path}: is truncated or no safetensors file ({error}); copy it again"
             ) from error
     return names_of
 

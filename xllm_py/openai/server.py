@@ -16,7 +16,8 @@ from typing import Any
 import uvicorn
 
 from xllm_py.base import log
-from xllm_py.base.errors import PortInUse, UsageError
+from xllm_py.base.errors import UsageError
+from xllm_py.base.ports import port_taken
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.openai.app import App
 from xllm_py.openai.protocol import limited_protocol
@@ -83,7 +84,7 @@ class HttpServer:
         await self._tasks.close()
 
 
-def bind(host: str, port: int, family: socket.AddressFamily) -> socket.socket:
+def bind(host: str, port: int, family: socket.AddressFamily, flag: str) -> socket.socket:
     """A listening-to-be socket; raises PortInUse or UsageError with the fix. Port 0 takes any free one."""
     try:
         found = socket.getaddrinfo(
@@ -102,7 +103,7 @@ def bind(host: str, port: int, family: socket.AddressFamily) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise PortInUse(f"port {port} is taken; free it or choose another HTTP port") from error
+            raise port_taken(port, flag) from error
         raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return listener
 
@@ -112,15 +113,16 @@ async def serve_http(
     host: str,
     port: int,
     *,
+    flag: str = "--port",
     family: socket.AddressFamily = socket.AF_UNSPEC,
     ssl: dict[str, Any] | None = None,
 ) -> HttpServer:
     """Bind, start, and return the running server. Raises PortInUse or UsageError before anything runs.
 
-    ssl: `ssl_certfile` and `ssl_keyfile` paths, or None for plain HTTP.
+    flag: what chooses the port. ssl: `ssl_certfile` and `ssl_keyfile` paths, or None for plain HTTP.
     """
     settings = app.settings
-    listener = bind(host, port, family)
+    listener = bind(host, port, family, flag)
     # what it says of a connection is either answered by us or nobody's business
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     config = uvicorn.Config(

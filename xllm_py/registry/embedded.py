@@ -18,6 +18,7 @@ import grpc
 
 from xllm_py.base.clock import Clock, RealClock
 from xllm_py.base.errors import PortInUse, UsageError
+from xllm_py.base.ports import port_taken
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.registry.embedded_services import Cluster, Kv, LeaseService, Maintenance, WatchService
 from xllm_py.registry.etcd_stubs import rpc_pb2_grpc
@@ -55,7 +56,7 @@ async def serve_embedded(address: str, *, clock: Clock) -> EmbeddedEtcd:
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise PortInUse(f"{address} is taken; free it or choose another --etcd_addr") from error
+        raise port_taken(int(address.rpartition(":")[2]), "--etcd_addr") from error
     await server.start()
     tasks = TaskFamily("embedded-etcd")
     tasks.start(_expire(store), name="leases")

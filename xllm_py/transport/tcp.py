@@ -14,6 +14,7 @@ import socket
 from xllm_py.base import log
 from xllm_py.base.clock import Clock, RealClock
 from xllm_py.base.errors import LayoutMismatch, PortInUse, UsageError
+from xllm_py.base.ports import port_taken
 from xllm_py.core.kv_memory import KvMemory
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.kv_events import Counts, EventQueue
@@ -219,4 +220,4 @@ def _bind(host: str, port: int, may_move: bool) -> socket.socket:
         if candidate != port and port:
             _log.warning("KV port is taken, moved on", port=port, took=candidate)
         return sock
-    raise PortInUse(f"KV port {port} on {host} is taken; free it or pass --transfer_listen_port")
+    raise port_taken(port, "--transfer_listen_port")
