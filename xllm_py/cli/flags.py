@@ -6,8 +6,10 @@ but does nothing yet, and says so when it is given.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,12 +31,15 @@ TYPES: dict[str, click.ParamType[Any]] = {
     "double": flag_types.DOUBLE,
     "string": flag_types.STRING,
 }
-SECRET = ("key", "password", "token")
+SECRET = frozenset({"key", "password", "token"})
+_HELP_FOR_PEOPLE = ("help", "h", "helpshort")
+_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
+_NEVER = object()
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag."""
+    """One flag. What an idle one says anyway is `does`: giving that value asks for nothing that is missing."""
 
     name: str
     type: str
@@ -43,24 +48,35 @@ class Flag:
     text: str
     idle: bool = False
     group: str = ""
+    does: Any = _NEVER
+
+
+def one_line(text: str) -> str:
+    """The text with control characters spelt out, so that a value given by hand cannot break a line."""
+    return text.translate(_CONTROLS)
 
 
 def in_group(group: str, *flags: Flag) -> list[Flag]:
     """The same flags with their group's name."""
-    return [
-        Flag(flag.name, flag.type, flag.default, flag.priority, flag.text, flag.idle, group)
-        for flag in flags
-    ]
+    return [dataclasses.replace(flag, group=group) for flag in flags]
 
 
-def a(name: str, kind: str, default: Any, text: str, *, idle: bool = False) -> Flag:
+def a(name: str, kind: str, default: Any, text: str, **more: Any) -> Flag:
     """A flag of priority A."""
-    return Flag(name, kind, default, "A", text, idle)
+    return _flag(name, kind, default, "A", text, **more)
 
 
-def b(name: str, kind: str, default: Any, text: str, *, idle: bool = False) -> Flag:
+def b(name: str, kind: str, default: Any, text: str, **more: Any) -> Flag:
     """A flag of priority B."""
-    return Flag(name, kind, default, "B", text, idle)
+    return _flag(name, kind, default, "B", text, **more)
+
+
+def _flag(
+    name: str, kind: str, default: Any, priority: str, text: str, *, idle: bool = False, **more: Any
+) -> Flag:
+    if kind == "bool":
+        more = {"does": False, **more}
+    return Flag(name, kind, default, priority, text, idle, **more)
 
 
 def ignored(names: str, kind: str) -> list[Flag]:
@@ -90,13 +106,16 @@ class FlagCommand(gflags.GflagsCommand):
         intro: str,
         table: Sequence[Flag],
         run: Callable[[Given], int],
+        *,
         ignored_prefixes: tuple[str, ...] = (),
+        aliases: tuple[str, ...] = (),
     ) -> None:
         self._program = program
         self._intro = intro
         self._table = table
         self._run = run
         self.ignored_prefixes = ignored_prefixes
+        self.aliases = aliases
         options: list[click.Parameter] = [
             click.Option(
                 [f"--{flag.name}"], type=TYPES[flag.type], default=flag.default, help=flag.text
@@ -111,25 +130,39 @@ class FlagCommand(gflags.GflagsCommand):
         if word:
             click.echo(self.version() if word == "version" else self.help_for(word))
             return 0
-        by_hand = frozenset(
+        by_hand = {
             name
             for name in values
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        )
-        warnings = [*context.meta.get("gflags.warnings", ()), *self._idle_warnings(values, by_hand)]
-        self._read_config_file(context, values, by_hand)
-        return self._run(Given(values, by_hand, tuple(warnings)))
+        }
+        passed_over = [*context.meta["gflags.passed_over"]]
+        if values["config_json_file"]:
+            self._read_config_file(context, values, by_hand, passed_over)
+        warnings = [
+            *context.meta["gflags.warnings"],
+            *self._idle_warnings(values, by_hand, passed_over),
+        ]
+        try:
+            return self._run(
+                Given(values, frozenset(by_hand), tuple(one_line(line) for line in warnings))
+            )
+        except StartError:
+            if values["verbose"]:
+                traceback.print_exc()
+            raise
 
     def _read_config_file(
-        self, context: click.Context, values: dict[str, Any], by_hand: frozenset[str]
+        self,
+        context: click.Context,
+        values: dict[str, Any],
+        by_hand: set[str],
+        passed_over: list[str],
     ) -> None:
         """--config_json_file: an object flag -> value, weaker than any flag given."""
-        path = values.get("config_json_file")
-        if not path:
-            return
+        path = values["config_json_file"]
         try:
-            body = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+            body = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(
                 f"--config_json_file={path} cannot be read ({error}). Check it"
             ) from error
@@ -138,29 +171,36 @@ class FlagCommand(gflags.GflagsCommand):
                 f"--config_json_file={path} is no JSON object. Write flag: value pairs"
             )
         params = {str(param.name): param for param in self.params}
-        causes = []
-        for name, value in body.items():
+        causes, given = [], frozenset(by_hand)
+        for key, value in body.items():
+            name, param = key.replace("-", "_"), params.get(key.replace("-", "_"))
             word = str(value).lower() if isinstance(value, bool) else str(value)
-            param = params.get(name)
-            if param is None:
-                causes.append(f"{path}: unknown flag {name}. See --helpfull")
-            elif name not in by_hand:
+            if param is None and self.is_passed_over(name):
+                passed_over.append(name)
+            elif param is None:
+                causes.append(f"{path}: unknown flag {one_line(key)}. See --helpfull")
+            elif not isinstance(value, bool | int | float | str):
+                causes.append(f"{path}: {name} is no bool, number or string. Write one")
+            elif name not in given:
                 try:
                     values[name] = param.type.convert(word, param, context)
+                    by_hand.add(name)
                 except click.BadParameter as error:
-                    causes.append(f"{path}: {name}: {error.message}. See --helpfull")
+                    causes.append(f"{path}: {name}: {one_line(error.message)}. See --helpfull")
         if causes:
             raise UsageError("\n".join(causes))
 
-    def _idle_warnings(self, values: dict[str, Any], by_hand: frozenset[str]) -> list[str]:
-        """A bool that is switched off asks for nothing."""
-        given = [
-            flag
-            for flag in self._table
-            if flag.idle and flag.name in by_hand and values[flag.name] is not False
+    def _idle_warnings(
+        self, values: dict[str, Any], by_hand: set[str], passed_over: list[str]
+    ) -> list[str]:
+        given = [flag for flag in self._table if flag.idle and flag.name in by_hand]
+        later = [
+            f"--{flag.name}"
+            for flag in given
+            if flag.priority != "C" and values[flag.name] != flag.does
         ]
-        later = [f"--{flag.name}" for flag in given if flag.priority != "C"]
         never = [f"--{flag.name}" for flag in given if flag.priority == "C"]
+        never += [f"--{name}" for name in dict.fromkeys(passed_over)]
         lines = []
         if later:
             lines.append(f"accepted but without effect in this version: {', '.join(later)}")
@@ -181,16 +221,17 @@ class FlagCommand(gflags.GflagsCommand):
     def help_for(self, word: str) -> str:
         """The text of one of the help flags."""
         name, _, wanted = word.partition("=")
-        if name in ("help", "h", "helpshort"):
-            rows = [flag for flag in self._table if flag.priority == "A"]
+        rows, tail, full = list(self._table), "", name not in _HELP_FOR_PEOPLE
+        if not full:
+            rows = [flag for flag in rows if flag.priority == "A"]
             tail = "\n--helpfull shows all flags, --flagfile=FILE reads them from a file."
-        else:
-            rows, tail = list(self._table), ""
         if name == "helpmatch":
-            rows = [flag for flag in rows if wanted in flag.name]
+            rows = [flag for flag in rows if wanted.replace("-", "_") in flag.name]
         if name == "helpon":
-            rows = [flag for flag in rows if wanted == flag.group]
-        full = name != "help"
+            rows = [flag for flag in rows if wanted.lower() in flag.group.lower()]
+        if not rows:
+            groups = "; ".join(dict.fromkeys(flag.group for flag in self._table))
+            tail = f"\nNo flag matches '{one_line(wanted)}'. Groups: {groups}"
         lines = [self._intro]
         for group in dict.fromkeys(flag.group for flag in rows):
             lines.append(f"\n{group}:")
@@ -201,7 +242,8 @@ class FlagCommand(gflags.GflagsCommand):
         """`xllm: error: <cause>. <fix>.`, one line each, and nothing after them."""
         log.close()
         for cause in causes:
-            click.echo(f"{self._program}: error: {cause.rstrip('.')}.", err=True)
+            end = "" if cause.endswith((".", "?")) else "."
+            click.echo(f"{self._program}: error: {one_line(cause)}{end}", err=True)
 
     def start(self, words: Sequence[str]) -> int:
         """Parse and run; returns the exit code."""
@@ -216,22 +258,17 @@ class FlagCommand(gflags.GflagsCommand):
             self.complain([error.format_message()])
             return error.exit_code
         except StartError as error:
-            self.complain(error.message.splitlines())
+            self.complain(error.message.split("\n"))
             return error.exit_code
 
 
 def _row(flag: Flag, full: bool) -> str:
-    shown = (
-        f"--{flag.name} ({flag.type}, default {flag.default!r})"
-        if full
-        else f"--{flag.name}={flag.default}"
-    )
-    mark = (
-        f" [{flag.priority}{', no effect yet' if flag.idle and flag.priority != 'C' else ''}]"
-        if full
-        else ""
-    )
-    return f"  {shown}{mark}\n      {flag.text}"
+    default = str(flag.default).lower() if flag.type == "bool" else str(flag.default)
+    if not full:
+        return f"  --{flag.name}={default}\n      {flag.text}"
+    idle = ", no effect yet" if flag.idle and flag.priority != "C" else ""
+    shown = f"{flag.type}, default {default or '""'}"
+    return f"  --{flag.name} ({shown}) [{flag.priority}{idle}]\n      {flag.text}"
 
 
 def _installed() -> bool:
@@ -253,10 +290,7 @@ def echo_given(given: Given) -> str:
     shown = []
     for name in sorted(given.by_hand):
         value = given.values[name]
-        hidden = (
-            any(word in name for word in SECRET)
-            and not name.endswith(("_file", "_path"))
-            and isinstance(value, str)
-        )
-        shown.append(f"--{name}={'***' if hidden else value}")
-    return " ".join(shown) or "all flags at their defaults"
+        parts = name.split("_")
+        hidden = bool(SECRET.intersection(parts)) and parts[-1] not in ("file", "path")
+        shown.append(f"--{name}={'***' if hidden and isinstance(value, str) else value}")
+    return one_line(" ".join(shown)) or "all flags at their defaults"

@@ -8,86 +8,22 @@ command line are reported at once.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import click
 
-TRUE = frozenset({"1", "t", "true", "y", "yes"})
-FALSE = frozenset({"0", "f", "false", "n", "no"})
+from xllm_py.cli.flag_types import FALSE, SPACE, TRUE, BoolType
+
 _MOST_NESTING = 16
 _SPECIAL = ("flagfile", "fromenv", "tryfromenv", "undefok")
-_INTEGER = re.compile(r"[ \t\n\v\f\r]*[+-]?(0[xX][0-9a-fA-F]+|[0-9]+)")
-
-
-class BoolType(click.ParamType[Any]):
-    """true and false in gflags' words."""
-
-    name = "bool"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
-        """Raise click's BadParameter for other words."""
-        if isinstance(value, bool):
-            return value
-        word = str(value).lower()
-        if word not in TRUE and word not in FALSE:
-            self.fail(f"'{value}' is no bool; write true or false", param, ctx)
-        return word in TRUE
-
-
-class IntType(click.ParamType[Any]):
-    """A decimal or hexadecimal integer within the range of its C type."""
-
-    def __init__(self, name: str, low: int, high: int) -> None:
-        self.name = name
-        self._low, self._high = low, high
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Trailing characters, an empty word, overflow and a sign on an unsigned type are errors."""
-        if isinstance(value, int):
-            return value
-        word = str(value)
-        if not _INTEGER.fullmatch(word) or (self._low == 0 and "-" in word):
-            self.fail(f"'{value}' is no {self.name}", param, ctx)
-        digits = word.strip()
-        number = int(digits, 16 if "x" in digits.lower() else 10)
-        if not self._low <= number <= self._high:
-            self.fail(f"{value} does not fit into {self.name}", param, ctx)
-        return number
-
-
-class DoubleType(click.ParamType[Any]):
-    """A finite floating-point number."""
-
-    name = "double"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Underscores, trailing characters and infinities are errors."""
-        try:
-            number = float(value)
-        except ValueError:
-            self.fail(f"'{value}' is no double", param, ctx)
-        if "_" in str(value) or str(value) != str(value).rstrip():
-            self.fail(f"'{value}' is no double", param, ctx)
-        if number != number or number in (float("inf"), float("-inf")):
-            self.fail(f"{value} is not finite", param, ctx)
-        return number
-
-
-BOOL = BoolType()
-INT32 = IntType("int32", -(2**31), 2**31 - 1)
-UINT32 = IntType("uint32", 0, 2**32 - 1)
-INT64 = IntType("int64", -(2**63), 2**63 - 1)
-DOUBLE = DoubleType()
-STRING = click.STRING
+_HELP = ("help", "h", "helpfull", "helpshort", "version")
+_WITH_WORD = ("helpmatch", "helpon")
 
 
 class CommandLineError(click.UsageError):
@@ -104,35 +40,51 @@ class Parsed:
 
     values: list[tuple[str, str]] = field(default_factory=list)  # in order; the last one wins
     positionals: list[str] = field(default_factory=list)
-    unknown: list[tuple[str, str]] = field(default_factory=list)  # name, where it stood
+    unknown: list[tuple[str, str]] = field(default_factory=list)  # name, by which flag it came
+    unknown_in_files: list[tuple[str, str]] = field(default_factory=list)  # name, file and line
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    tolerated: set[str] = field(default_factory=set)
+    tolerated: frozenset[str] = frozenset()
     help_word: str = ""
+    bare_bools: dict[str, str] = field(
+        default_factory=dict
+    )  # stray word -> the bool it stood behind
+
+    def without(self, is_fine: Callable[[str], bool]) -> Parsed:
+        """The same, but for unknown flags that are fine."""
+        return dataclasses.replace(
+            self,
+            unknown=[entry for entry in self.unknown if not is_fine(entry[0])],
+            unknown_in_files=[entry for entry in self.unknown_in_files if not is_fine(entry[0])],
+        )
 
 
 class Expander:
-    """Turns words into (name, value) pairs along gflags' rules. `bools` are the names of bool flags, `names` of all flags."""
+    """Turns words into (name, value) pairs along gflags' rules.
 
-    def __init__(self, names: Sequence[str], bools: Sequence[str], program: str) -> None:
+    `bools` are the names of bool flags, `names` of all flags, `programs` the names that flagfiles may call this one by.
+    """
+
+    def __init__(self, names: Sequence[str], bools: Sequence[str], programs: Sequence[str]) -> None:
         self._names = frozenset(names)
         self._bools = frozenset(bools)
-        self._program = program
+        self._programs = tuple(programs)
+        self._reading: list[str] = []  # flagfiles, the innermost last
         self.parsed = Parsed()
 
     def expand(self, words: Sequence[str]) -> Parsed:
         """The whole command line."""
-        rest = iter(words)
+        rest, before = iter(words), ""
         for word in rest:
             if word == "--":
                 self.parsed.positionals += list(rest)
                 break
             self._word(word, rest)
-        parsed = self.parsed
-        parsed.unknown = [
-            (name, where) for name, where in parsed.unknown if not self._is_tolerated(name)
-        ]
-        return parsed
+            name = before.lstrip("-").replace("-", "_")
+            if name in self._bools:
+                self.parsed.bare_bools[word] = name
+            before = word
+        return self.parsed.without(self._is_tolerated)
 
     def _is_tolerated(self, name: str) -> bool:
         return name in self.parsed.tolerated or name.removeprefix("no") in self.parsed.tolerated
@@ -151,13 +103,13 @@ class Expander:
         self._flag(name.replace("-", "_"), value if equals else None, rest)
 
     def _flag(self, name: str, value: str | None, rest: Iterator[str], where: str = "") -> None:
-        if name in ("help", "h", "helpfull", "helpshort", "version"):
+        if name in _HELP:
             self.parsed.help_word = self.parsed.help_word or (
                 "" if value is not None and value.lower() in FALSE else name
             )
-        elif name in ("helpmatch", "helpon"):
-            wanted = value if value is not None else next(rest, "")
-            self.parsed.help_word = self.parsed.help_word or f"{name}={wanted}"
+        elif name in _WITH_WORD:
+            wanted = self._value(name, value, rest)
+            self.parsed.help_word = self.parsed.help_word or f"{name}={wanted or ''}"
         elif name in _SPECIAL:
             self._special(name, self._value(name, value, rest))
         elif name in self._bools:
@@ -166,16 +118,29 @@ class Expander:
             taken = self._value(name, value, rest)
             if taken is not None:
                 self.parsed.values.append((name, taken))
-        elif name.startswith("no") and name[2:] in self._bools:
+        elif name.startswith("no"):
+            self._negated(name, value, where)
+        else:
+            self._unknown(name, where)
+
+    def _unknown(self, name: str, where: str) -> None:
+        parsed = self.parsed
+        (parsed.unknown_in_files if where else parsed.unknown).append((name, where))
+
+    def _negated(self, name: str, value: str | None, where: str) -> None:
+        """`--noflag`, or a name that merely begins with `no`."""
+        positive = name[2:]
+        if positive in self._bools or positive in _HELP:
             if value is not None:
                 self.parsed.warnings.append(
-                    f"--{name}={value} means {name[2:]}=false whatever its value"
+                    f"--{name}={value} means {positive}=false whatever its value"
                 )
-            self.parsed.values.append((name[2:], "false"))
-        elif name.startswith("no") and name[2:] in self._names:
-            self.parsed.errors.append(f"--{name}: {name[2:]} is no bool flag. Give it a value")
+            if positive in self._bools:
+                self.parsed.values.append((positive, "false"))
+        elif positive in self._names and not where:
+            self.parsed.errors.append(f"--{name}: {positive} is no bool flag. Give it a value")
         else:
-            self.parsed.unknown.append((name, where))
+            self._unknown(name, where)
 
     def _value(self, name: str, value: str | None, rest: Iterator[str]) -> str | None:
         """The value behind `=`, or the next word whatever it looks like."""
@@ -188,21 +153,21 @@ class Expander:
     def _special(self, name: str, value: str | None) -> None:
         if value is None:
             return
-        parts = [part for part in value.split(",") if part]
-        if name == "undefok":
-            self.parsed.tolerated |= {part.replace("-", "_") for part in parts}
+        parts = value.removesuffix(",").split(",") if value else []
+        if not all(parts):
+            self.parsed.errors.append(f"--{name}={value} holds an empty name. Leave it out")
+        elif name == "undefok":
+            self.parsed.tolerated = frozenset(part.replace("-", "_") for part in parts)
         elif name == "flagfile":
             for part in parts:
-                self._flagfile(part, 1)
+                self._flagfile(part)
         else:
             for part in parts:
                 self._environment(part.replace("-", "_"), must=name == "fromenv")
 
     def _environment(self, name: str, *, must: bool) -> None:
         if name not in self._names:
-            self.parsed.errors.append(
-                f"--{'' if must else 'try'}fromenv names the unknown flag {name}"
-            )
+            self.parsed.unknown.append((name, f"--{'' if must else 'try'}fromenv"))
             return
         value = os.environ.get(f"FLAGS_{name}")
         if value is not None:
@@ -212,86 +177,110 @@ class Expander:
                 f"--fromenv={name}: FLAGS_{name} is not set. Set it or use --tryfromenv"
             )
 
-    def _flagfile(self, path: str, depth: int) -> None:
-        if depth > _MOST_NESTING:
-            self.parsed.errors.append(f"--flagfile={path}: nested more than {_MOST_NESTING} deep")
+    def _flagfile(self, path: str) -> None:
+        if len(self._reading) >= _MOST_NESTING or path in self._reading:
+            self.parsed.errors.append(
+                f"--flagfile={path} is nested in itself or more than {_MOST_NESTING} deep. Split it up"
+            )
             return
         try:
-            lines = Path(path).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             self.parsed.errors.append(f"--flagfile={path} cannot be read ({error}). Check the path")
             return
-        counts = True
-        for number, raw in enumerate(lines, start=1):
-            line = raw.lstrip()
-            if not line.strip() or line.startswith("#"):
-                continue
-            if not line.startswith("-"):
-                counts = any(fnmatch.fnmatch(self._program, word) for word in line.split())
-            elif counts:
-                self._flagfile_line(line, f"{path}:{number}", depth)
+        self._reading.append(path)
+        self._flagfile_text(text, path)
+        self._reading.pop()
 
-    def _flagfile_line(self, line: str, where: str, depth: int) -> None:
-        name, equals, value = line.lstrip("-").partition("=")
+    def _flagfile_text(self, text: str, path: str) -> None:
+        """Lines without a dash name programs; several of them in a row are one list."""
+        counts, in_programs = True, False
+        for number, raw in enumerate(text.split("\n"), start=1):
+            line = raw.lstrip(SPACE)
+            if not line or line.startswith("#"):
+                continue
+            if line.startswith("-"):
+                in_programs = False
+                if counts:
+                    self._flagfile_line(line, f"{path}:{number}")
+            else:
+                counts = self._names_us(line) or (counts and in_programs)
+                in_programs = True
+
+    def _names_us(self, line: str) -> bool:
+        return any(
+            fnmatch.fnmatchcase(program, glob)
+            for glob in line.split(" ")
+            for program in self._programs
+        )
+
+    def _flagfile_line(self, line: str, where: str) -> None:
+        """What gflags passes over silently in a flagfile is passed over with a warning."""
+        name, equals, value = line.removeprefix("-").removeprefix("-").partition("=")
         name = name.replace("-", "_")
-        if name == "flagfile":
-            self._flagfile(value, depth + 1)
+        if (
+            not equals
+            and name not in self._bools
+            and name in (*self._names, *_SPECIAL, *_WITH_WORD)
+        ):
+            self.parsed.warnings.append(f"{where}: --{name} lacks a value and is passed over")
             return
-        before = len(self.parsed.unknown)
-        self._flag(name if equals else name.rstrip(), value if equals else None, iter(()), where)
-        if len(self.parsed.unknown) > before:
-            self.parsed.unknown.pop()
-            self.parsed.warnings.append(f"{where}: unknown flag {name} is passed over")
+        self._flag(name, value if equals else None, iter(()), where)
 
 
 class GflagsCommand(click.Command):
     """A click command whose words are read as gflags reads them."""
 
-    ignored_prefixes: tuple[
-        str, ...
-    ] = ()  # names of the original that are passed over with a warning
+    # names of the original that are passed over with a warning
+    ignored_prefixes: tuple[str, ...] = ()
+    # further names that flagfiles may call this program by
+    aliases: tuple[str, ...] = ()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Expand, report every error at once, and give click one `--name=value` per flag."""
         params = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         names = [str(param.name) for param in params]
         bools = [str(param.name) for param in params if isinstance(param.type, BoolType)]
-        parsed = Expander(names, bools, ctx.info_name or "").expand(args)
+        parsed = Expander(names, bools, (ctx.info_name or "", *self.aliases)).expand(args)
         if parsed.help_word:
             ctx.meta["gflags.help"] = parsed.help_word
             return super().parse_args(ctx, [])
-        self._pass_over(parsed)
+        passed_over = [*parsed.unknown, *parsed.unknown_in_files]
+        parsed = parsed.without(self.is_passed_over)
         errors = [*parsed.errors, *self._complaints(names, parsed)]
         errors += _bad_values(ctx, {str(param.name): param for param in params}, parsed.values)
-        if errors:
+        if errors and not ctx.resilient_parsing:
             raise CommandLineError(errors)
-        ctx.meta["gflags.warnings"] = parsed.warnings
+        ctx.meta["gflags.passed_over"] = [
+            name for name, _ in passed_over if self.is_passed_over(name)
+        ]
+        ctx.meta["gflags.warnings"] = [
+            *parsed.warnings,
+            *(
+                f"{where}: --{name} is unknown here, passed over"
+                for name, where in parsed.unknown_in_files
+            ),
+        ]
         last = dict(parsed.values)
         return super().parse_args(ctx, [f"--{name}={value}" for name, value in last.items()])
 
-    def _pass_over(self, parsed: Parsed) -> None:
-        """Flags of the original whose names are known by their prefix only."""
-        over = [
-            name for name, _ in parsed.unknown if name.startswith(self.ignored_prefixes or ("\0",))
-        ]
-        if over:
-            parsed.unknown = [entry for entry in parsed.unknown if entry[0] not in over]
-            names = ", ".join(f"--{name}" for name in over)
-            parsed.warnings.append(f"flags of the original, ignored here: {names}")
+    def is_passed_over(self, name: str) -> bool:
+        """Whether it is a flag of the original that is known by its prefix only."""
+        return bool(self.ignored_prefixes) and name.removeprefix("no").startswith(
+            self.ignored_prefixes
+        )
 
     def _complaints(self, names: list[str], parsed: Parsed) -> list[str]:
         lines = []
-        known = [*names, "help", "helpfull", "version", *_SPECIAL]
+        known = [*names, *_HELP, *_WITH_WORD, *_SPECIAL]
         for name, where in parsed.unknown:
             close = difflib.get_close_matches(name.removeprefix("no"), known, n=1, cutoff=0.6)
             hint = f"Did you mean --{close[0]}?" if close else "See --helpfull"
             lines.append(f"{where + ': ' if where else ''}unknown flag --{name}. {hint}")
         for word in parsed.positionals:
-            hint = (
-                "Write --flag=false"
-                if word.lower() in TRUE | FALSE
-                else "Every value belongs to a flag"
-            )
+            flag = parsed.bare_bools.get(word, "flag")
+            meant = word.lower() in TRUE | FALSE
+            hint = f"Write --{flag}={word}" if meant else "Every value belongs to a flag"
             lines.append(f"stray word '{word}'. {hint}")
         return lines
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xllm_py.cli.gflags import FALSE, TRUE
+from xllm_py.cli.flag_types import FALSE, TRUE
 from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
 
 _ENDPOINT = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
