@@ -267,7 +267,7 @@ def _row(flag: Flag, full: bool) -> str:
     if not full:
         return f"  --{flag.name}={default}\n      {flag.text}"
     idle = ", no effect yet" if flag.idle and flag.priority != "C" else ""
-    shown = f"{flag.type}, default {default or '""'}"
+    shown = f"{flag.type}, default {default or 'empty'}"
     return f"  --{flag.name} ({shown}) [{flag.priority}{idle}]\n      {flag.text}"
 
 
