@@ -92,9 +92,18 @@ class Daemon:
         except OSError:
             return False
 
+    def listens(self) -> bool:
+        """Whether its port takes connections."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def log(self) -> str:
+        """All it has said, over all its lives."""
+        return self.log_file.read_text(errors="replace")
+
     def tail(self, lines: int = 40) -> str:
         """The end of its log."""
-        return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.log().splitlines()[-lines:])
 
     def ledger(self) -> dict[str, Any]:
         """/debug/ledger."""
@@ -131,7 +140,7 @@ class Cluster:
         log_file = self.folder / f"{name}.log"
         with log_file.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"xllm_py.cli.{program}", *flags],
+                [sys.executable, "-m", f"xllm_py.{program}", *flags],
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
@@ -148,7 +157,7 @@ class Cluster:
         port = free_port()
         return self.start(
             "master",
-            "xllm_master",
+            "cli.xllm_master",
             f"--etcd_addr=127.0.0.1:{self.etcd_port}",
             *(["--embedded_etcd=true"] if embedded else []),
             f"--http_server_port={port}",
@@ -159,6 +168,14 @@ class Cluster:
             port=port,
             env=env,
         )
+
+    def start_registry(self) -> Daemon:
+        """A registry of its own, in memory; started again it is empty and has the same port."""
+        self.etcd_port = self.etcd_port or free_port()
+        flags = [f"--listen-client-urls=http://127.0.0.1:{self.etcd_port}"]
+        registry = self.start("registry", "registry.embedded", *flags, port=self.etcd_port)
+        wait_for("the registry", registry.listens)
+        return registry
 
     def start_instance(self, name: str, role: str, *flags: str) -> Daemon:
         """An instance of the cluster's model; role DEFAULT without registry when there is no etcd port."""
@@ -173,7 +190,7 @@ class Cluster:
             ]
         return self.start(
             name,
-            "xllm",
+            "cli.xllm",
             f"--model={self.model}",
             "--devices=cpu:0",
             "--cpu_threads=1",
