@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 
 from xllm_py.base.errors import ModelLoadError
+from xllm_py.cli.flags import one_line
 
 
 def find_model(name: str, roots: str) -> Path:
@@ -15,11 +17,11 @@ def find_model(name: str, roots: str) -> Path:
         tried += [Path(root) / name for root in roots.split(",") if root]
         tried += _snapshots(name)
     for folder in tried:
-        if (folder / "config.json").is_file():
+        if _holds_a_model(folder):
             return folder.resolve()
-    places = ", ".join(str(folder) for folder in tried)
+    places = one_line(", ".join(str(folder) for folder in tried))
     raise ModelLoadError(
-        f"model {name} was not found (no config.json in: {places}). Pass --model=FOLDER or --model_root=FOLDERS; "
+        f"model {one_line(name)} was not found (no config.json in: {places}). Pass --model=FOLDER or --model_root=FOLDERS; "
         "nothing is downloaded"
     )
 
@@ -28,6 +30,15 @@ def _snapshots(name: str) -> list[Path]:
     """Snapshots of `owner/name` or of any owner's `name` in the local Hugging Face cache, newest first."""
     home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", str(Path(home) / "hub")))
-    pattern = "models--" + (name.replace("/", "--") if "/" in name else f"*--{name}")
+    exact = glob.escape(name.replace("/", "--"))
+    pattern = f"models--{exact}" if "/" in name else f"models--*--{exact}"
     found = hub.glob(f"{pattern}/snapshots/*")
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _holds_a_model(folder: Path) -> bool:
+    """Also False for a word that cannot be a path."""
+    try:
+        return (folder / "config.json").is_file()
+    except (OSError, ValueError):
+        return False

@@ -1,4 +1,4 @@
-"""Rules about values that no type can say, shared by both daemons. Each returns causes, empty when all is well."""
+"""Rules about values that no type can say, shared by both daemons. Each notes causes; none noted means all is well."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from xllm_py.cli.flag_types import FALSE, TRUE
+from xllm_py.cli.flags import one_line
 from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
 
 _ENDPOINT = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 _MIN_KEY_BYTES = 32
+_API_KEY = re.compile(r"([A-Za-z0-9._-]{1,64}):([!-~]{1,512})")  # a key is what a header can carry
 
 
 class Causes:
@@ -21,11 +23,16 @@ class Causes:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.warnings: list[str] = []
 
     def need(self, good: bool, cause: str) -> None:
         """Note `cause` unless `good`."""
         if not good:
-            self.lines.append(cause)
+            self.lines.append(one_line(cause))
+
+    def warn(self, line: str) -> None:
+        """Note what the operator should know although the start goes on."""
+        self.warnings.append(one_line(line))
 
 
 def is_loopback(host: str) -> bool:
@@ -35,6 +42,14 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
+        return False
+
+
+def is_folder(path: str) -> bool:
+    """Whether it is one; also False for a word that cannot be a path."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
         return False
 
 
@@ -54,7 +69,38 @@ def at_least(causes: Causes, values: Mapping[str, Any], low: float, *names: str)
         )
 
 
-def http(causes: Causes, values: Mapping[str, Any], concurrency: int) -> HttpSlice:
+def finite(
+    causes: Causes, values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values with our defaults where the original would wait for ever."""
+    endless = {name: default for name, default in defaults.items() if values[name] == -1}
+    for name, default in endless.items():
+        causes.warn(f"--{name}=-1 would wait for ever; {default} is used")
+    return {**values, **endless}
+
+
+def announced(causes: Causes, values: Mapping[str, Any], host: str) -> str:
+    """The address that others are told."""
+    address: str = values["advertise_host"] or host
+    causes.need(
+        not values["etcd_addr"] or address not in ("0.0.0.0", "::"),
+        f"{address} is no address to announce. Pass --advertise_host",
+    )
+    remote = any(
+        not is_loopback(part.split("://")[-1].rpartition(":")[0].strip("[]"))
+        for part in values["etcd_addr"].split(",")
+        if part
+    )
+    causes.need(
+        not (remote and is_loopback(address)),
+        f"etcd is on another machine, but {address} would be announced. Pass --advertise_host",
+    )
+    return address
+
+
+def http(
+    causes: Causes, values: Mapping[str, Any], concurrency: int, *, idle_s: int = 75
+) -> HttpSlice:
     """The HTTP slice."""
     at_least(causes, values, 0.001, "request_timeout_s", "drain_timeout_s")
     at_least(causes, values, 1, "max_queue_size", "max_body_bytes", "max_best_of")
@@ -69,7 +115,32 @@ def http(causes: Causes, values: Mapping[str, Any], concurrency: int) -> HttpSli
         max_best_of=values["max_best_of"],
         metrics=values["metrics"],
         debug_endpoints=values["debug_endpoints"],
+        idle_connection_s=float(idle_s),
+        api_keys=_api_keys(causes, values),
     )
+
+
+def _api_keys(causes: Causes, values: Mapping[str, Any]) -> dict[str, str]:
+    """id -> key from --api_key_file: one `id:key` a line, empty lines and lines with # skipped. Keys are never shown."""
+    path = values["api_key_file"]
+    raw = _private_file(causes, "api_key_file", path) if path else None
+    if raw is None:
+        return {}
+    keys: dict[str, str] = {}
+    for number, line in enumerate(raw.decode("latin-1").splitlines(), start=1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        match = _API_KEY.fullmatch(entry)
+        if match is None or match[1] in keys:
+            what = "is no id:key" if match is None else "repeats an id"
+            causes.need(False, f"--api_key_file={path}: line {number} {what}. Correct it")
+        else:
+            keys[match[1]] = match[2]
+    causes.need(
+        bool(keys), f"--api_key_file={path} holds no key. Write one id:key a line, or leave it out"
+    )
+    return keys
 
 
 def etcd(causes: Causes, values: Mapping[str, Any], ttl_s: int) -> EtcdSlice:
@@ -110,31 +181,53 @@ def security(causes: Causes, values: Mapping[str, Any], host: str, *, has_peers:
         "the three --tls_*_file flags go together. Pass all or none",
     )
     if not is_loopback(host):
-        causes.need(
-            values["allow_insecure_http"],
-            f"binding HTTP to {host} without keys. Pass --allow_insecure_http=true or bind to 127.0.0.1",
-        )
-        causes.need(
-            not has_peers,
-            f"KV and control ports on {host} need TLS, which is not built yet. Bind to 127.0.0.1",
-        )
+        _check_open_door(causes, values, host, has_peers=has_peers)
     path = values["cluster_key_file"]
-    if not path:
-        return b""
-    try:
-        key = Path(path).read_bytes()
-        private = not Path(path).stat().st_mode & 0o077
-    except OSError as error:
-        causes.need(
-            False, f"--cluster_key_file={path} cannot be read ({error.strerror}). Check the path"
-        )
+    key = _private_file(causes, "cluster_key_file", path) if path else None
+    if key is None:
         return b""
     causes.need(
         len(key) >= _MIN_KEY_BYTES,
         f"--cluster_key_file={path} holds {len(key)} bytes. Use at least 32",
     )
-    causes.need(private, f"--cluster_key_file={path} can be read by others. Run chmod 600")
     return key
+
+
+def _check_open_door(
+    causes: Causes, values: Mapping[str, Any], host: str, *, has_peers: bool
+) -> None:
+    """What a bind beyond loopback needs."""
+    causes.need(
+        not has_peers,
+        f"KV and control ports on {host} need TLS, which is not built yet. Bind to 127.0.0.1",
+    )
+    if values["api_key_file"]:
+        return
+    causes.need(
+        not values["debug_endpoints"],
+        f"--debug_endpoints on {host} need keys. Pass --api_key_file or bind to 127.0.0.1",
+    )
+    if values["allow_insecure_http"]:
+        causes.warn(f"HTTP on {host} is open to whoever reaches it, as --allow_insecure_http says")
+    else:
+        causes.need(
+            False,
+            f"binding HTTP to {host} without keys. Pass --api_key_file or --allow_insecure_http=true, "
+            "or bind to 127.0.0.1",
+        )
+
+
+def _private_file(causes: Causes, name: str, path: str) -> bytes | None:
+    """The bytes of a file that only its owner may read; None when it cannot be read."""
+    try:
+        raw = Path(path).read_bytes()
+        private = not Path(path).stat().st_mode & 0o077
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        causes.need(False, f"--{name}={path} cannot be read ({why}). Check the path")
+        return None
+    causes.need(private, f"--{name}={path} can be read by others. Run chmod 600")
+    return raw
 
 
 def logs(causes: Causes, values: Mapping[str, Any]) -> LogSlice:
@@ -150,7 +243,7 @@ def logs(causes: Causes, values: Mapping[str, Any]) -> LogSlice:
         level = "debug" if values["v"] > 0 else level
     directory = values["log_dir"]
     causes.need(
-        not directory or Path(directory).is_dir(),
+        not directory or is_folder(directory),
         f"--log_dir={directory} is no folder. Make it first",
     )
     return LogSlice(level=level, form=form, directory=directory, verbose=values["verbose"])

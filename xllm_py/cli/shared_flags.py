@@ -30,12 +30,12 @@ def service() -> list[Flag]:
             "end-to-end limit of a request; a client may only shorten it",
         ),
         a("drain_timeout_s", "double", 30.0, "how long running requests may go on after SIGTERM"),
-        a("max_queue_size", "int32", 1024, "requests waiting; over it 429"),
+        a("max_queue_size", "int32", 1024, "requests waiting; over it 429", idle=True),
         a("max_body_bytes", "int32", 1 << 20, "request body; over it 413"),
-        a("max_best_of", "int32", 8, "upper bound of n and best_of"),
+        a("max_best_of", "int32", 8, "upper bound of n and best_of", idle=True, does=1),
         b("max_logprobs", "int32", 20, "upper bound of top logprobs", idle=True),
         a("metrics", "bool", True, "serve /metrics"),
-        a("debug_endpoints", "bool", False, "serve /debug/*; loopback only"),
+        a("debug_endpoints", "bool", False, "serve /debug/*; beyond loopback only with api keys"),
         b("reasoning_parser", "string", "", "reasoning format of the model; empty is off"),
         b("tool_call_parser", "string", "", "tool call format of the model; empty is off"),
     ]
@@ -53,7 +53,7 @@ def security() -> list[Flag]:
         b("tls_cert_file", "string", "", "certificate; all three tls flags or none", idle=True),
         b("tls_key_file", "string", "", "private key", idle=True),
         b("tls_ca_file", "string", "", "authority; also for https etcd"),
-        b("api_key_file", "string", "", "one id:key a line", idle=True),
+        b("api_key_file", "string", "", "one id:key a line; then only /health and /ready are open"),
         a("allow_insecure_http", "bool", False, "serve HTTP beyond loopback without api keys"),
     ]
 

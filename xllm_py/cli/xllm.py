@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +13,7 @@ from xllm_py.base.errors import UsageError
 from xllm_py.cli import rules, xllm_flags
 from xllm_py.cli.entry import run_command
 from xllm_py.cli.flags import FlagCommand, Given, echo_given
+from xllm_py.cli.generation_config import sampling_defaults
 from xllm_py.cli.model_path import find_model
 from xllm_py.cluster.instance_info import Role
 from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
@@ -18,6 +21,8 @@ from xllm_py.instance.config import AddressSlice, ClusterSlice, InstanceConfig
 
 INTRO = "xllm: one inference instance. A role, a model, a device:\n  xllm --model=FOLDER --devices=cpu:0"
 _BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_DEVICE = re.compile(r"(cpu|cuda|npu):[0-9]{1,3}")
+_FINITE = {"rpc_channel_timeout_ms": 5000, "rpc_idle_timeout_s": 600}
 _NOT_BUILT = {
     "num_speculative_tokens": 0,
     "enable_pd_ooc": False,
@@ -33,15 +38,15 @@ _NOT_BUILT = {
 
 def build(given: Given) -> InstanceConfig:
     """Check every rule of SPEC section 2; raise UsageError with all causes at once, or ModelLoadError."""
-    values, causes = given.values, rules.Causes()
+    causes = rules.Causes()
+    values = rules.finite(causes, given.values, _FINITE)
+    given = dataclasses.replace(given, values=values)
     _check_simple(causes, values)
     role = _role(causes, values)
     host = values["host"] or "127.0.0.1"
     addresses = _addresses(causes, given, host)
     etcd = rules.etcd(causes, values, values["etcd_ttl"])
-    routed = bool(etcd.address) and (
-        "enable_service_routing" not in given.by_hand or values["enable_service_routing"]
-    )
+    routed = _is_routed(causes, given)
     cluster = ClusterSlice(
         role=role,
         enable_disagg_pd=values["enable_disagg_pd"],
@@ -59,6 +64,7 @@ def build(given: Given) -> InstanceConfig:
     folder = find_model(
         values["model"], values["model_root"] or os.environ.get("XLLM_MODEL_ROOT", "")
     )
+    defaults = sampling_defaults(causes, folder) if values["generation_config"] == "auto" else {}
     names = [values["model_id"] or folder.name, *values["served_model_name"].split(",")]
     return InstanceConfig(
         model_path=str(folder),
@@ -69,8 +75,9 @@ def build(given: Given) -> InstanceConfig:
         cluster=cluster,
         log=log,
         stalled_after_s=values["health_check_interval_ms"] / 1000,
-        banner=values["banner"],
-        warnings=given.warnings,
+        random_seed=values["random_seed"],
+        sampling_defaults=defaults,
+        warnings=(*given.warnings, *causes.warnings),
         given=echo_given(given),
     )
 
@@ -128,6 +135,7 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
         "max_cache_size",
         "max_concurrent_requests",
     )
+    rules.at_least(causes, values, -1, "random_seed", "device_id")
     rules.at_least(
         causes, values, 1, "max_tokens_per_batch", "max_seqs_per_batch", "request_queue_size"
     )
@@ -158,23 +166,25 @@ def _role(causes: rules.Causes, values: Mapping[str, Any]) -> Role:
     return role
 
 
+def _is_routed(causes: rules.Causes, given: Given) -> bool:
+    """Whether it registers: --enable_service_routing, else as soon as there is a registry."""
+    values, name = given.values, "enable_service_routing"
+    if not values["etcd_addr"]:
+        causes.need(not values[name], f"--{name} needs a registry. Pass --etcd_addr=host:port")
+        return False
+    wanted = values[name] or name not in given.by_hand
+    causes.need(
+        wanted or not values["enable_disagg_pd"],
+        f"--enable_disagg_pd implies --{name}. Leave --{name}=false out",
+    )
+    return bool(wanted)
+
+
 def _addresses(causes: rules.Causes, given: Given, host: str) -> AddressSlice:
     values = given.values
-    announced = values["advertise_host"] or host
-    wildcard = announced in ("0.0.0.0", "::")
-    causes.need(not wildcard, f"{announced} is no address to announce. Pass --advertise_host")
-    remote = any(
-        not rules.is_loopback(part.split("://")[-1].rpartition(":")[0].strip("[]"))
-        for part in values["etcd_addr"].split(",")
-        if part
-    )
-    causes.need(
-        not (remote and rules.is_loopback(announced)),
-        f"etcd is on another machine, but this instance announces {announced}. Pass --advertise_host",
-    )
     return AddressSlice(
         host=host,
-        advertise_host=announced,
+        advertise_host=rules.announced(causes, values, host),
         port=rules.port(causes, values, "port"),
         disagg_pd_port=rules.port(causes, values, "disagg_pd_port"),
         disagg_pd_port_may_move="disagg_pd_port" not in given.by_hand,
@@ -185,10 +195,9 @@ def _devices(causes: rules.Causes, values: Mapping[str, Any]) -> tuple[str, ...]
     """`type:index`; empty means cpu:0 until other devices are built."""
     names = tuple(part.strip() for part in values["devices"].split(",") if part.strip())
     for name in names:
-        kind, _, index = name.partition(":")
-        good = kind in ("cpu", "cuda", "npu") and index.isdigit()
         causes.need(
-            good, f"--devices: '{name}' is no device. Write type:index, as cpu:0, cuda:0 or npu:0"
+            _DEVICE.fullmatch(name) is not None,
+            f"--devices: '{name}' is no device. Write type:index, as cpu:0, cuda:0 or npu:0",
         )
     causes.need(
         len({name.partition(":")[0] for name in names}) <= 1, "--devices mixes types. Use one"

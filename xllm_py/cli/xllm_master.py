@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 from xllm_py.base.errors import ModelLoadError, UsageError
 from xllm_py.cli import master_flags, rules
 from xllm_py.cli.entry import run_command
-from xllm_py.cli.flags import FlagCommand, Given, echo_given
+from xllm_py.cli.flags import FlagCommand, Given, echo_given, one_line
 from xllm_py.master.config import MasterConfig
 
 INTRO = (
@@ -16,71 +17,94 @@ INTRO = (
     "  xllm-master --etcd_addr=127.0.0.1:12389 --tokenizer_path=FOLDER"
 )
 _LEASE_S = 3
+_FINITE = {
+    "timeout_ms": 5000,
+    "connect_timeout_ms": 1000,
+    "http_server_idle_timeout_s": 75,
+    "rpc_server_idle_timeout_s": 600,
+}
 
 
 def build(given: Given) -> MasterConfig:
     """Check every rule; raise UsageError with all causes at once, or ModelLoadError."""
-    values, causes = given.values, rules.Causes()
+    causes = rules.Causes()
+    values = rules.finite(causes, given.values, _FINITE)
+    _check_simple(causes, values)
     host = values["server_host"] or "127.0.0.1"
-    announced = values["advertise_host"] or host
-    causes.need(
-        bool(values["tokenizer_path"]), "--tokenizer_path is missing. Pass the model's folder"
-    )
-    causes.need(bool(values["etcd_addr"]), "--etcd_addr is empty. Pass host:port")
-    causes.need(
-        announced not in ("0.0.0.0", "::"),
-        f"{announced} is no address to announce. Pass --advertise_host",
-    )
-    policy = values["load_balance_policy"]
-    if policy != "RR":
-        why = "not built yet" if policy in ("CAR", "SLO_AWARE") else "unknown"
-        causes.need(False, f"--load_balance_policy={policy} is {why}. Use RR")
-    backend = values["default_backend_type"]
-    causes.need(backend == "xllm", f"--default_backend_type={backend} is not built. Use xllm")
-    rules.at_least(
-        causes, values, 1, "timeout_ms", "connect_timeout_ms", "suspect_after_ms", "gone_after_ms"
-    )
-    rules.at_least(causes, values, 1, "detect_disconnected_instance_interval", "max_attempts")
-    rules.at_least(causes, values, 0, "http_server_max_concurrency", "target_ttft", "target_tpot")
-    causes.need(
-        values["gone_after_ms"] >= values["suspect_after_ms"],
-        "--gone_after_ms must not lie below --suspect_after_ms. Raise it",
-    )
-    embedded = values["embedded_etcd"]
-    causes.need(
-        not embedded or "," not in values["etcd_addr"],
-        "--embedded_etcd serves one address. Pass one",
-    )
     config = MasterConfig(
         tokenizer_path=values["tokenizer_path"],
         host=host,
-        advertise_host=announced,
+        advertise_host=rules.announced(causes, values, host),
         http_port=rules.port(causes, values, "http_server_port"),
         rpc_port=rules.port(causes, values, "rpc_server_port"),
         etcd=rules.etcd(causes, values, _LEASE_S),
-        embedded_etcd=embedded,
+        embedded_etcd=values["embedded_etcd"],
         cluster_key=rules.security(causes, values, host, has_peers=True),
-        http=rules.http(causes, values, values["http_server_max_concurrency"]),
+        http=rules.http(
+            causes,
+            values,
+            values["http_server_max_concurrency"],
+            idle_s=values["http_server_idle_timeout_s"],
+        ),
         decode_response_to_service=rules.environment_bool(
             causes, "ENABLE_DECODE_RESPONSE_TO_SERVICE", True
         ),
-        load_balance_policy=policy,
+        load_balance_policy=_policy(causes, values),
         rpc_timeout_s=values["timeout_ms"] / 1000,
         connect_timeout_s=values["connect_timeout_ms"] / 1000,
         suspect_after_s=values["suspect_after_ms"] / 1000,
         gone_after_s=values["gone_after_ms"] / 1000,
         forget_gone_after_s=float(values["detect_disconnected_instance_interval"]),
         log=rules.logs(causes, values),
-        warnings=given.warnings,
+        warnings=(*given.warnings, *causes.warnings),
         given=echo_given(given),
     )
     if causes.lines:
         raise UsageError("\n".join(causes.lines))
-    if not Path(config.tokenizer_path).is_dir():
+    if not rules.is_folder(config.tokenizer_path):
         raise ModelLoadError(
-            f"--tokenizer_path={config.tokenizer_path} is no folder. Pass the model's folder"
+            f"--tokenizer_path={one_line(config.tokenizer_path)} is no folder. Pass the model's folder"
         )
     return config
+
+
+def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
+    causes.need(
+        bool(values["tokenizer_path"]), "--tokenizer_path is missing. Pass the model's folder"
+    )
+    causes.need(bool(values["etcd_addr"]), "--etcd_addr is empty. Pass host:port")
+    causes.need(
+        not values["embedded_etcd"] or "," not in values["etcd_addr"],
+        "--embedded_etcd serves one address. Pass one",
+    )
+    backend = values["default_backend_type"]
+    causes.need(backend == "xllm", f"--default_backend_type={backend} is not built. Use xllm")
+    rules.at_least(
+        causes, values, 1, "timeout_ms", "connect_timeout_ms", "suspect_after_ms", "gone_after_ms"
+    )
+    rules.at_least(
+        causes,
+        values,
+        1,
+        "detect_disconnected_instance_interval",
+        "max_attempts",
+        "http_server_idle_timeout_s",
+    )
+    rules.at_least(causes, values, 0, "http_server_max_concurrency", "target_ttft", "target_tpot")
+    causes.need(
+        values["gone_after_ms"] >= values["suspect_after_ms"],
+        "--gone_after_ms must not lie below --suspect_after_ms. Raise it",
+    )
+
+
+def _policy(causes: rules.Causes, values: Mapping[str, Any]) -> str:
+    """The policy in force."""
+    policy = values["load_balance_policy"]
+    known = policy in ("RR", "CAR", "SLO_AWARE")
+    causes.need(known, f"--load_balance_policy={policy} is unknown. Use RR, CAR or SLO_AWARE")
+    if known and policy != "RR":
+        causes.warn(f"--load_balance_policy={policy} is not built yet; RR is used")
+    return "RR"
 
 
 def _run(given: Given) -> int:
@@ -90,7 +114,9 @@ def _run(given: Given) -> int:
     return run(config)
 
 
-COMMAND = FlagCommand("xllm-master", INTRO, master_flags.TABLE, _run)
+COMMAND = FlagCommand(
+    "xllm-master", INTRO, master_flags.TABLE, _run, aliases=("xllm_master_serving",)
+)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -49,6 +49,7 @@ class Card:
     served_names: tuple[str, ...] = ()
     max_model_len: int = 0
     vocab_size: int = 0
+    sampling_defaults: dict[str, float] = field(default_factory=dict)
     model_fingerprint: str = ""
     dtype: str = ""
     kv_dtype: str = ""
@@ -70,7 +71,7 @@ class Card:
         return Role(self.type)
 
 
-_FIELDS = {field.name: field for field in dataclasses.fields(Card)}
+_FIELDS = {each.name: each for each in dataclasses.fields(Card)}
 _REQUIRED = ("name", "rpc_address", "type", "incarnation_id")
 
 
@@ -108,14 +109,16 @@ def card_from_json(raw: bytes, key: bytes) -> Card:
 def _build(body: dict[str, Any]) -> Card:
     values: dict[str, Any] = {}
     for name, value in body.items():
-        field = _FIELDS.get(name)
-        if field is None:
+        if name not in _FIELDS:
             continue
         values[name] = tuple(value) if isinstance(value, list) else value
     for name, value in values.items():
         wanted = str(_FIELDS[name].type).partition("[")[0]
         if type(value).__name__ != wanted:
             raise ProtocolViolation(f"card field {name} is a {type(value).__name__}, not {wanted}")
+    for name, value in values.get("sampling_defaults", {}).items():
+        if type(value) not in (int, float):
+            raise ProtocolViolation(f"card field sampling_defaults: {name} is no number")
     if values["type"] not in {role.value for role in Role}:
         raise ProtocolViolation(f"card type {values['type']} is no role")
     return Card(**values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,8 @@ class HttpSlice:
     max_best_of: int = 8
     metrics: bool = True
     debug_endpoints: bool = False
+    idle_connection_s: float = 75.0  # between two requests of one connection
+    api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> key; empty: open
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from xllm_py.cluster.instance_info import Role
 from xllm_py.core.config import EngineConfig
@@ -46,6 +47,7 @@ class InstanceConfig:
     log: LogSlice
     stalled_after_s: float = 3.0  # work queued and no step for so long: /health says 503
     engine_start_timeout_s: float = 900.0
-    banner: bool = True
+    random_seed: int = -1  # base of the seeds drawn at our own door; -1: from the system
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # of the model's file
     warnings: tuple[str, ...] = ()
     given: str = ""  # all flags that were given, for the log

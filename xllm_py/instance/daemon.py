@@ -203,6 +203,9 @@ def _settings(config: InstanceConfig) -> HttpSettings:
         request_timeout_s=http.request_timeout_s,
         debug_endpoints=http.debug_endpoints,
         serve_metrics=http.metrics,
+        idle_connection_s=http.idle_connection_s,
+        api_keys=http.api_keys,
+        random_seed=config.random_seed,
         allowed_hosts=frozenset({config.addresses.host, config.addresses.advertise_host}),
     )
 

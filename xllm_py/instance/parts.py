@@ -106,6 +106,7 @@ class Parts:
                 vocab_size=ready.vocab_size,
                 created=int(self.clock.wall()),
                 fingerprint=ready.model_fingerprint[:12],
+                sampling_defaults=self.config.sampling_defaults,
             )
             for name in self.config.served_names
         )
@@ -223,6 +224,7 @@ def make_card(parts: Parts, identity: Identity, control_port: int, state: str) -
         served_names=config.served_names,
         max_model_len=ready.max_model_len,
         vocab_size=ready.vocab_size,
+        sampling_defaults=dict(config.sampling_defaults),
         model_fingerprint=ready.model_fingerprint,
         dtype=ready.dtype,
         kv_dtype=ready.dtype,

@@ -222,6 +222,7 @@ def _narrowed(known: ServedModel | None, name: str, card: Card) -> ServedModel:
         vocab_size=card.vocab_size,
         created=card.register_ts_ms // 1000,
         fingerprint=f"fp_{card.model_fingerprint[:12]}",
+        sampling_defaults=card.sampling_defaults,
     )
     if known is None:
         return mine

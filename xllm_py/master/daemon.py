@@ -200,6 +200,8 @@ def _settings(config: MasterConfig) -> HttpSettings:
         request_timeout_s=http.request_timeout_s,
         debug_endpoints=http.debug_endpoints,
         serve_metrics=http.metrics,
+        idle_connection_s=http.idle_connection_s,
+        api_keys=http.api_keys,
         allowed_hosts=frozenset({config.host, config.advertise_host}),
     )
 

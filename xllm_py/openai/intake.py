@@ -7,6 +7,7 @@ the door's own few threads. Never talks to an engine.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ class Intake:
         self._template = template
         self._settings = settings
         self._on_ignored = on_ignored
+        self._draw_seed = _seeds(settings.random_seed)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
 
     def close(self) -> None:
@@ -190,7 +192,7 @@ class Intake:
                     prompt_ids=prompt,
                     sampling=SamplingParams(
                         max_tokens=_max_tokens(body, model, len(prompt), chat=chat),
-                        seed=ids.seed() if body.seed is None else body.seed,
+                        seed=self._draw_seed() if body.seed is None else body.seed,
                         **fields,
                     ),
                     timeout_s=timeout_s,
@@ -198,6 +200,14 @@ class Intake:
                 for index, prompt in enumerate(prompts)
             ),
         )
+
+
+def _seeds(base: int) -> Callable[[], int]:
+    """Where seeds of requests without one come from; of one base always the same ones in a row."""
+    if base < 0:
+        return ids.seed
+    generator = random.Random(base)
+    return lambda: generator.getrandbits(63)
 
 
 def _split_prompts(

@@ -27,6 +27,7 @@ class HttpSettings:
     # names the Host header may carry beside `localhost` and IP addresses; "*": any
     allowed_hosts: frozenset[str] = frozenset()
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> key; empty: open
+    random_seed: int = -1  # base of the seeds drawn for requests that bring none; -1: the system's
     version: Mapping[str, str] = field(default_factory=dict)  # further fields of /version
 
     @property
