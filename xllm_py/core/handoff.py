@@ -9,7 +9,7 @@ P gives, D takes. Events go in, actions come out; engine/handoff_agent acts them
 
 Who owns the request? Until COMMIT has left, P alone: D cannot run without a verified COMMIT, so P may cancel the grant and
 decode here. After COMMIT has left and before the acknowledgement, perhaps D: P must not decode, and when the link fails now
-the attempt is lost (the master tries again). After the acknowledgement, D alone, and only then are P's blocks free. The
+the attempt is lost and its client gets an error. After the acknowledgement, D alone, and only then are P's blocks free. The
 first token is told beside the KV; D's word that it knows the grant is needed too, else nobody would ever run the request.
 
 Each handoff ends in exactly one closed state and says exactly one Verdict.

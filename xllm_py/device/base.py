@@ -1,6 +1,6 @@
 """The Device protocol: memory, packed linears, the paged KV cache and attention over it.
 
-Real: cuda, npu; reference and oracle: cpu. Called by model/ and the rank side of engine/. A device knows tensors, blocks and
+Real so far: cpu, which is also the oracle for cuda and npu to come. Called by model/ and the rank side of engine/. A device knows tensors, blocks and
 slots; it knows nothing of requests. Conformance: tests/conformance/test_device.py.
 """
 

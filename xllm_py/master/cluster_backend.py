@@ -1,7 +1,7 @@
 """The Backend of a whole cluster: places a request, submits it to P with D as receiver, reads its tokens from the log.
 
 Whatever ends the reading early (the client left, a stop string, the deadline, an error) ends the request at P and D at once by
-Cancel. Errors of this issue's reach are final: a lost instance is 503 instance_lost, never a hang.
+Cancel. Nothing is tried a second time: a lost instance is 503 instance_lost, never a hang.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Floor 3: who is there. etcd, an etcd-compatible server for one box, and a fake, behind five verbs."""
+"""Floor 3: who is there. etcd, an etcd-compatible server for one box, and a fake, behind one protocol."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The Registry protocol: keys under leases, a list with its revision, and a watch from a revision that never dies silently.
 
-Used by instance/announcer (a card under a lease) and master/instance_manager (list and watch). Every call has a deadline and
-raises RegistryUnavailable. Conformance: tests/conformance/test_registry.py, run against memory, embedded and a real etcd.
+Used by instance/announcer and master/daemon (a card or record under a lease), master/instance_manager and instance/masters (list
+and watch), and registry/cluster_key. Every call has a deadline and raises RegistryUnavailable. Conformance:
+tests/conformance/test_registry.py, run against memory, embedded and a real etcd.
 """
 
 from __future__ import annotations

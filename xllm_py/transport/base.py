@@ -57,7 +57,7 @@ class KvEvent:
 
 
 class KvTransport(Protocol):
-    """See the module's text. Verbs of DESIGN section 4: connect, push, poll, close."""
+    """See the module's text; docs/decisions/0016 says why it has these verbs."""
 
     @property
     def endpoint(self) -> str:

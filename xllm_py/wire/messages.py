@@ -160,7 +160,7 @@ class Verdicts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Counters for heartbeats, /health and the watchdog; sent at least every 100 ms while there is work."""
+    """Counters for heartbeats and /health: before a step that may be long, about every 50 ms while steps are short, once a second idle."""
 
     steps: int = 0
     tokens: int = 0
