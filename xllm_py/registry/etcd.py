@@ -1,7 +1,7 @@
 """The registry over a real etcd, or anything that speaks its v3 API: unary calls with deadlines, on grpc.aio.
 
 etcd3, the library, would block the event loop, and its watcher never comes back after an outage; see docs/decisions. Its
-synchronous client serves command-line checks and tests (registry/etcd_sync). The two loops are registry/etcd_lease and
+synchronous client makes the first contact at start (registry/etcd_sync). The two loops are registry/etcd_lease and
 registry/etcd_watch. A namespace is put before every key here and taken off again.
 """
 
@@ -18,6 +18,7 @@ from xllm_py.base.clock import Clock
 from xllm_py.base.errors import RegistryUnavailable
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.core.service_config import EtcdSlice
+from xllm_py.registry import etcd_sync
 from xllm_py.registry.base import Entry, Lease
 from xllm_py.registry.etcd_lease import EtcdLease
 from xllm_py.registry.etcd_stubs import rpc_pb2, rpc_pb2_grpc
@@ -69,13 +70,21 @@ class EtcdRegistry:
         deadline = self._clock.now() + self._config.start_timeout_s
         while True:
             try:
+                await self._greet()
                 await self._sign_in()
-                await self.entries("XLLM:")
                 return
             except RegistryUnavailable as error:
                 if self._clock.now() + _RETRY_S > deadline or "refuses" in error.message:
                     raise
             await asyncio.sleep(_RETRY_S)
+
+    async def _greet(self) -> None:
+        try:
+            found = await asyncio.to_thread(etcd_sync.greet, self._config, self.key("XLLM:"))
+        except grpc.RpcError as error:
+            raise self._unavailable(error) from error
+        self.up = True
+        _log.info("etcd found", endpoint=found.endpoint, version=found.version)
 
     async def _sign_in(self) -> None:
         if not self._config.username:
@@ -112,7 +121,7 @@ class EtcdRegistry:
             return answer
         raise AssertionError("unreachable: the second attempt returns or raises")
 
-    def _unavailable(self, error: grpc.aio.AioRpcError) -> RegistryUnavailable:
+    def _unavailable(self, error: grpc.RpcError) -> RegistryUnavailable:
         code, details = error.code(), error.details() or ""
         address = self._config.address
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED) or (
@@ -201,7 +210,7 @@ class EtcdRegistry:
 
 def _open_channel(address: str, authority: bytes | None) -> grpc.aio.Channel:
     """One channel over all endpoints of a comma list."""
-    hosts = [part.partition("://")[2] or part for part in address.split(",")]
+    hosts = etcd_sync.endpoints(address)
     target = hosts[0] if len(hosts) == 1 else "ipv4:" + ",".join(hosts)
     if address.startswith("https://"):
         credentials = grpc.ssl_channel_credentials(root_certificates=authority)
