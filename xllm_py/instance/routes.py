@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import psutil
-
+from xllm_py.base import process
 from xllm_py.base.errors import RequestNotFound
 from xllm_py.instance.parts import Parts
 from xllm_py.openai.exchange import Handler, Request
@@ -14,7 +13,6 @@ class InstanceRoutes:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._process = psutil.Process()
 
     def table(self) -> dict[tuple[str, str], Handler]:
         """For openai.app."""
@@ -27,13 +25,13 @@ class InstanceRoutes:
         """Blocks, grants, links, requests, rows, tasks, file handles, resident bytes; engine and API process."""
         parts = self._parts
         counts = await parts.engine.ledger()
-        engine = psutil.Process(parts.engine.pid)
+        ours, engines = process.held(), process.held(parts.engine.pid)
         extra = {
             "outlets": parts.outlets.num_open,
             "tasks": parts.tasks.size,
-            "file_handles": self._process.num_fds() + engine.num_fds(),
-            "threads": self._process.num_threads() + engine.num_threads(),
-            "resident_bytes": self._process.memory_info().rss + engine.memory_info().rss,
+            "file_handles": ours.file_handles + engines.file_handles,
+            "threads": ours.threads + engines.threads,
+            "resident_bytes": ours.resident_bytes + engines.resident_bytes,
         }
         if parts.routed is not None:
             extra["unacknowledged"] = parts.routed.generations.num_unacknowledged

@@ -6,8 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable
 
-import psutil
-
+from xllm_py.base import process
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import RequestNotFound
 from xllm_py.master.generations import Generations
@@ -70,14 +69,14 @@ class AdminRoutes:
 
     async def ledger(self, request: Request) -> tuple[int, object]:
         """Counts that are 0 when idle, and what the process holds."""
-        process = psutil.Process()
+        held = process.held()
         return 200, {
             **self._generations.ledger(),
             "streams": self._num_streams(),
             "instance_streams": self._generations.num_streams,
             "tasks": len(asyncio.all_tasks()),
-            "file_handles": process.num_fds(),
-            "resident_bytes": process.memory_info().rss,
+            "file_handles": held.file_handles,
+            "resident_bytes": held.resident_bytes,
         }
 
     async def request(self, request: Request) -> tuple[int, object]:

@@ -1,0 +1,43 @@
+"""What a process holds is read from the operating system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xllm_py.base import process
+
+
+def test_an_open_file_shows_in_what_we_hold() -> None:
+    before = process.held()
+    with Path(os.devnull).open("rb"):
+        assert process.held().file_handles == before.file_handles + 1
+    assert before.threads >= 1
+    assert before.resident_bytes > 1 << 20
+
+
+def test_a_child_is_counted_on_its_own() -> None:
+    command = [sys.executable, "-c", "print(1, flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        seen = process.held(child.pid)
+        child.communicate(b"\n", timeout=30)
+    assert seen.file_handles >= 3
+    assert 0 < seen.resident_bytes < process.held().resident_bytes
+
+
+def test_a_process_that_is_gone_is_named() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait(timeout=30)
+    with pytest.raises(ProcessLookupError, match=str(child.pid)):
+        process.held(child.pid)
+
+
+def test_the_host_has_at_least_as_much_memory_as_it_has_left() -> None:
+    available, total = process.host_memory()
+    assert 0 < available <= total
