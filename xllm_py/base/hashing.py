@@ -1,4 +1,4 @@
-"""The block-hash chain: one function for P, D and master.
+"""Digests, keys derived from one secret, and the block-hash chain: one function for P, D and master, for the prefix cache to come.
 
 H0 = h(root | ids of block 0), Hi = h(Hi-1 | ids of block i); ids as 32-bit little-endian; h is BLAKE2b with 16 bytes of
 output, keyed from the cluster key (SPEC section 6.7). Tokens after the last full block have no hash of their own in the
@@ -7,20 +7,16 @@ prefix cache, but take part in `prompt_digest`, which ties KV in transit to the 
 
 from __future__ import annotations
 
-import array
 import hashlib
 import hmac
-import sys
+import struct
 from collections.abc import Sequence
 
 HASH_BYTES = 16
 
 
 def _ids_bytes(ids: Sequence[int]) -> bytes:
-    packed = array.array("I", ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+    return struct.pack(f"<{len(ids)}I", *ids)
 
 
 def chain_root(*, key: bytes, model_fingerprint: str, seed: int = 1024, salt: str = "") -> bytes:
