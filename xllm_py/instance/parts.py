@@ -20,7 +20,7 @@ from xllm_py.cluster.load import Load, Progress
 from xllm_py.control.client import GenerationsStream, MasterClient
 from xllm_py.control.server import ControlServer, join_address, serve_instance
 from xllm_py.core.plan import Outputs
-from xllm_py.core.request import Offer, Submission
+from xllm_py.core.request import Submission
 from xllm_py.instance.announcer import Announcer
 from xllm_py.instance.config import InstanceConfig
 from xllm_py.instance.control_service import ControlService
@@ -255,10 +255,9 @@ async def routed_parts(
     announcer = Announcer(
         registry=registry, cluster_key=key, ttl_s=config.cluster.etcd.ttl_s, tasks=parts.tasks
     )
-    caller: dict[str, Any] = {"cluster_key": key, "sender": identity.incarnation}
 
     def connect(address: str, kind: Literal["master", "instance"]) -> GenerationsStream:
-        return GenerationsStream(address, kind, **caller)
+        return GenerationsStream(address, kind, cluster_key=key, sender=identity.incarnation)
 
     generations = Generations(
         name=name,
@@ -288,44 +287,61 @@ async def routed_parts(
         cluster_key=key,
         incarnation=identity.incarnation,
     )
-
-    def identify(offer: Offer) -> Offer:
-        address = join_address(host, control.port)
-        return identified(offer, name=name, address=address, incarnation=identity.incarnation)
-
-    peers = Peers(
-        engine=lambda: parts.engine,
-        card_json=announcer.signed,
-        identify=identify,
-        cluster_key=key,
-        incarnation=identity.incarnation,
-        timeout_s=config.cluster.rpc_timeout_s,
-        tasks=parts.tasks,
-    )
-    masters = Masters(
-        cluster_key=key,
-        client=lambda address: MasterClient(
-            address, timeout_s=config.cluster.rpc_timeout_s, **caller
-        ),
-        beat=lambda sequence: routed.beat(sequence),
-        interval_s=config.cluster.heart_beat_interval_s,
-        generations=generations,
-        on_unknown=announcer.put_again,
-        tasks=parts.tasks,
-    )
     routed = Routed(
         parts=parts,
         identity=identity,
         generations=generations,
         relay=relay,
-        peers=peers,
+        peers=_peers(parts, identity, announcer, name, join_address(host, control.port)),
         service=service,
         control=control,
         announcer=announcer,
-        masters=masters,
+        masters=_masters(
+            parts, identity, announcer, generations, lambda sequence: routed.beat(sequence)
+        ),
     )
     parts.routed = routed
     return routed
+
+
+def _peers(
+    parts: Parts, identity: Identity, announcer: Announcer, name: str, address: str
+) -> Peers:
+    return Peers(
+        engine=lambda: parts.engine,
+        card_json=announcer.signed,
+        identify=functools.partial(
+            identified, name=name, address=address, incarnation=identity.incarnation
+        ),
+        cluster_key=identity.cluster_key,
+        incarnation=identity.incarnation,
+        timeout_s=parts.config.cluster.rpc_timeout_s,
+        tasks=parts.tasks,
+    )
+
+
+def _masters(
+    parts: Parts,
+    identity: Identity,
+    announcer: Announcer,
+    generations: Generations,
+    beat: Callable[[int], Heartbeat],
+) -> Masters:
+    cluster = parts.config.cluster
+    return Masters(
+        cluster_key=identity.cluster_key,
+        client=lambda address: MasterClient(
+            address,
+            timeout_s=cluster.rpc_timeout_s,
+            cluster_key=identity.cluster_key,
+            sender=identity.incarnation,
+        ),
+        beat=beat,
+        interval_s=cluster.heart_beat_interval_s,
+        generations=generations,
+        on_unknown=announcer.put_again,
+        tasks=parts.tasks,
+    )
 
 
 async def _describe(parts: Parts, identity: Identity) -> dict[str, Any]:
