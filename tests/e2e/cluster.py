@@ -14,10 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 60.0
@@ -43,29 +45,73 @@ def wait_for(what: str, condition: Any, timeout_s: float = 30.0) -> Any:
 
 
 @dataclass
+class Answer:
+    """What came back."""
+
+    status: int
+    headers: Mapping[str, str]  # names in lower case
+    body: Any  # JSON where it is JSON, else text
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object; no answer without one is asked for it."""
+        assert isinstance(self.body, dict), self.body
+        error = self.body["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return dict(error)
+
+
+@dataclass
 class Daemon:
-    """One process, its HTTP port and its log."""
+    """One process, its HTTP port and its log. A restarted one is the same Daemon with another process."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    command: list[str]
+    env: dict[str, str]
     port: int
     log_file: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start it."""
+        self.start()
+
+    def start(self) -> None:
+        """A new process with the same command; its log goes on where the last one ended."""
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, **self.env}
+            )
+
+    def exchange(
+        self,
+        method: str,
+        path: str,
+        raw: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 60.0,
+    ) -> Answer:
+        """One request as bytes."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            sent = {"content-type": "application/json", **(headers or {})}
+            connection.request(method, path, raw, sent)
+            answer = connection.getresponse()
+            body: Any = answer.read().decode()
+            named = {name.lower(): value for name, value in answer.headers.items()}
+        finally:
+            connection.close()
+        with contextlib.suppress(ValueError):
+            body = json.loads(body)
+        return Answer(answer.status, named, body)
 
     def request(
         self, method: str, path: str, body: Any = None, timeout_s: float = 60.0
     ) -> tuple[int, Any]:
         """(status, JSON or text)."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
-        try:
-            raw = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, raw, {"content-type": "application/json"})
-            answer = connection.getresponse()
-            text = answer.read().decode()
-        finally:
-            connection.close()
-        with contextlib.suppress(ValueError):
-            return answer.status, json.loads(text)
-        return answer.status, text
+        raw = None if body is None else json.dumps(body).encode()
+        answer = self.exchange(method, path, raw, timeout_s=timeout_s)
+        return answer.status, answer.body
 
     def stream(self, path: str, body: Any, timeout_s: float = 60.0) -> Iterator[Any]:
         """The `data:` lines of an SSE answer, parsed; the last one is the text `[DONE]` when it ended well."""
@@ -112,6 +158,43 @@ class Daemon:
         assert isinstance(body, dict)
         return body
 
+    def idle(self) -> bool:
+        """An instance: no block in use, no grant, no request left."""
+        ledger = self.ledger()
+        return (
+            ledger["free"] + ledger["cached"] == ledger["total"]
+            and not ledger.get("kv_grants_open")  # only who takes handoffs has grants
+            and ledger["requests_open"] == 0
+            and ledger["outlets"] == 0
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """The daemon and, of an instance, its engine."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children()]
+
+    @contextlib.contextmanager
+    def frozen(self, *, engine_too: bool) -> Iterator[None]:
+        """Inside, the process is stopped but not dead: its ports take connections and nothing answers."""
+        chosen = self.processes()[: None if engine_too else 1]
+        try:
+            for process in chosen:
+                process.suspend()
+            yield
+        finally:
+            for process in chosen:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon alone: its engine has to notice by itself."""
+        every = self.processes()
+        self.process.kill()
+        self.process.wait()
+        wait_for(
+            f"the engine of {self.name} to die", lambda: not psutil.wait_procs(every, timeout=0)[1]
+        )
+
     def stop(self, timeout_s: float = 15.0) -> int:
         """SIGTERM, wait, and the exit code; SIGKILL when it does not leave."""
         if self.process.poll() is None:
@@ -137,16 +220,8 @@ class Cluster:
         self, name: str, program: str, *flags: str, port: int, env: dict[str, str] | None = None
     ) -> Daemon:
         """Start one daemon without waiting."""
-        log_file = self.folder / f"{name}.log"
-        with log_file.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"xllm_py.{program}", *flags],
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-                env={**os.environ, **(env or {})},
-            )
-        daemon = Daemon(name, process, port, log_file)
+        command = [sys.executable, "-m", f"xllm_py.{program}", *flags]
+        daemon = Daemon(name, command, env or {}, port, self.folder / f"{name}.log")
         self.daemons.append(daemon)
         return daemon
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import Cluster, running
+
+DECODE_TOKENS = 1920
+DECODE_CACHE_BYTES = (
+    DECODE_TOKENS * 2 * 3 * 2 * 16 * 4
+)  # K and V, layers, heads, head size, float32
 
 
 @pytest.fixture(scope="session")
@@ -29,14 +35,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="session", params=["direct", "relayed"])
-def pd_cluster(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:
-    """Registry, master, one PREFILL, one DECODE; D answers straight to the master, or through P."""
-    direct = "true" if request.param == "direct" else "false"
-    with running(tmp_path_factory.mktemp(request.param), tiny_model) as cluster:
-        cluster.start_master(env={"ENABLE_DECODE_RESPONSE_TO_SERVICE": direct})
+@contextmanager
+def pair(folder: Path, model: Path, *, direct: bool) -> Iterator[Cluster]:
+    """Registry, master, one PREFILL, one DECODE."""
+    with running(folder, model) as cluster:
+        cluster.start_master(env={"ENABLE_DECODE_RESPONSE_TO_SERVICE": str(direct).lower()})
         cluster.start_instance("prefill", "PREFILL", "--block_size=16")
         cluster.start_instance("decode", "DECODE", "--block_size=16")
         cluster.wait_ready()
@@ -44,9 +47,55 @@ def pd_cluster(
 
 
 @pytest.fixture(scope="session")
+def direct_cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """D answers straight to the master."""
+    with pair(tmp_path_factory.mktemp("direct"), tiny_model, direct=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def relayed_cluster(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """D answers through P."""
+    with pair(tmp_path_factory.mktemp("relayed"), tiny_model, direct=False) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session", params=["direct", "relayed"])
+def pd_cluster(request: pytest.FixtureRequest) -> Cluster:
+    """Each of the two."""
+    cluster = request.getfixturevalue(f"{request.param}_cluster")
+    assert isinstance(cluster, Cluster)
+    return cluster
+
+
+@pytest.fixture(scope="session")
 def lone_instance(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One DEFAULT instance, no registry."""
     with running(tmp_path_factory.mktemp("lone"), tiny_model) as cluster:
         cluster.start_instance("default", "DEFAULT", "--block_size=16")
+        cluster.wait_ready()
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def slow_cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Every phase lasts long enough to be looked at.
+
+    P computes one token a step and one request at a time; D holds fewer tokens than P; the master bears silence.
+    """
+    with running(tmp_path_factory.mktemp("slow"), tiny_model) as cluster:
+        cluster.start_master("--suspect_after_ms=30000", "--gone_after_ms=30000")
+        cluster.start_instance(
+            "prefill",
+            "PREFILL",
+            "--block_size=16",
+            "--max_seqs_per_batch=1",
+            "--max_tokens_per_chunk_for_prefill=1",
+        )
+        cluster.start_instance(
+            "decode", "DECODE", "--block_size=16", f"--max_cache_size={DECODE_CACHE_BYTES}"
+        )
         cluster.wait_ready()
         yield cluster

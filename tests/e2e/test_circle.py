@@ -28,16 +28,6 @@ def text_of(daemon: Daemon, request: dict[str, Any]) -> str:
     return str(answer["choices"][0]["text"])
 
 
-def idle(daemon: Daemon) -> bool:
-    """No block in use, no grant, no request left on an instance."""
-    ledger = daemon.ledger()
-    return (
-        ledger["free"] + ledger["cached"] == ledger["total"]
-        and ledger["kv_grants_open"] == 0
-        and ledger["requests_open"] == 0
-    )
-
-
 @pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 0.9, "seed": 11}])
 def test_two_instances_say_what_one_says(
     pd_cluster: Cluster, lone_instance: Cluster, fields: dict[str, Any]
@@ -100,7 +90,7 @@ def _leave_at_random(daemon: Daemon, request: dict[str, Any], num_chunks: int) -
 def test_two_hundred_mixed_requests_leave_nothing_behind(pd_cluster: Cluster) -> None:
     master, prefill, decode = pd_cluster.daemons
     for instance in (prefill, decode):
-        wait_for("an idle start", lambda instance=instance: idle(instance))
+        wait_for("an idle start", instance.idle)
     before = {d.name: d.ledger()["file_handles"] for d in pd_cluster.daemons}
     chooser = random.Random(5)
     ended: list[int] = []
@@ -126,9 +116,7 @@ def test_two_hundred_mixed_requests_leave_nothing_behind(pd_cluster: Cluster) ->
         list(pool.map(one, range(200)))
     assert len(ended) == 200
     for instance in (prefill, decode):
-        wait_for(
-            f"all blocks of {instance.name} back", lambda instance=instance: idle(instance), 10
-        )
+        wait_for(f"all blocks of {instance.name} back", instance.idle, 10)
     wait_for("the master to forget", lambda: master.ledger()["open_requests"] == 0, 10)
     for daemon in pd_cluster.daemons:
         wait_for(
