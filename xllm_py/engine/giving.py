@@ -1,8 +1,8 @@
 """P's side of handoffs: acts out core/handoff.Giver for every request that is to be given away.
 
 Offers a request when it is admitted, pushes blocks, commits, tells the first token, and frees the blocks on the peer's
-acknowledgement. Part of engine/handoff_agent; it decides nothing the machine can decide. The peer's answer is read between two
-steps: blocks of the step that ran meanwhile follow at once, those of later chunks leave layer by layer while they are computed.
+acknowledgement. Part of engine/handoff_agent; it decides nothing the machine can decide. The peer's answer is taken even while a
+step is computed: what the finished layers hold follows at once, the other layers leave as they are computed.
 
 Before a step is computed, the grants of requests that ended are abandoned: from then on the transport reads none of their
 blocks, which may belong to somebody else in that very step.
@@ -63,7 +63,11 @@ class GivingAgent:
         self._send = send
         self._giving: dict[str, _Giving] = {}
         self._by_grant: dict[bytes, _Giving] = {}
-        self._claims: list[tuple[bytes, int, tuple[int, ...]]] = []  # of the step that runs now
+        # of the step that runs now: its rows, how many of its layers are stored, and the blocks that leave with each layer
+        self._plan: StepPlan | None = None
+        self._index_of_row: dict[int, int] = {}
+        self._num_stored = 0
+        self._claims: list[tuple[bytes, int, tuple[int, ...]]] = []
         self._offers: list[Offer] = []
         self._jitter = random.Random()
 
@@ -92,19 +96,29 @@ class GivingAgent:
         if self._offers:  # now, so that the peers answer while the step computes
             self._send(m.OffersOut(offers=self._offers))
             self._offers = []
+        self._plan, self._num_stored = (None if plan.empty else plan), 0
+        self._index_of_row = {row: i for i, row in enumerate(plan.rows)} if self._giving else {}
         self._claims.clear()
-        if self._by_grant and not plan.empty:
-            self._claim(plan)
+        for giving in self._by_grant.values():
+            self._claim(giving)
 
     def layer_done(self, layer: int) -> None:
         """In mid-step: the KV of this layer is complete for every claimed block."""
+        self._num_stored = layer + 1
         if self._transport is None:
             return
         for grant, first, block_ids in self._claims:
             self._transport.push(grant, layer, first, block_ids)
 
+    @property
+    def awaits_answer(self) -> bool:
+        """Whether some peer was asked and has not answered yet."""
+        offered = handoff.GiverState.OFFERED
+        return any(giving.machine.state is offered for giving in self._giving.values())
+
     def after_step(self, now: float) -> None:
         """Tell the machines how far the prompts are."""
+        self._plan = None
         self._claims.clear()
         self._drop_ended(now)
         for giving in list(self._giving.values()):
@@ -138,7 +152,7 @@ class GivingAgent:
         self._act(giving, giving.machine.start(), now)
 
     def on_answers(self, command: m.Answers, now: float) -> None:
-        """P: what D said to an offer."""
+        """P: what D said to an offer; also in mid-step."""
         for answer in command.answers:
             giving = self._giving.get(answer.request_id)
             if giving is None or giving.request.submission.attempt != answer.attempt:
@@ -147,6 +161,7 @@ class GivingAgent:
             if answer.grant:
                 giving.request.stamp(Moment.GRANTED, now)
             self._act(giving, giving.machine.on_answer(answer, now), now)
+            self._claim(giving)
 
     def _decline(self, answer: OfferAnswer) -> None:
         """The request ended while D was asked; the Cancel that was sent then has ended the reservation too."""
@@ -162,18 +177,24 @@ class GivingAgent:
                 actions = giving.machine.on_first_delivered(accepted, answered, now)
                 self._act(giving, actions, now)
 
-    def _claim(self, plan: StepPlan) -> None:
-        """Blocks that will be complete after this step leave with it, layer by layer."""
-        index_of_row = {row: index for index, row in enumerate(plan.rows)}
-        for grant, giving in self._by_grant.items():
-            index = index_of_row.get(giving.request.row)
-            if index is None or giving.request.state is not State.RUNNING:
-                continue
-            computed = plan.num_computed[index] + plan.num_tokens[index]
-            first, count = giving.machine.claim(self._complete_blocks(giving.request, computed))
-            if count:
-                block_ids = tuple(giving.request.block_ids[first : first + count])
-                self._claims.append((grant, first, block_ids))
+    def _claim(self, giving: _Giving) -> None:
+        """Blocks that will be complete after the step that runs leave with it, layer by layer; those layers that are stored
+        already leave now.
+        """
+        plan, request = self._plan, giving.request
+        if plan is None or not giving.grant or request.state is not State.RUNNING:
+            return
+        index = self._index_of_row.get(request.row)
+        if index is None:
+            return
+        computed = plan.num_computed[index] + plan.num_tokens[index]
+        first, count = giving.machine.claim(self._complete_blocks(request, computed))
+        if not count:
+            return
+        block_ids = tuple(request.block_ids[first : first + count])
+        self._claims.append((giving.grant, first, block_ids))
+        for layer in range(self._num_stored):
+            self._require_transport().push(giving.grant, layer, first, block_ids)
 
     def _complete_blocks(self, request: Request, num_computed: int) -> int:
         """Prompt blocks whose KV is final: full ones, and the partial last one when the prompt is done."""

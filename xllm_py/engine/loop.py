@@ -2,8 +2,9 @@
 
     take commands -> take transport events -> schedule -> execute (KV leaves layer by layer) -> apply -> send outputs
 
-Called by engine/__main__. It decides nothing: the scheduler decides what to compute, the handoff agent what to send. When
-there is nothing to compute it sleeps in select until a command, a transport event or the next deadline.
+Called by engine/__main__. It decides nothing: the scheduler decides what to compute, the handoff agent what to send. While a step
+is computed, only answers to our offers are obeyed, between two layers, because their KV can leave at once; all other commands wait
+for the step's end. When there is nothing to compute it sleeps in select until a command, a transport event or the next deadline.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import Any
 
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
-from xllm_py.base.errors import IllegalTransition, RequestError, StartError
+from xllm_py.base.errors import (
+    IllegalTransition,
+    PeerUnavailable,
+    RequestError,
+    StartError,
+)
 from xllm_py.core.executor import Executor
 from xllm_py.core.plan import StepPlan
 from xllm_py.core.request import Submission
@@ -55,6 +61,7 @@ class EngineLoop:
         self._s_per_token = 0.001  # of compute, learnt; announces how long a step may take
         self._told_at = 0.0
         self._stuck = False
+        self._postponed: list[m.Command] = []  # came while a step was computed
         self._readers: list[Any] = [pipe, *agent.wake_fds]
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             m.Submit: self._on_submit,
@@ -75,10 +82,12 @@ class EngineLoop:
 
     def turn(self, timeout_s: float) -> None:
         """One round: wait at most `timeout_s` for news, then at most one step."""
-        readable, _, _ = select.select(self._readers, [], [], timeout_s)
+        commands, self._postponed = self._postponed, []
+        readable, _, _ = select.select(self._readers, [], [], 0.0 if commands else timeout_s)
         if self._pipe in readable:
-            for command in self._pipe.receive():
-                self._obey(command)
+            commands += self._pipe.receive()
+        for command in commands:
+            self._obey(command)
         now = self._clock.now()
         self._agent.on_news(now)
         plan = self._scheduler.schedule(now)
@@ -99,7 +108,9 @@ class EngineLoop:
         if estimate > _PROGRESS_S:
             self._tell_progress(announced_s=estimate, force=True)
         try:
-            result = self._executor.execute(plan, self._agent.layer_done)
+            result = self._executor.execute(plan, self._layer_done)
+        except PeerUnavailable:
+            raise  # the pipe ended in mid-step
         except Exception as error:
             # one of the four edges: whatever the model raised, the executor's state is unknown now
             _log.error("executor failed", step=plan.step, exc_info=error)
@@ -110,6 +121,18 @@ class EngineLoop:
         self._s_per_token = max(self._s_per_token * 0.9, self._step_s / max(1, num_tokens))
         self._steps += 1
         self._tokens += len(result.token_ids)
+
+    def _layer_done(self, layer: int) -> None:
+        """In mid-step: push what this layer completed, and look for answers to offers."""
+        self._agent.layer_done(layer)
+        if not self._agent.giving.awaits_answer:
+            return
+        while select.select([self._pipe], [], [], 0.0)[0]:
+            for command in self._pipe.receive():
+                if isinstance(command, m.Answers):
+                    self._obey(command)
+                else:
+                    self._postponed.append(command)
 
     def _sleep_s(self) -> float:
         if self._scheduler.has_work():
