@@ -1,4 +1,4 @@
-"""What a daemon tells systemd: READY, STATUS, STOPPING, WATCHDOG. Silent when nobody listens (no NOTIFY_SOCKET)."""
+"""What a daemon tells systemd: READY, STATUS, STOPPING; WATCHDOG not yet. Silent when nobody listens (no NOTIFY_SOCKET)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class Load:
     total_blocks: int = 0
     free_blocks: int = 0
     reserved_blocks: int = 0
-    oldest_wait_s: float = 0.0
+    oldest_wait_s: float = 0.0  # this and the next two are not measured yet
     recent_max_ttft_s: float = 0.0
     recent_max_tbt_s: float = 0.0
 

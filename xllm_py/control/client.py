@@ -192,7 +192,7 @@ class InstanceClient:
         return reply.num_open
 
     async def describe(self) -> dict[str, Any]:
-        """Card, state, load, ledger and links, for people and for new masters."""
+        """Card, state, load and ledger, for people and for new masters."""
         reply = await self._caller.unary(
             "Describe", pb.DescribeRequest(), pb.DescribeReply, DESCRIBE_TIMEOUT_S
         )

@@ -16,7 +16,7 @@ class CacheConfig:
     block_size: int = 128  # tokens per block
     max_cache_bytes: int = 0  # 0: computed from the memory at hand
     max_memory_utilization: float = 0.8
-    enable_prefix_cache: bool = True
+    enable_prefix_cache: bool = True  # not read yet: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class SchedulerConfig:
     max_queue: int = 100_000  # waiting requests
     prefill_usage_threshold: float = 0.95  # no new prefill above this share of used blocks
     grant_ttl_s: float = 30.0  # a reservation without a sign of life ends after so long
-    handoff_hold_s: float = 5.0  # P keeps the KV of a refused or lost request so long
+    handoff_hold_s: float = 5.0  # not read yet: how long P keeps the KV of a refused or lost request
     enable_local_decode: bool = True  # P may decode a request that no D takes
 
 

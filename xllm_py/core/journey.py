@@ -1,4 +1,4 @@
-"""The named moments of a request, the same in logs, metrics and benchmarks (DESIGN section 7).
+"""The named moments of a request, the same wherever they are shown (DESIGN section 7).
 
 A process stamps the moments it sees with its own monotonic clock and reports them as seconds since it received the
 request; the master lays them onto its own clock, so that two clocks are never mixed.

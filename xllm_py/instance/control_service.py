@@ -134,12 +134,12 @@ class ControlService:
         self._engine.abort(list(request_ids), list(attempts))
 
     async def drain(self, mode: str, timeout_s: float) -> int:
-        """Take no new work from now on; the number of open requests."""
+        """Take no new work from now on, and end when empty, as on SIGTERM; the number of open requests. Mode and time are not read yet."""
         await self._drain(timeout_s)
         return self._outlets.num_open
 
     async def describe(self) -> dict[str, Any]:
-        """Card, state, load, ledger and links."""
+        """Card, state, load and ledger."""
         return await self._describe()
 
     async def generations(
