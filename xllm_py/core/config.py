@@ -30,7 +30,7 @@ class SchedulerConfig:
     max_queue: int = 100_000  # waiting requests
     prefill_usage_threshold: float = 0.95  # no new prefill above this share of used blocks
     grant_ttl_s: float = 30.0  # a reservation without a sign of life ends after so long
-    handoff_hold_s: float = 5.0  # not read yet: how long P keeps the KV of a refused or lost request
+    handoff_hold_s: float = 5.0  # not read yet; P is to keep a refused request's KV so long
     enable_local_decode: bool = True  # P may decode a request that no D takes
 
 
