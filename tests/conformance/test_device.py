@@ -1,0 +1,299 @@
+"""One suite for every device that is there: today cpu, with one thread and with two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tests.conformance.attention import Piece, Sequences, Shape
+from xllm_py.base.errors import DeviceUnavailable
+from xllm_py.device import open_device
+from xllm_py.device.base import Device, KvShape
+
+DTYPES = [torch.float32, torch.bfloat16]
+# of values drawn from N(0, 1): bfloat16 keeps 8 bits of a result, and of a probability where the device computes in it
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+EDGES = (511, 512, 513, 1023, 1024, 1025, 1300)
+HEADS = [(4, 2, 64), (7, 1, 16), (14, 2, 64), (9, 3, 24), (1, 1, 128)]
+
+
+@pytest.fixture(params=[("cpu:0", 1), ("cpu:0", 2)], ids=lambda it: f"{it[0]}-threads{it[1]}")
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    name, threads = request.param
+    before = torch.get_num_threads()
+    opened = open_device(name, threads=threads)
+    yield opened
+    opened.close()
+    torch.set_num_threads(before)
+
+
+def shape_of(dtype: torch.dtype, heads: tuple[int, int, int], block_size: int = 16) -> Shape:
+    return Shape(
+        heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=heads[2],
+        block_size=block_size,
+        dtype=dtype,
+    )
+
+
+def check(sequences: Sequences, pieces: list[Piece], padding: int = 0, limit: float = 0.0) -> None:
+    """One step gives what plain attention gives, within the dtype's tolerance or a wider one."""
+    limit = limit or TOLERANCE[sequences.shape.dtype]
+    for piece, got in zip(pieces, sequences.step(pieces, padding), strict=True):
+        wanted = sequences.expected(piece)
+        torch.testing.assert_close(got.double(), wanted, atol=limit, rtol=limit, msg=str(piece))
+
+
+def in_pieces(sequences: Sequences, name: str, cuts: list[int]) -> torch.Tensor:
+    """A whole sequence computed alone, cut at these positions."""
+    done = [sequences.step([Piece(name, *edge)])[0] for edge in pairwise(cuts)]
+    return torch.cat(done)
+
+
+# ---- attention against the oracle ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_mixed_batch_of_prompts_chunks_and_decodes_gives_plain_attention(
+    device: Device, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> None:
+    lengths = {"whole": 130, "chunk": 600, "tail": 517, "one": 1, "short": 3, "long": 1100}
+    sequences = Sequences(device, shape_of(dtype, heads), lengths)
+    sequences.write([Piece("chunk", 0, 333), Piece("tail", 0, 510), Piece("long", 0, 1099)])
+    pieces = [
+        Piece("long", 1099, 1100),
+        Piece("whole", 0, 130),
+        Piece("one", 0, 1),
+        Piece("chunk", 333, 600),
+        Piece("tail", 510, 517),
+        Piece("short", 0, 3),
+    ]
+    check(sequences, pieces, padding=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decodes_at_every_edge_of_blocks_and_windows_give_plain_attention(
+    device: Device, dtype: torch.dtype
+) -> None:
+    lengths = {f"s{n}": n for n in (1, 2, 15, 16, 17, 31, 32, 33, *EDGES)}
+    sequences = Sequences(device, shape_of(dtype, (6, 2, 32)), lengths)
+    for name, length in lengths.items():
+        if length > 1:
+            sequences.write([Piece(name, 0, length - 1)])
+    check(sequences, [Piece(name, length - 1, length) for name, length in lengths.items()], 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [512, 513, 1025])
+def test_a_prompt_that_ends_at_the_edge_of_a_window_gives_plain_attention(
+    device: Device, dtype: torch.dtype, length: int
+) -> None:
+    sequences = Sequences(device, shape_of(dtype, (4, 2, 16), block_size=128), {"a": length})
+    check(sequences, [Piece("a", 0, length)])
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16, 96, 128, 700])
+def test_any_block_size_gives_plain_attention(device: Device, block_size: int) -> None:
+    lengths = {"a": 701, "b": 40, "c": 96}
+    sequences = Sequences(device, shape_of(torch.float32, (4, 2, 16), block_size), lengths)
+    sequences.write([Piece("a", 0, 690)])
+    check(sequences, [Piece("a", 690, 701), Piece("b", 0, 40), Piece("c", 0, 96)])
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish(device: Device) -> None:
+    sequences = Sequences(device, shape_of(torch.float32, (2, 1, 16)), {"a": 1030})
+    sequences.keys["a"][:512] *= 100  # the first window rules, the last takes over
+    sequences.keys["a"][1024:] *= 200
+    # scores of some hundreds are known to 1e-4 in float32, and their exponentials no better
+    check(sequences, [Piece("a", 0, 1030)], limit=2e-3)
+
+
+# ---- invariance, to the bit ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_chunks_of_any_size_give_the_bits_of_the_whole_prompt(
+    device: Device, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> None:
+    length = 530
+    sequences = Sequences(device, shape_of(dtype, heads), {"a": length})
+    whole = in_pieces(sequences, "a", [0, length])
+    for size in (29, 64, 512):
+        cuts = [*range(0, length, size), length]
+        assert in_pieces(sequences, "a", cuts).equal(whole), f"chunks of {size}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_decoded_token_has_the_bits_of_the_prefilled_one(
+    device: Device, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> None:
+    sequences = Sequences(device, shape_of(dtype, heads), {"a": 1026})
+    whole = in_pieces(sequences, "a", [0, 1026])
+    for at in (0, 1, 15, 16, 510, 511, 512, 1022, 1023, 1024, 1025):
+        alone = sequences.step([Piece("a", at, at + 1)])[0]
+        assert alone.equal(whole[at : at + 1]), f"position {at}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_token_has_the_same_bits_in_any_company(
+    device: Device, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> None:
+    lengths = {"a": 520, "b": 33, "c": 1, "d": 1050, "e": 200}
+    sequences = Sequences(device, shape_of(dtype, heads), lengths)
+    whole = {name: in_pieces(sequences, name, [0, length]) for name, length in lengths.items()}
+    companies = [
+        [Piece("a", 519, 520), Piece("d", 1049, 1050), Piece("b", 32, 33), Piece("c", 0, 1)],
+        [Piece("b", 32, 33), Piece("a", 0, 520), Piece("c", 0, 1), Piece("e", 100, 200)],
+        [Piece("e", 3, 5), Piece("d", 1000, 1050), Piece("a", 510, 514)],
+    ]
+    for pieces in companies:
+        for piece, got in zip(pieces, sequences.step(pieces, padding=2), strict=True):
+            assert got.equal(whole[piece.name][piece.start : piece.end]), str(piece)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_block_size_does_not_change_a_bit(device: Device, dtype: torch.dtype) -> None:
+    results = [
+        in_pieces(
+            Sequences(device, shape_of(dtype, (4, 2, 16), size), {"a": 600}), "a", [0, 99, 600]
+        )
+        for size in (4, 16, 128, 600)
+    ]
+    assert all(result.equal(results[0]) for result in results)
+
+
+# ---- packed linears ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_packed_linear_is_the_product_and_outlives_its_weight(
+    device: Device, dtype: torch.dtype, with_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = (torch.randn(96, 64, generator=generator) / 8).to(dtype)
+    bias = torch.randn(96, generator=generator).to(dtype) if with_bias else None
+    x = torch.randn(8, 64, generator=generator).to(dtype)
+    wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    linear = device.pack_linear(weight, bias)
+    weight.fill_(torch.nan)
+    got = linear(x)
+    assert got.dtype is dtype
+    limit = TOLERANCE[dtype]
+    torch.testing.assert_close(got.double(), wanted, atol=limit, rtol=limit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (112, 336), (896, 130), (100, 64)], ids=str)
+def test_a_row_of_a_linear_does_not_depend_on_how_many_rows_there_are(
+    device: Device, dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    linear = device.pack_linear(
+        torch.randn(size[1], size[0], generator=generator).to(dtype),
+        torch.randn(size[1], generator=generator).to(dtype),
+    )
+    step = device.row_padding()
+    x = torch.randn(160 * step, size[0], generator=generator).to(dtype)
+    whole = linear(x)
+    for rows in (1, 2, 3, 7, 8, 16, 31, 64, 150):
+        count = rows * step
+        assert linear(x[:count].contiguous()).equal(whole[:count]), f"{count} rows"
+        assert linear(x[-count:].contiguous()).equal(whole[-count:]), f"the last {count} rows"
+
+
+# ---- the cache as memory ----
+
+
+def kv_shape(**fields: int) -> KvShape:
+    sizes = {"num_layers": 3, "num_blocks": 5, "block_size": 4, "kv_heads": 2, "head_dim": 8}
+    return KvShape(**{**sizes, **fields}, dtype=torch.float32)
+
+
+def rows(count: int, start: float) -> torch.Tensor:
+    return torch.arange(count * 16, dtype=torch.float32).view(count, 2, 8) + start
+
+
+def test_what_is_written_lies_in_its_layer_part_block_and_offset_and_nowhere_else(
+    device: Device,
+) -> None:
+    device.alloc_kv(kv_shape())
+    memory = device.kv_memory()
+    keys, values = rows(3, 1000.0), rows(3, 5000.0)
+    device.write_kv(1, keys, values, torch.tensor([2 * 4 + 3, 0, 4 * 4 + 1]))
+    token_bytes = memory.layout.block_bytes // 4
+    found = {}
+    for layer in range(3):
+        for part in range(2):
+            for block in range(5):
+                for offset in range(4):
+                    raw = memory.span(layer, part, block)[offset * token_bytes :][:token_bytes]
+                    if any(raw):
+                        found[layer, part, block, offset] = bytes(raw)
+    places = ((2, 3), (0, 0), (4, 1))
+    assert found == {
+        (1, part, *place): tensor[index].numpy().tobytes()
+        for part, tensor in enumerate((keys, values))
+        for index, place in enumerate(places)
+    }
+
+
+def test_bytes_that_arrive_from_outside_are_what_attention_sees(device: Device) -> None:
+    shape = shape_of(torch.float32, (4, 2, 16))
+    sequences = Sequences(device, shape, {"a": 40, "b": 40})
+    asked = Piece("a", 39, 40)
+    wanted = sequences.step([Piece("a", 0, 40)])[0][39:]
+    memory = device.kv_memory()
+    sequences.queries["b"] = sequences.queries["a"]
+    sequences.write([Piece("b", 0, 40)])
+    assert not sequences.step([Piece("b", 39, 40)])[0].equal(wanted)
+    for here, there in zip(sequences.tables["a"], sequences.tables["b"], strict=True):
+        for part in range(2):
+            source = memory.span(sequences.layer, part, here)
+            memory.span(sequences.layer, part, there)[:] = source
+    sequences.keys["b"], sequences.values["b"] = sequences.keys["a"], sequences.values["a"]
+    assert sequences.step([Piece("b", 39, 40)])[0].equal(wanted)
+    assert sequences.step([asked])[0].equal(wanted)
+
+
+def test_the_layout_says_what_the_cache_is(device: Device) -> None:
+    device.alloc_kv(kv_shape())
+    memory = device.kv_memory()
+    assert memory.num_blocks == 5
+    assert (memory.layout.num_layers, memory.layout.block_size) == (3, 4)
+    assert memory.layout.block_bytes == 4 * 2 * 8 * 4
+    others = [kv_shape(kv_heads=1, head_dim=16), kv_shape(block_size=8), kv_shape(num_layers=2)]
+    names = {memory.layout.fingerprint}
+    for other in others:
+        device.alloc_kv(other)
+        names.add(device.kv_memory().layout.fingerprint)
+    assert len(names) == 4
+
+
+def test_a_cache_too_large_is_refused_with_the_flag_to_lower(device: Device) -> None:
+    with pytest.raises(DeviceUnavailable, match="max_cache_size"):
+        device.alloc_kv(kv_shape(num_blocks=1 << 48))
+
+
+def test_there_is_no_cache_before_it_is_allocated_nor_after_close(device: Device) -> None:
+    with pytest.raises(DeviceUnavailable):
+        device.kv_memory()
+    device.alloc_kv(kv_shape())
+    device.kv_memory()
+    device.close()
+    with pytest.raises(DeviceUnavailable):
+        device.kv_memory()
+    device.close()  # a second time is harmless
+
+
+def test_memory_is_told_in_bytes(device: Device) -> None:
+    free, total = device.memory()
+    assert 1 << 20 < free <= total
