@@ -6,6 +6,7 @@ downloads, never runs code of the model folder.
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,4 +126,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     error = reading.exception()
     if error is not None:
         raise ModelLoadError(f"{path} is no usable tokenizer ({error}); copy it again") from error
+    _give_back_memory()
     return Tokenizer(reading.result(), read_config(folder, "tokenizer_config.json"))
+
+
+def _give_back_memory() -> None:
+    """What reading needed beside the result: 19 MB of 121 for a vocabulary of 151,936. Only glibc keeps it, and has the call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
