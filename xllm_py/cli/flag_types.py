@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 TRUE = frozenset({"1", "t", "true", "y", "yes"})
 FALSE = frozenset({"0", "f", "false", "n", "no"})
@@ -35,6 +36,12 @@ class BoolType(click.ParamType[Any]):
         if word not in TRUE and word not in FALSE:
             self.fail(f"'{value}' is no bool; write true or false", param, ctx)
         return word in TRUE
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The two words people write."""
+        return [CompletionItem(word) for word in ("true", "false") if word.startswith(incomplete)]
 
 
 class IntType(click.ParamType[Any]):

@@ -116,6 +116,7 @@ class FlagCommand(gflags.GflagsCommand):
         self._run = run
         self.ignored_prefixes = ignored_prefixes
         self.aliases = aliases
+        self.unsuggested = frozenset(flag.name for flag in table if flag.priority == "C")
         options: list[click.Parameter] = [
             click.Option(
                 [f"--{flag.name}"], type=TYPES[flag.type], default=flag.default, help=flag.text

@@ -233,6 +233,8 @@ class GflagsCommand(click.Command):
 
     # names of the original that are passed over with a warning
     ignored_prefixes: tuple[str, ...] = ()
+    # names that no hint suggests
+    unsuggested: frozenset[str] = frozenset()
     # further names that flagfiles may call this program by
     aliases: tuple[str, ...] = ()
 
@@ -272,7 +274,8 @@ class GflagsCommand(click.Command):
 
     def _complaints(self, names: list[str], parsed: Parsed) -> list[str]:
         lines = []
-        known = [*names, *_HELP, *_WITH_WORD, *_SPECIAL]
+        known = [name for name in names if name not in self.unsuggested]
+        known += [*_HELP, *_WITH_WORD, *_SPECIAL]
         for name, where in parsed.unknown:
             close = difflib.get_close_matches(name.removeprefix("no"), known, n=1, cutoff=0.6)
             hint = f"Did you mean --{close[0]}?" if close else "See --helpfull"

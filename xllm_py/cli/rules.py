@@ -13,7 +13,7 @@ from xllm_py.cli.flag_types import FALSE, TRUE
 from xllm_py.cli.flags import one_line
 from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
 
-_ENDPOINT = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
+_ENDPOINT = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _MIN_KEY_BYTES = 32
 _API_KEY = re.compile(r"([A-Za-z0-9._-]{1,64}):([!-~]{1,512})")  # a key is what a header can carry
 
@@ -86,16 +86,18 @@ def announced(causes: Causes, values: Mapping[str, Any], host: str) -> str:
         not values["etcd_addr"] or address not in ("0.0.0.0", "::"),
         f"{address} is no address to announce. Pass --advertise_host",
     )
-    remote = any(
-        not is_loopback(part.split("://")[-1].rpartition(":")[0].strip("[]"))
-        for part in values["etcd_addr"].split(",")
-        if part
-    )
+    hosts = [found[2].strip("[]") for found in map(_ENDPOINT.fullmatch, _parts(values)) if found]
+    remote = any(not is_loopback(host) for host in hosts)
     causes.need(
         not (remote and is_loopback(address)),
         f"etcd is on another machine, but {address} would be announced. Pass --advertise_host",
     )
     return address
+
+
+def _parts(values: Mapping[str, Any]) -> list[str]:
+    """The addresses of the registry, one by one."""
+    return values["etcd_addr"].split(",") if values["etcd_addr"] else []
 
 
 def http(
@@ -146,7 +148,7 @@ def _api_keys(causes: Causes, values: Mapping[str, Any]) -> dict[str, str]:
 def etcd(causes: Causes, values: Mapping[str, Any], ttl_s: int) -> EtcdSlice:
     """The registry slice, with user and password from the environment."""
     address = values["etcd_addr"]
-    for part in address.split(",") if address else ():
+    for part in _parts(values):
         match = _ENDPOINT.fullmatch(part)
         good = match is not None and 0 < int(match[3]) <= 65535
         causes.need(

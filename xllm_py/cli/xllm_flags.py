@@ -13,7 +13,7 @@ _MODEL = in_group(
         "",
         "model folder, or a name to look for under model_root and the Hugging Face cache",
     ),
-    b("model_id", "string", "", "served name; empty: last part of the model's path"),
+    a("model_id", "string", "", "served name; empty: last part of the model's path"),
     a("model_root", "string", "", "folders searched for a bare --model name, comma list"),
     b("served_model_name", "string", "", "further served names, comma list"),
     a(
@@ -173,7 +173,7 @@ _CLUSTER = in_group(
         idle=True,
     ),
     a("kv_transport", "string", "tcp", "tcp"),
-    b("hccn_conf", "string", "/etc/hccn.conf", "device addresses of npu hosts", idle=True),
+    a("hccn_conf", "string", "/etc/hccn.conf", "device addresses of npu hosts", idle=True),
     a(
         "grant_ttl_s",
         "double",

@@ -36,7 +36,7 @@ def build(given: Given) -> MasterConfig:
         host=host,
         advertise_host=rules.announced(causes, values, host),
         http_port=rules.port(causes, values, "http_server_port"),
-        rpc_port=rules.port(causes, values, "rpc_server_port"),
+        rpc_port=rules.port(causes, values, "rpc_server_port", zero=False),
         etcd=rules.etcd(causes, values, _LEASE_S),
         embedded_etcd=values["embedded_etcd"],
         cluster_key=rules.security(causes, values, host, has_peers=True),
