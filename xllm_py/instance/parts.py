@@ -279,14 +279,7 @@ async def routed_parts(
         drain=drain,
         describe=functools.partial(_describe, parts, identity),
     )
-    control = await serve_instance(
-        service,
-        host=config.addresses.host,
-        port=config.addresses.disagg_pd_port,
-        may_move=config.addresses.disagg_pd_port_may_move,
-        cluster_key=key,
-        incarnation=identity.incarnation,
-    )
+    control = await _open_control(parts, identity, service)
     routed = Routed(
         parts=parts,
         identity=identity,
@@ -302,6 +295,18 @@ async def routed_parts(
     )
     parts.routed = routed
     return routed
+
+
+async def _open_control(parts: Parts, identity: Identity, service: ControlService) -> ControlServer:
+    addresses = parts.config.addresses
+    return await serve_instance(
+        service,
+        host=addresses.host,
+        port=addresses.disagg_pd_port,
+        may_move=addresses.disagg_pd_port_may_move,
+        cluster_key=identity.cluster_key,
+        incarnation=identity.incarnation,
+    )
 
 
 def _peers(
