@@ -1,4 +1,4 @@
-"""What a process of ours and its host hold, asked of the operating system. The one place that knows psutil.
+"""What a process of ours and its host hold, asked of the operating system. With base/ports the home of psutil.
 
 The ledgers of both daemons and the memory question of device/cpu stand on it. It only reads.
 """
