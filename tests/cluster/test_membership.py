@@ -8,6 +8,7 @@ import pytest
 
 from xllm_py.cluster.membership import (
     RECONNECT_S,
+    STALLED_GONE_S,
     CardRemoved,
     CardSeen,
     Event,
@@ -94,6 +95,16 @@ def test_a_stalled_engine_is_suspect_until_it_steps_again() -> None:
     stalled = story((0.1, Heard(stalled=True)), view=ready())
     assert stalled.state is SUSPECT
     assert story((0.2, Heard()), view=stalled).state is READY
+
+
+def test_an_engine_that_stays_stalled_is_given_up_until_it_steps_again() -> None:
+    beats: list[tuple[float, Event]] = [(n / 10, Heard(stalled=True)) for n in range(301)]
+    assert story(*beats[:-1], view=ready()).state is SUSPECT
+    gone = story(*beats, view=ready())
+    assert (gone.state, gone.since) == (GONE, STALLED_GONE_S)
+    still = story((31, Heard(stalled=True)), (31.1, Heard(stalled=True)), view=gone)
+    assert still.state is GONE
+    assert story((32, Heard()), view=still).state is JOINING
 
 
 def test_draining_is_believed_and_ends_in_gone() -> None:

@@ -87,6 +87,14 @@ def test_default_instances_serve_when_there_is_no_pair() -> None:
     assert options(view(a, P1, D1, links="p1-d1")).mode == "pd"
 
 
+def test_a_lone_mix_instance_is_its_own_counterpart() -> None:
+    mix = candidate("m1", Role.MIX, alive_s=0.0)
+    assert round_robin(view(mix), "m", FACTS, (0, 0)).first.name == "m1"
+    assert options(view(mix, candidate("m2", Role.MIX))).mode == "degraded"
+    assert options(view(mix, candidate("m2", Role.MIX), links="m1-m2")).mode == "pd"
+    assert options(view(mix, D1)).mode == ""  # their link is on its way
+
+
 def test_a_lone_instance_serves_once_its_counterpart_has_stayed_away() -> None:
     young = candidate("p9", Role.PREFILL, alive_s=LONE_AFTER_S - 0.1)
     assert options(view(young)).mode == ""

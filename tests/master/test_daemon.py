@@ -145,6 +145,15 @@ def test_it_starts_without_torch_says_why_it_waits_and_stops_in_order(
     assert daemon.said("stopped")
 
 
+def test_a_hangup_ends_nothing(start: Callable[..., Daemon]) -> None:
+    daemon = start("--embedded_etcd=true")
+    wait_for("the ready line", lambda: daemon.said(" ready http="))
+    daemon.process.send_signal(signal.SIGHUP)
+    wait_for("its word", lambda: daemon.said(" hangup "))
+    assert daemon.get("/health")[0] == 200
+    assert daemon.end() == 0
+
+
 def test_health_is_answered_while_the_registry_is_awaited(start: Callable[..., Daemon]) -> None:
     daemon = start("--etcd_start_timeout_s=60")
     wait_for("health", lambda: daemon.get("/health")[0] == 200)

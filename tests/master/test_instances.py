@@ -119,6 +119,15 @@ async def test_silence_makes_suspect_then_gone_then_forgotten() -> None:
         await until("oblivion", lambda: master.state(alone) == "")
 
 
+async def test_the_client_of_a_forgotten_life_is_dropped() -> None:
+    async with running_master() as master:
+        prefill, _ = await master.pair()
+        client = master.parts.peers.of(prefill.card)
+        assert master.parts.peers.of(prefill.card) is client
+        await master.add("p", Role.PREFILL)
+        await until("oblivion", lambda: master.parts.peers.of(prefill.card) is not client)
+
+
 async def test_a_vanished_card_of_a_living_instance_is_asked_for_again() -> None:
     async with running_master() as master:
         alone = await master.add("a", Role.DEFAULT)

@@ -91,6 +91,11 @@ def setup(
     listener.start()
 
 
+def on_hangup() -> None:
+    """SIGHUP of a daemon: it goes on. A log file that was moved is followed anyway, so there is nothing to reopen."""
+    get(__name__).info("hangup", log_files="followed", keys="read at the next start")
+
+
 def close() -> None:
     """Write what is queued; called before a program's last words, which nothing may follow."""
     for handler in logging.getLogger("xllm_py").handlers:

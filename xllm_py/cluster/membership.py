@@ -5,7 +5,7 @@
     steps   the engine's own progress, told in heartbeats       Heard(stalled)
 
     JOINING --heard--> READY --silence, stalled--> SUSPECT --heard--> READY
-                         '----- silence, connection ended -----> GONE --heard--> JOINING
+                         '- silence, connection ended, long stalled -> GONE --heard, not stalled--> JOINING
     DRAINING by the instance's own word, from JOINING, READY and SUSPECT; it ends in GONE like the others.
 
 A silent registry is not a missing card, and a vanished card of an instance that speaks is only a warning. A card with a new
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 RECONNECT_S = 0.05  # a connection that ended has so long to come back
+STALLED_GONE_S = 30.0  # an engine that finishes nothing for so long is given up; what it holds ends with an error, not never
 
 
 class InstanceState(Enum):
@@ -48,7 +49,7 @@ class View:
     heard_at: float | None = None  # None: it never spoke
     stream_open: bool = False
     ended_at: float | None = None  # its connection ended then and has not come back
-    stalled: bool = False
+    stalled_at: float | None = None  # since then its engine finishes nothing
     since: float = 0.0  # in this state
     reason: str = ""  # of the last change
 
@@ -132,7 +133,8 @@ def _note(view: View, event: Event, now: float) -> View:
         case CardRemoved():
             return dataclasses.replace(view, has_card=False)
         case Heard(stalled=stalled):
-            return dataclasses.replace(view, heard_at=now, stalled=stalled)
+            first = now if view.stalled_at is None else view.stalled_at
+            return dataclasses.replace(view, heard_at=now, stalled_at=first if stalled else None)
         case Spoke():
             return dataclasses.replace(view, heard_at=now)
         case StreamOpened():
@@ -147,12 +149,14 @@ def _judge(view: View, event: Event, now: float, patience: Patience) -> tuple[In
     if isinstance(event, Replaced):
         return InstanceState.GONE, "replaced by a new life of the same name"
     if view.state is InstanceState.GONE:
-        heard = isinstance(event, Heard) and view.has_card
+        heard = isinstance(event, Heard) and view.has_card and not event.stalled
         return (InstanceState.JOINING, "heard again") if heard else (view.state, view.reason)
     if view.ended_at is not None and now - view.ended_at >= RECONNECT_S:
         return InstanceState.GONE, "its connection ended"
     if view.heard_at is None:
         return _draining(view, event) or (view.state, view.reason)
+    if view.stalled_at is not None and now - view.stalled_at >= STALLED_GONE_S:
+        return InstanceState.GONE, f"work is queued and no step was done for {STALLED_GONE_S:.0f} s"
     silence_s = now - view.heard_at
     if silence_s >= patience.gone_after_s:
         return InstanceState.GONE, f"silent for {silence_s:.1f} s"
@@ -172,7 +176,7 @@ def _judge_living(
         return (InstanceState.READY, "card and heartbeat") if joined else (view.state, view.reason)
     if silence_s >= patience.suspect_after_s:
         return InstanceState.SUSPECT, f"silent for {silence_s:.1f} s"
-    if view.stalled:
+    if view.stalled_at is not None:
         return InstanceState.SUSPECT, "work is queued and no step is done"
     return InstanceState.READY, "it speaks"
 

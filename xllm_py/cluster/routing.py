@@ -2,7 +2,8 @@
 
     pd        a linked pair: P prefills, D decodes
     default   one instance that does both
-    degraded  a lone P or D serves whole requests, because its counterpart is not there at all
+    degraded  a lone P or D serves whole requests, because its counterpart is not there at all; so do MIX instances of which
+              no two are linked yet
 
 The router (master/router.py) holds the counters and gives the view; ties break by name. A lone instance waits a while for
 its counterpart before it serves alone, so that a starting cluster is not taken for a broken one.
@@ -91,9 +92,16 @@ def options(view: ClusterView) -> Options:
     alone = _of(everyone, Role.DEFAULT)
     if alone:
         return Options(mode="default", alone=_ready_first(alone))
-    lone = prefills if not decodes else decodes if not prefills else ()
-    lone = tuple(candidate for candidate in lone if candidate.alive_s >= LONE_AFTER_S)
+    lone = _lone(prefills, decodes)
     return Options(mode="degraded", alone=_ready_first(lone)) if lone else Options()
+
+
+def _lone(prefills: tuple[Candidate, ...], decodes: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """Those without a counterpart for a while now. MIX instances that are among themselves need none and do not wait."""
+    if not prefills or not decodes:
+        return tuple(each for each in prefills or decodes if each.alive_s >= LONE_AFTER_S)
+    mixed = all(each.card.role is Role.MIX for each in (*prefills, *decodes))
+    return prefills if mixed else ()
 
 
 def _of(everyone: Sequence[Candidate], *roles: Role) -> tuple[Candidate, ...]:

@@ -75,8 +75,10 @@ class Instance:
         """Everything up to the ready line. Raises StartError leaves; a signal meanwhile cancels it."""
         config = self._config
         self._starting = asyncio.current_task()
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+            loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, log.on_hangup)
         self._closers.push_async_callback(self._tasks.close)
         http = await serve_http(self._app, config.addresses.host, config.addresses.port)
         self._closers.push_async_callback(http.close)

@@ -106,6 +106,7 @@ class Master:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, log.on_hangup)
 
     def _on_signal(self, number: signal.Signals) -> None:
         _log.info("signal", name=signal.Signals(number).name, again=self._stop.is_set())

@@ -80,6 +80,7 @@ class InstanceManager:
         self._listed: tuple[Sequence[Entry], int] = ((), 0)
         self.on_changed: list[Callable[[], None]] = []
         self.on_lost: list[Callable[[Card, str], None]] = []
+        self.on_forgotten: list[Callable[[Card], None]] = []
         self._ignored = metrics.counter(
             "cards_ignored", "Cards that were not believed", ["reason"]
         ).labels
@@ -228,8 +229,11 @@ class InstanceManager:
         self._tell_changed()
 
     def _forget(self, member: Member) -> None:
-        if self._members.pop(member.card.incarnation_id, None) is not None:
-            self._tell_changed()
+        if self._members.pop(member.card.incarnation_id, None) is None:
+            return
+        for tell_forgotten in self.on_forgotten:
+            tell_forgotten(member.card)
+        self._tell_changed()
 
     def _tell_changed(self) -> None:
         self._gauge.clear()

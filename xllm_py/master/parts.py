@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from xllm_py.base.clock import Clock
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
+from xllm_py.cluster.instance_info import Card
 from xllm_py.cluster.membership import Patience
 from xllm_py.control.server import join_address
 from xllm_py.master.admin import AdminRoutes
@@ -72,6 +73,11 @@ def assemble(
         timeout_s=config.rpc_timeout_s,
         connect_timeout_s=config.connect_timeout_s,
     )
+
+    def forget(card: Card) -> None:
+        tasks.start(peers.forget(card), name=f"forget {card.name}")
+
+    manager.on_forgotten.append(forget)
     generations = Generations(manager=manager, metrics=metrics)
     links = Links(manager=manager, peers=peers, tasks=tasks, metrics=metrics)
     router = Router(manager=manager, links=links, metrics=metrics)
