@@ -65,7 +65,10 @@ class Worker:
         """A row whose logits are no numbers fails alone."""
         tokens = sample(logits, starts, places)
         broken = (~torch.isfinite(logits).all(-1)).nonzero().flatten().tolist()
-        failed = {plan.rows[due[index]]: "the model's output is not finite" for index in broken}
+        failed = {}
+        for index in broken:
+            tokens[index] = -1
+            failed[plan.rows[due[index]]] = "the model's output is not finite"
         return StepResult(token_ids=tokens, failed_rows=failed)
 
     def _start(self, row: int) -> RowStart:

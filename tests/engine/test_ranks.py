@@ -1,0 +1,137 @@
+"""Opening the real executor: what is refused, how the cache is sized, and a row that fails alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import make_checkpoint
+from xllm_py.base.errors import DeviceUnavailable, ModelLoadError, UsageError
+from xllm_py.core.config import CacheConfig, EngineConfig
+from xllm_py.core.executor import Executor
+from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.engine.ranks import model_fingerprint, open_executor
+
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # parts, layers, KV heads, head_dim, float32, tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), with_tokenizer=True)
+
+
+def opened(folder: Path, cache_bytes: int = 64 * BLOCK_BYTES, **fields: Any) -> Executor:
+    cache = CacheConfig(block_size=16, max_cache_bytes=cache_bytes)
+    return open_executor(EngineConfig(model_path=str(folder), cpu_threads=1, cache=cache, **fields))
+
+
+def test_the_cache_takes_what_it_was_given_and_says_so(folder: Path) -> None:
+    executor = opened(folder, 10 * BLOCK_BYTES + BLOCK_BYTES // 2)
+    assert executor.capacity().num_blocks == executor.kv_memory().num_blocks == 10
+    summary = " ".join(executor.capacity().summary)
+    assert "10 blocks of 16 tokens" in summary
+    assert "--max_cache_size" in summary
+    assert "warning: less than one sequence of 2048 tokens" in summary
+    executor.close()
+
+
+def test_a_cache_of_less_than_two_blocks_is_refused_with_the_flag_to_raise(folder: Path) -> None:
+    with pytest.raises(DeviceUnavailable, match="raise --max_cache_size or lower --block_size"):
+        opened(folder, 2 * BLOCK_BYTES - 1)
+
+
+def test_more_devices_than_one_are_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="pass one"):
+        opened(folder, devices=("cpu:0", "cpu:1"))
+
+
+def test_a_length_beyond_the_models_is_refused_and_a_shorter_one_holds(folder: Path) -> None:
+    with pytest.raises(UsageError, match="--max_model_len=2049 is more than the model's 2048"):
+        opened(folder, max_model_len=2049)
+    executor = opened(folder, max_model_len=100)
+    assert executor.capacity().facts.max_model_len == 100
+    executor.close()
+
+
+def test_a_missing_folder_is_a_model_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="nowhere"):
+        opened(tmp_path / "nowhere")
+
+
+def plan(step: int, rows: dict[int, list[int]], *, started: bool, temperature: float) -> StepPlan:
+    """One whole prompt per row, in the four blocks of that row; started False: the last token again."""
+    starts = [
+        RowStart(
+            row=row,
+            request_id=f"r{row}",
+            block_ids=tuple(range(4 * row, 4 * row + 4)),
+            temperature=temperature,
+            top_p=0.9,
+            top_k=5,
+            min_p=0.0,
+            seed=1,
+        )
+        for row in rows
+    ]
+    counts = [len(ids) if started else 1 for ids in rows.values()]
+    return StepPlan(
+        step=step,
+        started=tuple(starts) if started else (),
+        rows=list(rows),
+        num_tokens=counts,
+        num_computed=[len(ids) - count for ids, count in zip(rows.values(), counts, strict=True)],
+        token_ids=[
+            token
+            for ids, count in zip(rows.values(), counts, strict=True)
+            for token in ids[len(ids) - count :]
+        ],
+        sample=[True] * len(rows),
+        positions=[0] * len(rows),
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_numbers_are_no_numbers_fails_alone(folder: Path, temperature: float) -> None:
+    executor = opened(folder)
+    rows = {0: [1, 2, 3], 1: [4, 5, 6, 7], 2: [8, 9]}
+    executor.execute(plan(1, rows, started=True, temperature=temperature))
+    whole = executor.execute(plan(2, rows, started=False, temperature=temperature))
+    assert not whole.failed_rows
+    span = executor.kv_memory().span(1, 1, 4)  # row 1's first block holds nan now
+    span[:] = b"\xff" * span.nbytes
+    spoiled = executor.execute(plan(3, rows, started=False, temperature=temperature))
+    assert list(spoiled.failed_rows) == [1]
+    assert "not finite" in spoiled.failed_rows[1]
+    assert spoiled.token_ids == [whole.token_ids[0], -1, whole.token_ids[2]]
+    executor.close()
+
+
+def test_a_row_that_was_never_started_is_an_error_of_ours(folder: Path) -> None:
+    executor = opened(folder)
+    with pytest.raises(ValueError, match="row 3"):
+        executor.execute(plan(1, {3: [1, 2]}, started=False, temperature=0.0))
+    executor.close()
+
+
+def test_the_models_name_depends_on_config_dtype_weights_tokenizer_and_template(
+    tmp_path: Path,
+) -> None:
+    import torch
+
+    folder = make_checkpoint(tmp_path, with_tokenizer=True)
+    names = [
+        model_fingerprint(folder, torch.float32),
+        model_fingerprint(folder, torch.bfloat16),
+    ]
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        path = folder / name
+        path.write_text(path.read_text() + " ")
+        names.append(model_fingerprint(folder, torch.float32))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    names.append(model_fingerprint(folder, torch.float32))
+    (folder / "more.safetensors").write_bytes(b"x")
+    names.append(model_fingerprint(folder, torch.float32))
+    assert len(set(names)) == len(names) == 7
+    assert model_fingerprint(folder, torch.float32) == names[-1]
