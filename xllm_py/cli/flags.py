@@ -33,7 +33,6 @@ TYPES: dict[str, click.ParamType[Any]] = {
 }
 SECRET = frozenset({"key", "password", "token"})
 _HELP_FOR_PEOPLE = ("help", "h", "helpshort")
-_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
 _NEVER = object()
 
 
@@ -52,8 +51,8 @@ class Flag:
 
 
 def one_line(text: str) -> str:
-    """The text with control characters spelt out, so that a value given by hand cannot break a line."""
-    return text.translate(_CONTROLS)
+    """The text with what is not printable spelt out, so that a value given by hand cannot break a line."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def in_group(group: str, *flags: Flag) -> list[Flag]:
