@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -128,7 +129,7 @@ class FlagCommand(gflags.GflagsCommand):
         context = click.get_current_context()
         word = context.meta.get("gflags.help", "")
         if word:
-            click.echo(self.version() if word == "version" else self.help_for(word))
+            _print(self.version() if word == "version" else self.help_for(word))
             return 0
         by_hand = {
             name
@@ -260,6 +261,15 @@ class FlagCommand(gflags.GflagsCommand):
         except StartError as error:
             self.complain(error.message.split("\n"))
             return error.exit_code
+
+
+def _print(text: str) -> None:
+    """A reader that closed early, as `head` does, has read enough."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        # nothing more is written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _row(flag: Flag, full: bool) -> str:
