@@ -129,10 +129,13 @@ class Daemon:
         finally:
             connection.close()
 
-    def is_ready(self) -> bool:
-        """Whether /ready says 200; a process that ended is an error with its log."""
+    def check_lives(self) -> None:
+        """A process that ended is an error with its log."""
         if self.process.poll() is not None:
             raise AssertionError(f"{self.name} ended with {self.process.returncode}: {self.tail()}")
+
+    def is_ready(self) -> bool:
+        """Whether /ready says 200."""
         try:
             return self.request("GET", "/ready", timeout_s=5.0)[0] == 200
         except OSError:
@@ -278,10 +281,20 @@ class Cluster:
         )
 
     def wait_ready(self, *daemons: Daemon) -> None:
-        """Until /ready says 200 everywhere."""
+        """Until /ready says 200 everywhere; all of the cluster must live meanwhile, they wait for each other."""
+
+        def is_ready(daemon: Daemon) -> bool:
+            for each in self.daemons:
+                each.check_lives()
+            return daemon.is_ready()
+
         for daemon in daemons or tuple(self.daemons):
             try:
-                wait_for(f"{daemon.name} ready", daemon.is_ready, START_TIMEOUT_S)
+                wait_for(
+                    f"{daemon.name} ready",
+                    lambda daemon=daemon: is_ready(daemon),
+                    START_TIMEOUT_S,
+                )
             except AssertionError as error:
                 raise AssertionError(f"{error}\n{daemon.tail()}") from None
 

@@ -40,6 +40,7 @@ async def test_a_refused_pair_says_why_and_is_linked_when_it_fits() -> None:
         await master.add("p", Role.PREFILL)
         ready = await until("the refusal", _refusal(master))
         assert not ready.ready
+        assert ready.reasons == ("no_compatible_decode",)
         assert "block_size: 16 there, 32 here" in ready.details[0]
         (row,) = [r for r in (await rows(master)) if r["name"] == "d"]
         assert row["links"] == [

@@ -17,6 +17,14 @@ async def test_no_model_at_all_is_503_with_retry_after(make):
     assert int(answer.headers["retry-after"]) >= 1
 
 
+async def test_no_pair_that_fits_is_told_apart_from_nobody_there(make):
+    state = Readiness(ready=False, reasons=("no_compatible_decode",))
+    door = make(backend=EchoBackend(served=(), state=state))
+    answer = await door.complete("x")
+    check_error(answer, 503, "no_compatible_decode", None)
+    assert int(answer.headers["retry-after"]) >= 1
+
+
 @pytest.mark.parametrize(
     ("failure", "status", "code"),
     [

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from xllm_py.base.clock import Clock
-from xllm_py.base.errors import DeadlineExceeded
+from xllm_py.base.errors import DeadlineExceeded, RequestError
 from xllm_py.core.request import Submission
 from xllm_py.instance.engine_link import EngineLink
 from xllm_py.instance.outlets import LocalOutlet, Outlets
@@ -30,7 +30,7 @@ class LocalBackend:
         models: Callable[[], tuple[ServedModel, ...]],
         ready: Callable[[], Readiness],
         clock: Clock,
-        on_journey: Callable[[Submission, dict[str, float]], None],
+        on_journey: Callable[[Submission, str, dict[str, float]], None],
     ) -> None:
         self._engine = engine
         self._outlets = outlets
@@ -42,18 +42,21 @@ class LocalBackend:
     async def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
         """See Backend.generate."""
         outlet = self._outlets.open_local(submission.request_id)
-        finished = False
+        state = "cancelled"
         try:
             self._engine.submit(submission)
             deadline = self._clock.now() + submission.timeout_s + _GRACE_S
-            while not finished:
+            while state != "finished":
                 for delta in await self._next(outlet, deadline):
-                    finished = finished or bool(delta.finish_reason)
+                    state = "finished" if delta.finish_reason else state
                     yield delta
+        except RequestError as error:
+            state = error.code
+            raise
         finally:
             self._outlets.close(submission.request_id)
-            self._on_journey(submission, outlet.journey)
-            if not finished:
+            self._on_journey(submission, state, outlet.journey)
+            if state != "finished":
                 self._engine.abort([submission.request_id], [0])
 
     async def _next(self, outlet: LocalOutlet, deadline: float) -> list[Delta]:

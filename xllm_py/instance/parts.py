@@ -87,8 +87,8 @@ class Parts:
     def _send(self, destination: Destination, outputs: Outputs) -> None:
         self._in_cluster().generations.send(destination, outputs)
 
-    def _on_journey(self, submission: Submission, moments: dict[str, float]) -> None:
-        self.records.put(submission.request_id, moments)
+    def _on_journey(self, submission: Submission, state: str, moments: dict[str, float]) -> None:
+        self.records.put(submission.request_id, state, moments)
 
     def on_engine_ready(self, ready: m.Ready) -> None:
         """The model is loaded."""

@@ -15,16 +15,16 @@ class Records:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._records: OrderedDict[str, tuple[float, dict[str, float]]] = OrderedDict()
+        self._records: OrderedDict[str, tuple[float, str, dict[str, float]]] = OrderedDict()
 
-    def put(self, request_id: str, moments: dict[str, float]) -> None:
-        """A request ended; moments in seconds since it was received."""
+    def put(self, request_id: str, state: str, moments: dict[str, float]) -> None:
+        """A request ended: finished, cancelled or an error's code; moments in seconds since it was received."""
         now = self._clock.now()
-        self._records[request_id] = (now, moments)
+        self._records[request_id] = (now, state, moments)
         while len(self._records) > _MOST or next(iter(self._records.values()))[0] < now - _KEPT_S:
             self._records.popitem(last=False)
 
-    def get(self, request_id: str) -> dict[str, float] | None:
-        """None when it is unknown or forgotten."""
+    def get(self, request_id: str) -> tuple[str, dict[str, float]] | None:
+        """State and moments; None when it is unknown or forgotten."""
         found = self._records.get(request_id)
-        return found[1] if found is not None else None
+        return found[1:] if found is not None else None

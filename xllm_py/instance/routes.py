@@ -41,7 +41,8 @@ class InstanceRoutes:
     async def request(self, request: Request) -> tuple[int, object]:
         """The moments of a request that came by this instance's own door."""
         request_id = request.params["id"]
-        moments = self._parts.records.get(request_id)
-        if moments is None:
+        found = self._parts.records.get(request_id)
+        if found is None:
             raise RequestNotFound(f"request {request_id} is unknown here, or was long ago")
-        return 200, {"request_id": request_id, "state": "finished", "moments": moments}
+        state, moments = found
+        return 200, {"request_id": request_id, "state": state, "moments": moments}

@@ -1,9 +1,10 @@
-"""The master's own HTTP routes: /admin/instances, /debug/ledger, /debug/requests/{id}. Read only."""
+"""The master's own HTTP routes: /admin/instances, /debug/ledger, /debug/requests and one of them. Read only."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 from xllm_py.base import process
@@ -14,6 +15,8 @@ from xllm_py.master.instance_manager import InstanceManager, Member
 from xllm_py.master.journeys import Journeys
 from xllm_py.master.links import Links
 from xllm_py.openai.exchange import Handler, Request
+
+_MOST_LISTED = 100
 
 
 class AdminRoutes:
@@ -42,6 +45,7 @@ class AdminRoutes:
         return {
             ("GET", "/admin/instances"): self.instances,
             ("GET", "/debug/ledger"): self.ledger,
+            ("GET", "/debug/requests"): self.requests,
             ("GET", "/debug/requests/{id}"): self.request,
         }
 
@@ -78,6 +82,11 @@ class AdminRoutes:
             "file_handles": held.file_handles,
             "resident_bytes": held.resident_bytes,
         }
+
+    async def requests(self, request: Request) -> tuple[int, object]:
+        """The stories of the last ones, newest first."""
+        newest = itertools.islice(self._journeys.newest_first(), _MOST_LISTED)
+        return 200, {"requests": [record.row() for record in newest]}
 
     async def request(self, request: Request) -> tuple[int, object]:
         """One request's story."""

@@ -28,7 +28,7 @@ class Front:
 
     def table(self) -> dict[tuple[str, str], Handler]:
         """The admin routes, refused until `open`."""
-        paths = ("/admin/instances", "/debug/ledger", "/debug/requests/{id}")
+        paths = ("/admin/instances", "/debug/ledger", "/debug/requests", "/debug/requests/{id}")
         return {("GET", path): self._late(path) for path in paths}
 
     def _late(self, path: str) -> Handler:

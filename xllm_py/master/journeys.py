@@ -8,7 +8,7 @@ Never prompts, never text.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from xllm_py.cluster.routing import Route
@@ -103,6 +103,10 @@ class Journeys:
             self._records.popitem(last=False)
             oldest = next(iter(self._records.values()))
         return record
+
+    def newest_first(self) -> Iterator[Record]:
+        """All that are not forgotten yet."""
+        return reversed(self._records.values())
 
     def get(self, request_id: str) -> Record | None:
         """A request that is not forgotten yet."""

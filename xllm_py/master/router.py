@@ -75,4 +75,5 @@ class Router:
             if member.view.state is not InstanceState.READY
         )
         details = (*self._links.unlinked(), *waiting) or ("no instance has registered",)
-        return Readiness(ready=False, reasons=("no_instances",), details=details)
+        reason = "no_compatible_decode" if self._links.refused() else "no_instances"
+        return Readiness(ready=False, reasons=(reason,), details=details)

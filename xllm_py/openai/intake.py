@@ -19,6 +19,7 @@ from xllm_py.base.errors import (
     InvalidType,
     InvalidValue,
     ModelNotFound,
+    NoCompatibleDecode,
     NoInstances,
     UnsupportedField,
 )
@@ -159,8 +160,11 @@ class Intake:
         """A routable model by name; raises NoInstances when there is none at all, else ModelNotFound."""
         models = self._backend.models()
         if not models:
-            reasons = ", ".join(self._backend.ready().reasons) or "no_instances"
-            raise NoInstances(f"nothing can serve a request yet ({reasons}); try again soon")
+            reasons = self._backend.ready().reasons
+            if NoCompatibleDecode.code in reasons:
+                raise NoCompatibleDecode("no decode instance fits; /ready says what differs")
+            why = ", ".join(reasons) or "no_instances"
+            raise NoInstances(f"nothing can serve a request yet ({why}); try again soon")
         for model in models:
             if model.name == name:
                 return model
