@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -75,8 +76,6 @@ def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 def write_model(folder: Path, **config: Any) -> Path:
     """A folder that counts as a model as long as nobody loads it."""
-    import json
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -106,6 +106,11 @@ def test_a_bad_word_in_the_environment_is_refused(refused, monkeypatch, word):
     assert line == f"{SWITCH}={word} is no bool. Use true or false."
 
 
+def test_switches_of_the_original_in_the_environment_are_named(build, monkeypatch):
+    monkeypatch.setenv("ENABLE_XLLM_DEBUG_LOG", "1")
+    assert build().warnings == ("in the environment, ignored here: ENABLE_XLLM_DEBUG_LOG",)
+
+
 def test_values_reach_their_slices(build):
     config = build(
         "--http_server_max_concurrency=0",

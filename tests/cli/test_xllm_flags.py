@@ -300,6 +300,12 @@ def test_etcd_credentials_come_from_the_environment_and_are_not_echoed(build, mo
     assert "s3cret" not in config.given
 
 
+def test_switches_of_the_original_in_the_environment_are_named_in_one_line(build, monkeypatch):
+    monkeypatch.setenv("MC_TCP_PROTO", "1")
+    monkeypatch.setenv("XLLM_FAILPOINTS", "")
+    assert build().warnings == ("in the environment, ignored here: XLLM_FAILPOINTS, MC_TCP_PROTO",)
+
+
 def test_the_model_root_may_come_from_the_environment(tmp_path, monkeypatch):
     write_model(tmp_path / "root" / "mine")
     monkeypatch.setenv("XLLM_MODEL_ROOT", str(tmp_path / "root"))

@@ -15,6 +15,12 @@ from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
 
 _ENDPOINT = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _MIN_KEY_BYTES = 32
+_FOREIGN = (
+    "XLLM_FAILPOINTS",
+    "MC_TCP_PROTO",
+    "XLLM_PYTHON_MODEL_PATH",
+    "ENABLE_XLLM_DEBUG_LOG",
+)
 _API_KEY = re.compile(r"([A-Za-z0-9._-]{1,64}):([!-~]{1,512})")  # a key is what a header can carry
 
 
@@ -249,6 +255,13 @@ def logs(causes: Causes, values: Mapping[str, Any]) -> LogSlice:
         f"--log_dir={directory} is no folder. Make it first",
     )
     return LogSlice(level=level, form=form, directory=directory, verbose=values["verbose"])
+
+
+def foreign_environment(causes: Causes) -> None:
+    """Switches of the original and of fault tests that do nothing here."""
+    found = [name for name in _FOREIGN if name in os.environ]
+    if found:
+        causes.warn(f"in the environment, ignored here: {', '.join(found)}")
 
 
 def environment_bool(causes: Causes, name: str, default: bool) -> bool:

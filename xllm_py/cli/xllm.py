@@ -42,6 +42,7 @@ def build(given: Given) -> InstanceConfig:
     values = rules.finite(causes, given.values, _FINITE)
     given = dataclasses.replace(given, values=values)
     _check_simple(causes, values)
+    rules.foreign_environment(causes)
     role = _role(causes, values)
     host = values["host"] or "127.0.0.1"
     addresses = _addresses(causes, given, host)

@@ -30,6 +30,7 @@ def build(given: Given) -> MasterConfig:
     causes = rules.Causes()
     values = rules.finite(causes, given.values, _FINITE)
     _check_simple(causes, values)
+    rules.foreign_environment(causes)
     host = values["server_host"] or "127.0.0.1"
     config = MasterConfig(
         tokenizer_path=values["tokenizer_path"],
