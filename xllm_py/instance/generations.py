@@ -58,7 +58,7 @@ Connect = Callable[[str, Literal["master", "instance"]], Stream]
 class Generations:
     """All streams of this instance."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  three of them are what the other side may say
         self,
         *,
         name: str,
@@ -68,14 +68,19 @@ class Generations:
         clock: Clock,
         on_cancel: Callable[[list[str], list[int]], None],
         on_relayed: Callable[[GenerationsDown], GenerationsDown],
+        on_broken: Callable[[Destination], None],
     ) -> None:
-        """on_cancel: the other side wants these ended. on_relayed: takes out of a master's word what is meant for D."""
+        """on_cancel: the other side wants these ended. on_relayed: takes out of a master's word what is meant for D.
+
+        on_broken: a stream to a master broke, and what was forwarded on it may be lost.
+        """
         self.name = name
         self.incarnation = incarnation
         self.connect = connect
         self.clock = clock
         self.on_cancel = on_cancel
         self.on_relayed = on_relayed
+        self.on_broken = on_broken
         self._tasks = tasks
         self._streams: dict[Destination, _Talk] = {}
 
@@ -186,6 +191,7 @@ class _Talk:
             if self.destination.relay:
                 self._owner.reroute(self)
                 return
+            self._owner.on_broken(self.destination)
             if now - broken_at > GIVE_UP_S:
                 self._give_up(reason)
                 return
@@ -207,8 +213,9 @@ class _Talk:
         stream = self._owner.connect(self.destination.address, kind)
         reading = TaskFamily(f"downs-{self.destination.address}")
         try:
-            self._queue = [up for up in self._queue if up.incarnation != self._owner.incarnation]
-            self._enqueue(Outputs(), no_verdicts())  # says who speaks
+            waiting, self._queue = self._queue, []
+            self._enqueue(Outputs(), no_verdicts())  # says who speaks, so it goes first
+            self._queue += [up for up in waiting if not up.outputs.request_ids or self._foreign(up)]
             for told in self.told.values():
                 self._enqueue(told.entries, no_verdicts())
             reader = reading.start(self._read(stream), name="read")
@@ -226,6 +233,10 @@ class _Talk:
         finally:
             await reading.close()
             await stream.close()
+
+    def _foreign(self, up: GenerationsUp) -> bool:
+        """Whether it is a forwarded message; our own outputs are in the log."""
+        return up.incarnation != self._owner.incarnation
 
     async def _read(self, stream: Stream) -> XllmError | None:
         """Until the stream ends; what broke it is a result, because a lost peer is no failure of this task."""

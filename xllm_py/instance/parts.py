@@ -267,6 +267,7 @@ async def routed_parts(
         clock=parts.clock,
         on_cancel=lambda ids, attempts: service.end(ids, attempts),
         on_relayed=relay.take,
+        on_broken=relay.cut,
     )
     service = ControlService(
         engine=parts.engine,

@@ -14,6 +14,7 @@ from xllm_py.instance.outlets import Destination
 from xllm_py.wire.control_messages import Cancels, GenerationsDown, GenerationsUp, Positions
 
 _MOST_REQUESTS = 10_000
+Downs = asyncio.Queue[GenerationsDown | None]  # None ends the stream
 
 
 class Relay:
@@ -21,7 +22,7 @@ class Relay:
 
     def __init__(self) -> None:
         self._masters: dict[str, Destination] = {}  # relayed request -> its master
-        self._downs: dict[str, asyncio.Queue[GenerationsDown]] = {}  # incarnation of D -> its queue
+        self._downs: dict[str, Downs] = {}  # incarnation of D -> its queue
         self._takers: dict[str, str] = {}  # relayed request -> incarnation of D
         self._finished: set[str] = set()  # relayed requests whose finish has passed through
 
@@ -46,15 +47,13 @@ class Relay:
         self, ups: AsyncIterator[GenerationsUp], generations: Generations
     ) -> AsyncGenerator[GenerationsDown, None]:
         """One D's stream: pass its messages on, yield what its masters answer."""
-        queue: asyncio.Queue[GenerationsDown] = asyncio.Queue()
+        queue: Downs = asyncio.Queue()
         tasks = TaskFamily("relay")
         reader = tasks.start(self._read(ups, queue, generations), name="read")
-        reader.add_done_callback(lambda _: queue.put_nowait(GenerationsDown()))
+        reader.add_done_callback(lambda _: queue.put_nowait(None))
         try:
-            while not reader.done():
-                down = await queue.get()
-                if not down.empty:
-                    yield down
+            while (down := await queue.get()) is not None:
+                yield down
         finally:
             for incarnation in [name for name, held in self._downs.items() if held is queue]:
                 del self._downs[incarnation]
@@ -63,13 +62,15 @@ class Relay:
     async def _read(
         self,
         ups: AsyncIterator[GenerationsUp],
-        queue: asyncio.Queue[GenerationsDown],
+        queue: Downs,
         generations: Generations,
     ) -> None:
         async for up in ups:
             self._downs[up.incarnation] = queue
             masters = {self._masters.get(name) for name in up.outputs.request_ids}
             for index, request_id in enumerate(up.outputs.request_ids):
+                if request_id not in self._masters:
+                    continue  # answered with a cancel below
                 self._takers[request_id] = up.incarnation
                 if up.outputs.finish_reasons[index]:
                     self._finished.add(request_id)
@@ -82,6 +83,12 @@ class Relay:
                 queue.put_nowait(
                     GenerationsDown(cancels=Cancels(request_ids=unknown, attempts=attempts))
                 )
+
+    def cut(self, master: Destination) -> None:
+        """The stream to a master broke: end those of the takers concerned, so that they say what is lost to it themselves."""
+        for request_id, incarnation in self._takers.items():
+            if self._masters.get(request_id) == master and incarnation in self._downs:
+                self._downs[incarnation].put_nowait(None)
 
     def take(self, down: GenerationsDown) -> GenerationsDown:
         """Hand a master's words on relayed requests down to their D; returns what is meant for ourselves."""
