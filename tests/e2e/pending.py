@@ -50,7 +50,8 @@ class Pending:
             self._connection.close()
 
     def leave(self) -> None:
-        """Close the connection without a word, as a browser does."""
+        """Close the connection without a word, as a browser does; the answer must not have come before."""
+        assert self._thread.is_alive(), (self._answer, self.pieces[-1:])
         self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(30)
 
