@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,9 +23,9 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """The smallest sample that at least `share` of all samples do not exceed."""
+    """The smallest sample that at least `share` of all samples do not exceed (nearest rank)."""
     ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def commit() -> str:

@@ -1,0 +1,86 @@
+"""Model folders for serving benchmarks: config.json and a tokenizer, no weights; `--load_format=dummy` makes those, seeded.
+
+Every token of the vocabulary is whole text, so that each token is an event of a stream.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+COMMON = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+    },
+    "0.5b": {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+    },
+}
+
+
+def write_model(folder: Path, shape: str) -> Path:
+    """A folder that `xllm --load_format=dummy` and `xllm-master` take."""
+    folder.mkdir(parents=True)
+    size = SHAPES[shape]["vocab_size"]
+    config = {**COMMON, **SHAPES[shape], "eos_token_id": size - 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    words, merges = _words(size - 1)
+    vocabulary = {word: token for token, word in enumerate(words)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [_special(size - 1, "<|end|>")],
+        "pre_tokenizer": _BYTE_LEVEL,
+        "decoder": _BYTE_LEVEL,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    settings = {"chat_template": template, "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+_BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+
+
+def _words(count: int) -> tuple[list[str], list[str]]:
+    """Letters, pairs and fours of them, as many as asked for, and the merges that make them; a real vocabulary's size."""
+    letters = list(string.ascii_lowercase)
+    pairs = [a + b for a in letters for b in letters]
+    fours = [a + b for a in pairs for b in pairs]
+    words = [*letters, *pairs, *fours][:count]
+    half = {2: 1, 4: 2}
+    merges = [f"{w[: half[len(w)]]} {w[half[len(w)] :]}" for w in words[len(letters) :]]
+    return words, merges
+
+
+def _special(token: int, text: str) -> dict[str, Any]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": text, **plain, "special": True}
