@@ -19,10 +19,14 @@ fi
 
 export PATH="$PWD/.venv/bin:$PATH"
 if [ $# -eq 0 ]; then
+    if [ ! -e build/proto-env/made ]; then
+        scripts/gen_proto.sh --environment build/proto-env && touch build/proto-env/made
+    fi
+    export PROTO_PYTHON="$PWD/build/proto-env/bin/python"
     ruff format --check .
     ruff check .
     mypy
-    lint-imports
+    lint-imports --no-logo
     set -- -n 2 --dist loadgroup
 fi
 exec pytest -q "$@"
