@@ -38,6 +38,9 @@ class EtcdLease:
         self._valid_until = 0.0
         self._content: dict[str, bytes] = {}
         self._ended = False
+        self._turn = (
+            asyncio.Lock()
+        )  # a renewal under way and a revocation are done one after the other
 
     async def grant(self) -> None:
         """A new lease with everything put under it. Raises RegistryUnavailable."""
@@ -64,14 +67,20 @@ class EtcdLease:
         while not self._ended:
             await asyncio.sleep(pause_s)
             try:
-                if self._clock.now() >= self._valid_until or not await self._renew():
-                    _log.warning("lease lost, registering again", keys=list(self._content))
-                    await self.grant()
+                async with self._turn:
+                    await self._renew_or_grant()
                 pause_s, retry_s = self._ttl_s / 3, _FIRST_RETRY_S
             except RegistryUnavailable as error:
                 _log.warning("lease not renewed", reason=error.message)
                 pause_s = retry_s * random.uniform(0.5, 1.5)
                 retry_s = min(retry_s * 2, _MOST_RETRY_S)
+
+    async def _renew_or_grant(self) -> None:
+        if self._ended:
+            return
+        if self._clock.now() >= self._valid_until or not await self._renew():
+            _log.warning("lease lost, registering again", keys=list(self._content))
+            await self.grant()
 
     async def _renew(self) -> bool:
         """False when etcd does not know the lease, or one of its keys, any more."""
@@ -101,9 +110,10 @@ class EtcdLease:
     async def revoke(self) -> None:
         """See Lease."""
         self._ended = True
-        request = rpc_pb2.LeaseRevokeRequest(ID=self._id)
         try:
-            await self._etcd.call(self._etcd.leases.LeaseRevoke, request)
+            async with self._turn:
+                request = rpc_pb2.LeaseRevokeRequest(ID=self._id)
+                await self._etcd.call(self._etcd.leases.LeaseRevoke, request)
         except RegistryUnavailable as error:
             _log.warning(
                 "lease not revoked; it ends by itself", reason=error.message, ttl_s=self._ttl_s
