@@ -7,6 +7,8 @@ deadline; everything the engine says unasked goes to the handlers given at const
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -14,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
@@ -23,6 +25,7 @@ from xllm_py.base.errors import (
     EngineDied,
     EngineDown,
     PeerUnavailable,
+    RequestError,
     StartError,
 )
 from xllm_py.base.tasks import TaskFamily
@@ -36,6 +39,7 @@ _log = log.get(__name__)
 _STOP_TIMEOUT_S = 5.0
 Key = TypeVar("Key")
 Answer = TypeVar("Answer")
+Waiting: TypeAlias = dict[Key, list[asyncio.Future[Answer]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +73,9 @@ class EngineLink:
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: ApiPipe | None = None
-        self._answers: dict[tuple[str, int], asyncio.Future[OfferAnswer]] = {}
-        self._taken: dict[tuple[str, int], asyncio.Future[bool]] = {}
-        self._ledgers: dict[int, asyncio.Future[dict[str, int]]] = {}
+        self._answers: Waiting[tuple[str, int], OfferAnswer] = {}
+        self._taken: Waiting[tuple[str, int], bool] = {}
+        self._ledgers: Waiting[int, dict[str, int]] = {}
         self._calls = 0
         self._closing = False
         self.progress = m.Progress()
@@ -142,16 +146,24 @@ class EngineLink:
         self.down = event.message
 
     def _fail_waiters(self) -> None:
-        error = EngineDown("the engine of this instance is down; the supervisor restarts it")
-        for futures in (self._answers, self._taken, self._ledgers):
-            for future in futures.values():
-                if not future.done():
-                    future.set_exception(error)
+        waiting: list[list[asyncio.Future[Any]]] = []
+        waiting += [*self._answers.values(), *self._taken.values(), *self._ledgers.values()]
+        for future in itertools.chain.from_iterable(waiting):
+            if not future.done():
+                future.set_exception(_down())
 
     def _send(self, command: m.Command) -> None:
         if self._pipe is None or self.down:
-            raise EngineDown("the engine of this instance is down; the supervisor restarts it")
-        self._pipe.send(command)
+            raise _down()
+        try:
+            self._pipe.send(command)
+        except PeerUnavailable as error:  # a write found its end before `_listen` did
+            raise _down() from error
+
+    def _tell(self, command: m.Command) -> None:
+        """Nothing is lost when the engine is down: what this is about ended with it."""
+        with contextlib.suppress(EngineDown):
+            self._send(command)
 
     def submit(self, submission: Submission) -> None:
         """Hand a request to the engine; refusals come back as outputs. Raises EngineDown."""
@@ -159,28 +171,24 @@ class EngineLink:
 
     def abort(self, request_ids: list[str], attempts: list[int]) -> None:
         """End requests; harmless when they are unknown or the engine is down."""
-        if request_ids and not self.down:
-            self._send(m.Abort(request_ids=request_ids, attempts=attempts))
+        if request_ids:
+            self._tell(m.Abort(request_ids=request_ids, attempts=attempts))
 
     def answer_offers(self, answers: list[OfferAnswer]) -> None:
         """P: what D said to our offers."""
-        if not self.down:
-            self._send(m.Answers(answers=answers))
+        self._tell(m.Answers(answers=answers))
 
     def first_taken(self, taken: m.FirstTaken) -> None:
         """P: what D said to our first tokens."""
-        if not self.down:
-            self._send(taken)
+        self._tell(taken)
 
     def peer_gone(self, incarnation: str) -> None:
         """D: end the reservations of a giver."""
-        if not self.down:
-            self._send(m.PeerGone(incarnation=incarnation))
+        self._tell(m.PeerGone(incarnation=incarnation))
 
     def drain(self) -> None:
         """Refuse new work from now on."""
-        if not self.down:
-            self._send(m.Drain())
+        self._tell(m.Drain())
 
     async def offer(self, offers: list[Offer], *, timeout_s: float) -> list[OfferAnswer]:
         """D: put a giver's offers before our scheduler. Raises EngineDown or DeadlineExceeded."""
@@ -200,24 +208,28 @@ class EngineLink:
 
     async def _ask(
         self,
-        waiting: dict[Key, asyncio.Future[Answer]],
+        waiting: Waiting[Key, Answer],
         keys: list[Key],
         command: m.Command,
         timeout_s: float,
     ) -> list[Answer]:
-        """Send a command and wait for one answer per key. A repeated question shares the pending answer."""
+        """Send a command and wait for one answer per key. Who asks the same meanwhile shares the answer."""
         loop = asyncio.get_running_loop()
-        futures = [waiting.setdefault(key, loop.create_future()) for key in keys]
+        futures: list[asyncio.Future[Answer]] = [loop.create_future() for _ in keys]
+        for key, future in zip(keys, futures, strict=True):
+            waiting.setdefault(key, []).append(future)
         try:
             self._send(command)
             async with asyncio.timeout(timeout_s):
-                return [await asyncio.shield(future) for future in futures]
+                return await asyncio.gather(*futures)
         except TimeoutError as error:
             raise DeadlineExceeded(f"the engine did not answer within {timeout_s} s") from error
         finally:
             for key, future in zip(keys, futures, strict=True):
-                if waiting.get(key) is future:
-                    del waiting[key]
+                if future in waiting.get(key, ()):
+                    waiting[key].remove(future)
+                    if not waiting[key]:
+                        del waiting[key]
 
     @property
     def pid(self) -> int:
@@ -243,11 +255,15 @@ class EngineLink:
             await asyncio.sleep(0.01)
 
 
-def _resolve(waiting: dict[Key, asyncio.Future[Answer]], key: Key, value: Answer) -> None:
+def _resolve(waiting: Waiting[Key, Answer], key: Key, value: Answer) -> None:
     """Nobody may be waiting any more: then the answer came after its deadline."""
-    future = waiting.pop(key, None)
-    if future is not None and not future.done():
-        future.set_result(value)
+    for future in waiting.pop(key, ()):
+        if not future.done():
+            future.set_result(value)
+
+
+def _down() -> RequestError:
+    return EngineDown("the engine of this instance is down; the supervisor restarts it")
 
 
 def _start_error(event: m.Failed) -> StartError:
