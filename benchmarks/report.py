@@ -37,7 +37,8 @@ def commit() -> str:
 
 
 def emit(what: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
-    """Print the line."""
+    """Print the line; `load` is that of the last minute, the benchmark's own included."""
     machine = f"{platform.machine()} {os.cpu_count()} cores"
-    line = {"what": what, **settings, **results, "commit": commit(), "machine": machine}
+    where = {"commit": commit(), "machine": machine, "load": round(os.getloadavg()[0], 1)}
+    line = {"what": what, **settings, **results, **where}
     print(json.dumps(line), flush=True)
