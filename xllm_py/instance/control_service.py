@@ -6,11 +6,13 @@ Generations in relayed mode). It decides nothing about requests; the engine does
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from xllm_py.base import log
-from xllm_py.base.errors import Draining, LayoutMismatch, UnsupportedValue
+from xllm_py.base.errors import Draining, LayoutMismatch, UnsupportedValue, XllmError
+from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Card, card_from_json, card_key, differences
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Submission
 from xllm_py.instance.engine_link import EngineLink
@@ -26,7 +28,7 @@ _ENGINE_TIMEOUT_S = 30.0  # the engine answers between two steps, and a step may
 class ControlService:
     """The handlers."""
 
-    def __init__(  # noqa: PLR0913  the ends of nine wires meet here
+    def __init__(  # noqa: PLR0913  the ends of ten wires meet here
         self,
         *,
         engine: EngineLink,
@@ -36,6 +38,7 @@ class ControlService:
         card: Callable[[], Card],
         cluster_key: bytes,
         takes_handoffs: bool,
+        tasks: TaskFamily,
         drain: Callable[[float], Awaitable[None]],
         describe: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
@@ -46,6 +49,7 @@ class ControlService:
         self._card = card
         self._cluster_key = cluster_key
         self._takes_handoffs = takes_handoffs
+        self._tasks = tasks
         self._drain = drain
         self._describe = describe
         self._givers: dict[str, str] = {}  # incarnation -> name
@@ -75,17 +79,32 @@ class ControlService:
     async def add_new_requests(self, offers: list[Offer]) -> list[OfferAnswer]:
         """A giver's offers, put before our engine."""
         known = [offer for offer in offers if offer.giver_incarnation in self._givers]
-        for offer in known:
-            submission = offer.submission
-            if not self._outlets.has(submission.request_id):
-                self._outlets.open_remote(submission.request_id, _destination(offer))
-        answers = {}
+        answers: dict[tuple[str, int], OfferAnswer] = {}
         if known:
-            for answer in await self._engine.offer(known, timeout_s=_ENGINE_TIMEOUT_S):
-                answers[answer.request_id] = answer
-                if answer.refusal:
-                    self._outlets.close(answer.request_id)
-        return [answers.get(o.submission.request_id) or _not_linked(o) for o in offers]
+            # a giver that hangs up meanwhile changes nothing: what the engine says still has to be heard
+            asking = self._tasks.start(self._ask_engine(known), name="offers")
+            answers = await asyncio.shield(asking)
+        return [answers.get(_key(offer.submission)) or _not_linked(offer) for offer in offers]
+
+    async def _ask_engine(self, offers: list[Offer]) -> dict[tuple[str, int], OfferAnswer]:
+        """Outlets are open before the engine is asked, and closed again for what it refuses."""
+        fresh = {}
+        for offer in offers:
+            request_id = offer.submission.request_id
+            if not self._outlets.has(request_id):
+                self._outlets.open_remote(request_id, _destination(offer))
+                fresh[request_id] = offer.submission.attempt
+        try:
+            answers = await self._engine.offer(offers, timeout_s=_ENGINE_TIMEOUT_S)
+        except XllmError:
+            for request_id in fresh:
+                self._outlets.close(request_id)
+            self._engine.abort(list(fresh), list(fresh.values()))
+            raise
+        granted = {answer.request_id for answer in answers if not answer.refusal}
+        for request_id in fresh.keys() - granted:
+            self._outlets.close(request_id)
+        return {(answer.request_id, answer.attempt): answer for answer in answers}
 
     async def first_generation(self, firsts: list[FirstToken]) -> list[bool]:
         """A giver's first tokens."""
@@ -155,6 +174,10 @@ def _destination(offer: Offer) -> Destination:
     if submission.relay:
         return Destination(offer.giver_address, relay=True, master=submission.master)
     return Destination(submission.master)
+
+
+def _key(submission: Submission) -> tuple[str, int]:
+    return submission.request_id, submission.attempt
 
 
 def _not_linked(offer: Offer) -> OfferAnswer:

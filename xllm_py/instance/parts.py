@@ -277,6 +277,7 @@ async def routed_parts(
         card=lambda: make_card(parts, identity, control.port, "READY"),
         cluster_key=key,
         takes_handoffs=config.cluster.role is not Role.DEFAULT,
+        tasks=parts.tasks,
         drain=drain,
         describe=functools.partial(_describe, parts, identity),
     )
