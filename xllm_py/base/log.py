@@ -15,6 +15,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
+# what ends a line or moves a terminal's cursor, written out: a field may hold what a stranger sent
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 _STANDARD = ("exc_info", "stack_info", "stacklevel", "extra")
 
 
@@ -39,7 +41,7 @@ class TextFormatter(logging.Formatter):
         fields = "".join(f" {key}={value}" for key, value in _fields(record).items())
         line = (
             f"{record.levelname[0]} {clock}.{int(record.msecs):03d} {record.getMessage()}{fields}"
-        )
+        ).translate(_ESCAPES)
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line

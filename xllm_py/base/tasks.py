@@ -22,7 +22,8 @@ class TaskFamily:
     def __init__(self, name: str) -> None:
         self._name = name
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._failure: asyncio.Future[BaseException] | None = None
+        self._failures: list[BaseException] = []  # of vital tasks, also those nobody waits for yet
+        self._failed = asyncio.Event()
         self._closing = False
 
     def start(
@@ -41,14 +42,14 @@ class TaskFamily:
         error = task.exception()
         if error is not None:
             _log.error("task failed", task=task.get_name(), exc_info=error)
-        if vital and self._failure is not None and not self._failure.done():
-            self._failure.set_result(error or RuntimeError(f"{task.get_name()} ended"))
+        if vital:
+            self._failures.append(error or RuntimeError(f"{task.get_name()} ended"))
+            self._failed.set()
 
     async def wait_failed(self) -> BaseException:
-        """Return once a vital task has failed or ended."""
-        if self._failure is None:
-            self._failure = asyncio.get_running_loop().create_future()
-        return await asyncio.shield(self._failure)
+        """Return once a vital task has failed or ended, be it before the call; the first one's error."""
+        await self._failed.wait()
+        return self._failures[0]
 
     @property
     def size(self) -> int:
