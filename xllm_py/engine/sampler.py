@@ -83,7 +83,9 @@ def _cut(weights: Tensor, rows: list[RowStart]) -> Tensor:
     size = weights.shape[1]
     most = torch.tensor([[row.top_k if row.top_k > 0 else size] for row in rows])
     ordered.masked_fill_(torch.arange(size).unsqueeze(0) >= most, 0.0)
-    before = ordered.cumsum(-1) - ordered  # the mass ahead of each; the first is always kept
+    ladder = ordered.cumsum(-1)
+    before = ladder - ordered  # the mass ahead of each; the first is always kept
     share = torch.tensor([[row.top_p] for row in rows], dtype=torch.float64)
-    ordered.masked_fill_(before >= share * ordered.sum(-1, keepdim=True), 0.0)
+    # the last step of the ladder, because sum() splits a single long row between threads
+    ordered.masked_fill_(before >= share * ladder[:, -1:], 0.0)
     return torch.zeros_like(weights).scatter_(-1, ids, ordered)

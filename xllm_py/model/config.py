@@ -45,17 +45,14 @@ def read_config(folder: Path) -> ModelConfig:
         raise ModelLoadError(
             f"{fields.path}: model_type {model_type} is not supported; known: {known}"
         )
-    if fields.raw.get("rope_scaling"):
-        raise ModelLoadError(
-            f"{fields.path}: rope_scaling is not supported yet; remove it or use another model"
-        )
-    if fields.raw.get("use_sliding_window"):
-        raise ModelLoadError(f"{fields.path}: use_sliding_window is not supported yet")
+    _refuse_unbuilt(fields)
     heads, hidden = fields.count("num_attention_heads"), fields.count("hidden_size")
     kv_heads = fields.count("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ModelLoadError(f"{fields.path}: {heads} heads cannot share {kv_heads} KV heads")
     head_dim = fields.count("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise ModelLoadError(f"{fields.path}: heads of {head_dim} have no halves to rotate")
     dtype = str(fields.raw.get("torch_dtype") or fields.raw.get("dtype") or "float32")
     return ModelConfig(
         model_type=model_type,
@@ -75,17 +72,40 @@ def read_config(folder: Path) -> ModelConfig:
     )
 
 
+def _refuse_unbuilt(fields: _Fields) -> None:
+    """What would be computed wrongly is named, not ignored. Raises ModelLoadError."""
+    raw = fields.raw
+    rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ModelLoadError(f"{fields.path}: rope_parameters is not a JSON object")
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise ModelLoadError(f"{fields.path}: layer_types is not a list")
+    found = {
+        "rope_scaling": raw.get("rope_scaling"),
+        "rope_parameters.rope_type": _other(rope.get("rope_type", rope.get("type")), "default"),
+        "rope_parameters.partial_rotary_factor": _other(rope.get("partial_rotary_factor"), 1),
+        "use_sliding_window": raw.get("use_sliding_window"),
+        "layer_types": next((kind for kind in layers if kind != "full_attention"), None),
+        "hidden_act": _other(raw.get("hidden_act"), "silu"),
+        "quantization_config": raw.get("quantization_config"),
+    }
+    for name, value in found.items():
+        if value:
+            raise ModelLoadError(
+                f"{fields.path}: {name} {json.dumps(value)[:80]} is not supported yet; use another model"
+            )
+
+
+def _other(value: Any, known: Any) -> Any:
+    """The value when it is there and not the known one."""
+    return None if value == known else value
+
+
 def _rope_theta(fields: _Fields) -> float:
     """Newer files keep it in `rope_parameters`."""
-    nested = fields.raw.get("rope_parameters")
-    if isinstance(nested, dict):
-        if nested.get("rope_type", "default") != "default":
-            raise ModelLoadError(
-                f"{fields.path}: rope_type {nested['rope_type']} is not supported yet"
-            )
-        if "rope_theta" in nested:
-            return float(nested["rope_theta"])
-    return fields.number("rope_theta", 10000.0)
+    nested = _Fields(fields.path, fields.raw.get("rope_parameters") or {})
+    return nested.number("rope_theta", fields.number("rope_theta", 10000.0))
 
 
 def _eos(folder: Path, fields: _Fields) -> tuple[int, ...]:
@@ -105,8 +125,12 @@ def _eos(folder: Path, fields: _Fields) -> tuple[int, ...]:
 class _Fields:
     """Typed access to one JSON object."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, raw: Any = None) -> None:
         self.path = path
+        self.raw: dict[str, Any] = self._read() if raw is None else raw
+
+    def _read(self) -> dict[str, Any]:
+        path = self.path
         try:
             raw: Any = json.loads(path.read_text())
         except OSError as error:
@@ -119,7 +143,7 @@ class _Fields:
             ) from error
         if not isinstance(raw, dict):
             raise ModelLoadError(f"{path}: is not a JSON object; copy the model folder again")
-        self.raw: dict[str, Any] = raw
+        return raw
 
     def text(self, name: str) -> str:
         value = self.raw.get(name)
