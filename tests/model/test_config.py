@@ -93,12 +93,18 @@ def test_end_tokens_come_from_the_generation_config_first(
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is small"),
         ({"rope_theta": 0}, "rope_theta is 0"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type yarn is not supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta is big"),
         ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta is -1.0"),
-        ({"use_sliding_window": True}, "use_sliding_window is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": "full_attention"}, "layer_types is not a list"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": 3}, "rope_parameters is not a JSON object"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"head_dim": 7}, "heads of 7 have no halves to rotate"),
         ({"eos_token_id": "end"}, "eos_token_id end is no token id"),
         ({"eos_token_id": [1, -2]}, "is no token id"),
         ({"eos_token_id": True}, "eos_token_id True is no token id"),
@@ -113,6 +119,22 @@ def test_what_cannot_be_served_is_one_line_with_file_and_field(
     assert words in caught.value.message
     assert str(folder / "config.json") in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_neutral_values_of_what_is_not_built_are_no_obstacle(folder: Path) -> None:
+    wanted = read_config(folder)
+    change(
+        folder,
+        rope_scaling={},
+        use_sliding_window=False,
+        layer_types=["full_attention", "full_attention"],
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        },
+    )
+    assert read_config(folder) == wanted
 
 
 @pytest.mark.parametrize(

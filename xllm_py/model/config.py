@@ -117,7 +117,7 @@ def _eos(folder: Path, fields: _Fields) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
+    if not all(type(token) is int and token >= 0 for token in ids):  # a bool is no token
         raise ModelLoadError(f"{fields.path}: eos_token_id {value} is no token id")
     return tuple(ids)
 
