@@ -12,6 +12,7 @@ from xllm_py.core.handoff import (
     FIRST_TRIES,
     OFFER_TOTAL_S,
     TRANSITIONS,
+    UNREACHABLE,
     CancelPeer,
     Commit,
     Connect,
@@ -181,7 +182,7 @@ def test_an_offer_without_an_answer_is_cancelled_for_it_may_have_arrived() -> No
 
 def test_no_answer_and_no_decode_here_is_an_instance_lost() -> None:
     actions = make(local_decode=False).on_answer(refused("unreachable"), NOW)
-    assert actions[1] == Fail("instance_lost", "why")
+    assert actions[1] == Fail("instance_lost", UNREACHABLE)
 
 
 def test_an_answer_nobody_waits_for_is_passed_over() -> None:
@@ -208,7 +209,7 @@ def test_a_link_that_fails_before_the_commit_fails_the_request_when_nobody_may_d
     giver.on_answer(granted(), NOW)
     assert giver.on_link_failed("cut") == [
         CancelPeer(),
-        Fail("instance_lost", "cut"),
+        Fail("instance_lost", UNREACHABLE),
         Verdict("lost", "cut"),
     ]
 

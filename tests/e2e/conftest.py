@@ -11,10 +11,9 @@ import pytest
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import Cluster, running
 
-DECODE_TOKENS = 1920
-DECODE_CACHE_BYTES = (
-    DECODE_TOKENS * 2 * 3 * 2 * 16 * 4
-)  # K and V, layers, heads, head size, float32
+DECODE_TOKENS = 1920  # what D of the slow cluster holds
+SLOW_LAYERS = 16
+TOKEN_BYTES = 2 * SLOW_LAYERS * 2 * 16 * 4  # K and V, layers, KV heads, head size, float32
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +32,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="float32",
         with_tokenizer=True,
     )
+
+
+@pytest.fixture(scope="session")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As small, but deep: a step takes some milliseconds, so that every phase can be looked at."""
+    folder = tmp_path_factory.mktemp("slow_models") / "tiny"
+    return make_checkpoint(folder, seed=8, layers=SLOW_LAYERS, with_tokenizer=True)
 
 
 @contextmanager
@@ -80,12 +86,12 @@ def lone_instance(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def slow_cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def slow_cluster(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Every phase lasts long enough to be looked at.
 
     P computes one token a step and one request at a time; D holds fewer tokens than P; the master bears silence.
     """
-    with running(tmp_path_factory.mktemp("slow"), tiny_model) as cluster:
+    with running(tmp_path_factory.mktemp("slow"), slow_model) as cluster:
         cluster.start_master("--suspect_after_ms=30000", "--gone_after_ms=30000")
         cluster.start_instance(
             "prefill",
@@ -95,7 +101,7 @@ def slow_cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "--max_tokens_per_chunk_for_prefill=1",
         )
         cluster.start_instance(
-            "decode", "DECODE", "--block_size=16", f"--max_cache_size={DECODE_CACHE_BYTES}"
+            "decode", "DECODE", "--block_size=16", f"--max_cache_size={DECODE_TOKENS * TOKEN_BYTES}"
         )
         cluster.wait_ready()
         yield cluster

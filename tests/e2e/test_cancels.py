@@ -5,45 +5,11 @@ The slow cluster makes each phase long: P computes one token a step of one reque
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests.e2e.cluster import Cluster, Daemon, wait_for
 from tests.e2e.pending import Pending
-
-LONG_PROMPT = [(3 * n) % 300 for n in range(1600)]
-
-
-def body(prompt: list[int], **fields: Any) -> dict[str, Any]:
-    """A request that ends by its length only."""
-    return {"model": "tiny", "prompt": prompt, "max_tokens": 8, "ignore_eos": True, **fields}
-
-
-def reaches(instance: Daemon, **counts: int) -> None:
-    """Wait until the ledger shows these counts."""
-
-    def shown() -> bool:
-        ledger = instance.ledger()
-        return all(ledger[name] == count for name, count in counts.items())
-
-    wait_for(f"{instance.name} to show {counts}", shown)
-
-
-def newest(master: Daemon) -> dict[str, Any]:
-    """What the master remembers of the request that came last."""
-    status, listed = master.request("GET", "/debug/requests")
-    assert status == 200, listed
-    record = listed["requests"][0]
-    assert isinstance(record, dict)
-    return record
-
-
-def all_let_go(master: Daemon, *instances: Daemon) -> None:
-    """Nothing of any request is left anywhere."""
-    for instance in instances:
-        wait_for(f"all blocks of {instance.name} back", instance.idle, 10)
-    wait_for("the master to forget", lambda: master.ledger()["open_requests"] == 0, 10)
+from tests.e2e.phases import LONG_PROMPT, all_let_go, body, newest, reaches, serves_in_pairs
 
 
 def was_cancelled(master: Daemon, *, after: str, without: str) -> None:
@@ -85,7 +51,7 @@ def test_a_client_that_leaves_during_the_handoff_frees_p_though_d_is_silent(
 ) -> None:
     """D's API process stands still: its engine holds the KV, but nobody takes P's first token."""
     master, prefill, decode = slow_cluster.daemons
-    pending = Pending(master, body(LONG_PROMPT[:600]))
+    pending = Pending(master, body(LONG_PROMPT[:200]))
     reaches(prefill, kv_grants_given=1)
     with decode.frozen(engine_too=False):
         reaches(prefill, requests_giving=1)
@@ -121,8 +87,7 @@ def test_a_client_of_a_lone_instance_that_leaves_is_cancelled(lone_instance: Clu
 
 def test_after_all_that_a_request_is_served(slow_cluster: Cluster) -> None:
     master, prefill, decode = slow_cluster.daemons
-    status, answer = master.request("POST", "/v1/completions", body([7, 9]))
-    assert (status, answer["usage"]["completion_tokens"]) == (200, 8)
+    serves_in_pairs(master)
     record = newest(master)
     assert record["state"] == "finished"
     assert record["decode_instance"].endswith(f":{decode.port}")

@@ -7,7 +7,9 @@ connection is tried soon after the last one failed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from grpc import aio
 
@@ -48,6 +50,7 @@ class Channels:
         self._options = (
             *_COMMON,
             ("grpc.enable_http_proxy", 0),
+            ("grpc.use_local_subchannel_pool", 1),  # else a new channel inherits an old one's back-off
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.min_reconnect_backoff_ms", int(connect_timeout_s * 1000)),
@@ -62,13 +65,16 @@ class Channels:
             channel = self._open[address] = Channel(opened)
         return channel
 
-    async def drop(self, address: str) -> None:
-        """Close the channel to an address nobody calls any more; its open calls end."""
-        channel = self._open.pop(address, None)
-        if channel is not None:
-            await channel.grpc.close()
+    def drop(self, address: str) -> Coroutine[Any, Any, None]:
+        """Forget the channel to an address at once, and close it when awaited; its open calls end then."""
+        return _closed(self._open.pop(address, None))
 
     async def close(self) -> None:
         """Close all; open calls end."""
         for address in list(self._open):
             await self.drop(address)
+
+
+async def _closed(channel: Channel | None) -> None:
+    if channel is not None:
+        await channel.grpc.close()

@@ -42,6 +42,8 @@ CODE_OF_REFUSAL = {
     "invalid": "internal_error",
     "unreachable": "instance_lost",
 }
+# what a client is told of a peer that failed: the failure's own words name addresses
+UNREACHABLE = "the decode instance cannot be reached; send the request again"
 
 
 class GiverState(Enum):
@@ -214,7 +216,8 @@ class Giver:
         wait_s = self._wait_before_repeat(answer, now)
         if wait_s is None:
             code = CODE_OF_REFUSAL.get(answer.refusal, "no_decode_capacity")
-            return self._give_up("refused", answer.refusal, code, answer.text)
+            text = UNREACHABLE if answer.refusal == "unreachable" else answer.text
+            return self._give_up("refused", answer.refusal, code, text)
         self._move(GiverState.WAITING)
         self.next_tick = now + wait_s
         return []
@@ -297,7 +300,7 @@ class Giver:
         if self.state is GiverState.COMMITTED:
             return [] if self._acknowledged else self._lose(text)
         if self.state is GiverState.PUSHING:
-            return self._give_up("lost", text, "instance_lost", text)
+            return self._give_up("lost", text, "instance_lost", UNREACHABLE)
         return []
 
     def _lose(self, reason: str) -> list[Action]:

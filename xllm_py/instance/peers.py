@@ -48,10 +48,15 @@ class Peers:
         self._tasks = tasks
         self._channels = Channels()
         self._clients: dict[tuple[str, str], InstanceClient] = {}
+        self._lives: dict[str, str] = {}  # address -> incarnation that was offered to last
 
     def _client(self, address: str, incarnation: str = "") -> InstanceClient:
+        if incarnation and self._lives.get(address, incarnation) != incarnation:
+            self._leave(address)
         client = self._clients.get((address, incarnation))
         if client is None:
+            if incarnation:
+                self._lives[address] = incarnation
             client = self._clients[address, incarnation] = InstanceClient(
                 address,
                 cluster_key=self._cluster_key,
@@ -61,6 +66,12 @@ class Peers:
                 channels=self._channels,
             )
         return client
+
+    def _leave(self, address: str) -> None:
+        """Another life answers there: the old one's channel waits long before it connects again, a new one connects at once."""
+        for key in [key for key in self._clients if key[0] == address]:
+            del self._clients[key]
+        self._tasks.start(self._channels.drop(address), name=f"leave {address}")
 
     def on_offers(self, offers: list[Offer]) -> None:
         """The engine wants these receivers asked; one call per receiver."""

@@ -1,0 +1,54 @@
+"""Requests brought into a phase, and what the ledgers must show then; for the tests of cancels and losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.e2e.cluster import Daemon, wait_for
+
+LONG_PROMPT = [(3 * n) % 300 for n in range(1600)]
+
+
+def body(prompt: list[int], **fields: Any) -> dict[str, Any]:
+    """A request that ends by its length only."""
+    return {"model": "tiny", "prompt": prompt, "max_tokens": 8, "ignore_eos": True, **fields}
+
+
+def reaches(instance: Daemon, **counts: int) -> None:
+    """Wait until the ledger shows these counts."""
+
+    def shown() -> bool:
+        ledger = instance.ledger()
+        return all(ledger[name] == count for name, count in counts.items())
+
+    wait_for(f"{instance.name} to show {counts}", shown)
+
+
+def newest(master: Daemon) -> dict[str, Any]:
+    """What the master remembers of the request that came last."""
+    status, listed = master.request("GET", "/debug/requests")
+    assert status == 200, listed
+    record = listed["requests"][0]
+    assert isinstance(record, dict)
+    return record
+
+
+def all_let_go(master: Daemon, *instances: Daemon) -> None:
+    """Nothing of any request is left anywhere."""
+    for instance in instances:
+        wait_for(f"all blocks of {instance.name} back", instance.idle, 10)
+    wait_for("the master to forget", lambda: master.ledger()["open_requests"] == 0, 10)
+
+
+def serves_in_pairs(master: Daemon) -> None:
+    """Wait until P and D are linked, and serve a request by both."""
+
+    def mode() -> bool:
+        status, state = master.request("GET", "/ready")
+        return status == 200 and state["mode"] == "pd"
+
+    wait_for("a linked pair", mode)
+    status, answer = master.request("POST", "/v1/completions", body([7, 9]))
+    assert status == 200, answer
+    assert answer["usage"]["completion_tokens"] == 8
+    assert newest(master)["mode"] == "pd"
