@@ -15,6 +15,8 @@ from xllm_py.core.service_config import EtcdSlice
 from xllm_py.registry import open_registry
 from xllm_py.registry.base import Entry, Registry
 from xllm_py.registry.embedded import serve_embedded
+from xllm_py.registry.etcd import EtcdRegistry
+from xllm_py.registry.etcd_stubs import rpc_pb2
 from xllm_py.registry.memory import MemoryRegistry, Store
 
 needs_etcd = pytest.mark.skipif(shutil.which("etcd") is None, reason="no etcd on PATH")
@@ -114,3 +116,23 @@ async def test_a_lease_lives_while_it_is_kept(registry: Registry) -> None:
     assert await registry.get("kept") == b"1"
     await lease.revoke()
     assert await registry.get("kept") is None
+
+
+async def test_a_key_that_is_no_text_disturbs_nobody(registry: Registry) -> None:
+    entries, revision = await registry.entries("k:")
+    watch = registry.watch("k:", entries, revision)
+    await put_raw(registry, b"k:\xff")
+    await registry.put("k:z", b"1")
+    changes = await next_of(watch, 2)
+    assert changes[1] == ("k:z", b"1")
+    assert len((await registry.entries("k:"))[0]) == 2
+    await watch.aclose()
+
+
+async def put_raw(registry: Registry, key: bytes) -> None:
+    """As somebody else would, who knows nothing of our keys."""
+    if isinstance(registry, EtcdRegistry):
+        await registry.kv.Put(rpc_pb2.PutRequest(key=registry.key("") + key, value=b"x"))
+    else:
+        assert isinstance(registry, MemoryRegistry)
+        registry._store.put(key, b"x")

@@ -92,7 +92,7 @@ def card_from_json(raw: bytes, key: bytes) -> Card:
         raise ProtocolViolation(f"card of {len(raw)} bytes; at most {MAX_CARD_BYTES} are read")
     try:
         body: Any = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolViolation("card is not JSON") from error
     if not isinstance(body, dict):
         raise ProtocolViolation("card is not a JSON object")
@@ -101,7 +101,7 @@ def card_from_json(raw: bytes, key: bytes) -> Card:
             raise ProtocolViolation(f"card lacks the field {name}")
     given = body.pop("mac", "")
     wanted = mac(key, _canonical(body)).hex()
-    if not isinstance(given, str) or not same(given.encode(), wanted.encode()):
+    if not isinstance(given, str) or not same(given.encode(errors="replace"), wanted.encode()):
         raise ProtocolViolation("card's MAC is wrong; do all daemons use the same cluster key?")
     return _build(body)
 
@@ -125,7 +125,10 @@ def _build(body: dict[str, Any]) -> Card:
 
 
 def _canonical(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    try:
+        return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    except RecursionError as error:  # writing gives up a little earlier than reading
+        raise ProtocolViolation("card is nested too deep") from error
 
 
 _MUST_AGREE = (

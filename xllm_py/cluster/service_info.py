@@ -46,7 +46,8 @@ def service_from_json(raw: bytes, cluster_key: bytes) -> ServiceRecord:
     if not isinstance(body, dict):
         raise ProtocolViolation("service record is not a JSON object")
     given = body.pop("mac", "")
-    if not isinstance(given, str) or not same(given.encode(), _mac(body, cluster_key).encode()):
+    wanted = _mac(body, cluster_key)
+    if not isinstance(given, str) or not same(given.encode(errors="replace"), wanted.encode()):
         raise ProtocolViolation("service record's MAC is wrong; is the cluster key the same?")
     names = [field.name for field in dataclasses.fields(ServiceRecord)]
     values = {name: body.get(name, "") for name in names}
@@ -62,4 +63,7 @@ def _mac(body: dict[str, Any], cluster_key: bytes) -> str:
 
 
 def _canonical(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    try:
+        return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    except RecursionError as error:  # writing gives up a little earlier than reading
+        raise ProtocolViolation("service record is nested too deep") from error

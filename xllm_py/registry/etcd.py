@@ -150,8 +150,8 @@ class EtcdRegistry:
         return prefix_end(start)
 
     def entry(self, record: Any) -> Entry:
-        """Our value of etcd's KeyValue."""
-        name = record.key.decode()[len(self._namespace) :]
+        """Our value of etcd's KeyValue. Anybody may have put a key that is no text; it must not end the watch."""
+        name = record.key.decode(errors="replace")[len(self._namespace) :]
         return Entry(key=name, value=record.value, revision=record.mod_revision)
 
     async def lease(self, ttl_s: int) -> Lease:

@@ -206,4 +206,6 @@ class MemoryRegistry:
 
 
 def _entry(record: Record) -> Entry:
-    return Entry(key=record.key.decode(), value=record.value, revision=record.mod_revision)
+    return Entry(
+        key=record.key.decode(errors="replace"), value=record.value, revision=record.mod_revision
+    )
