@@ -75,6 +75,17 @@ async def test_version_and_metrics_answer(make):
     assert 'xllm_requests_total{code="200"} 2.0' in text
 
 
+async def test_probes_are_counted_apart(make):
+    door = make(backend=EchoBackend(state=Readiness(ready=False, reasons=("loading",))))
+    for path in ("/health", "/health/live", "/ready", "/health/ready", "/metrics"):
+        await door.ask("GET", path)
+    await door.ask("GET", "/version")
+    assert door.metric('xllm_requests_total{code="200"}') == 1
+    assert door.metric('xllm_requests_total{code="503"}') == 0
+    assert door.metric('xllm_probes_total{code="200"}') == 3
+    assert door.metric('xllm_probes_total{code="503"}') == 2
+
+
 async def test_labels_are_echoed_and_never_become_ids(door):
     body = {"model": "tiny", "prompt": "x"}
     headers = {"x-request-id": "my-label", "x-request-time": "12:00"}

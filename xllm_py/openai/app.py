@@ -168,7 +168,7 @@ class App:
         if failure is not None:
             self._on_failure(exchange, failure)
             await exchange.fail(failure, headers)
-        self._measures.on_answered(exchange.status)
+        self._measures.on_answered(exchange.path, exchange.status)
 
     def _on_failure(self, exchange: Exchange, error: RequestError) -> None:
         refused = not exchange.started and not isinstance(error, ClientClosed)

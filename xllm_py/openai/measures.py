@@ -6,17 +6,24 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from xllm_py.base.metrics import Metrics
+from xllm_py.openai.key_check import OPEN_PATHS
+
+_PROBED = OPEN_PATHS | {"/metrics"}
 
 
 class Measures:
     """Counters and histograms of one HTTP door."""
 
     def __init__(self, metrics: Metrics, num_open: Callable[[], float]) -> None:
-        requests = metrics.counter("requests", "HTTP requests by status", ("code",))
+        requests = metrics.counter("requests", "HTTP requests by status, probes aside", ("code",))
+        probes = metrics.counter(
+            "probes", "Requests for /health, /ready and /metrics by status", ("code",)
+        )
         rejected = metrics.counter(
             "requests_rejected", "Requests refused before they reached an engine", ("reason",)
         )
         self._requests = _Children(lambda code: requests.labels(code).inc)
+        self._probes = _Children(lambda code: probes.labels(code).inc)
         self._rejected = _Children(lambda reason: rejected.labels(reason).inc)
         open_now = metrics.gauge("num_concurrent_requests", "Open generations, streams included")
         open_now.set_function(num_open)
@@ -41,9 +48,10 @@ class Measures:
             "event_loop_lag_seconds", "How late a timer of the event loop fires"
         ).observe
 
-    def on_answered(self, status: int) -> None:
-        """One request has been answered."""
-        self._requests[str(status)]()
+    def on_answered(self, path: str, status: int) -> None:
+        """One request has been answered. A starting cluster says 503 to its probes, and nobody asked it for anything."""
+        counters = self._probes if path in _PROBED else self._requests
+        counters[str(status)]()
 
     def on_rejected(self, reason: str) -> None:
         """One generation was refused with an error code."""
