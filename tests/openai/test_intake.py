@@ -97,6 +97,22 @@ async def test_a_wrong_chat_gets_its_code(door, fields, status, code, param):
     assert door.backend.submissions == []
 
 
+@pytest.mark.parametrize("arguments", [f'{{"a": {2**70}}}', '{"a": "\\ud800"}'])
+async def test_arguments_no_template_can_be_given_are_the_clients_error(door, arguments):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}, USER]
+    body = {"model": "tiny", "messages": messages}
+    answer = await door.ask("POST", "/v1/chat/completions", body)
+    check_error(answer, 400, "invalid_value", "messages")
+    assert (await door.chat("x")).status == 200
+
+
+async def test_numbers_no_template_can_be_given_are_the_clients_error(door):
+    answer = await door.chat("x", chat_template_kwargs={"a": -(2**70)})
+    check_error(answer, 400, "invalid_value", "messages")
+    assert (await door.chat("x")).status == 200
+
+
 async def test_neutral_values_of_unbuilt_features_pass(door):
     both = {
         "n": 1,

@@ -121,6 +121,9 @@ class ChatTemplate:
                 _log.warning("chat template stopped", reason=type(error).__name__)
                 self._drop()
                 return child.Rendered(kind="too_slow", message="over 1 s or 512 MiB")
+            except (OverflowError, UnicodeError, RecursionError) as error:
+                # a number, a text or a nesting that JSON allows and msgpack does not: nothing was sent
+                return child.Rendered(kind="failed", message=type(error).__name__)
 
     def _living_renderer(self) -> _Renderer:
         if self._renderer is not None and not self._renderer.is_alive():

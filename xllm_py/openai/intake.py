@@ -109,7 +109,8 @@ class Intake:
             raise UnsupportedField(
                 "this model has no chat template; use /v1/completions", param="messages"
             )
-        messages = conversation(body.messages)
+        large = len(data) > _ON_LOOP_BODY_BYTES
+        messages = await self.do(large, lambda: conversation(body.messages))
         variables = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", body.reasoning_effort)
