@@ -12,6 +12,7 @@ emulated bfloat16 were 7 times slower there.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -29,6 +30,44 @@ QUERY_TILE = 128  # tokens whose scores are held at once
 _ROWS = 4
 
 
+@dataclass(frozen=True, slots=True)
+class _DecodeWindow:
+    """One window of all decoding sequences that reach into it. rows are cache rows of one KV head."""
+
+    sequences: Tensor | None  # which of the decoding ones; None: all
+    state: Tensor | None  # their places in the softmax state, sequence x KV head; None: all
+    rows: Tensor  # [sequences * kv_heads * WINDOW] int64
+    hidden: (
+        Tensor | None
+    )  # [sequences * kv_heads, 1, WINDOW] bool, true past the end; None: nothing is
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Adjacent tokens of one prompt: their place in the step, and what each window hides from them."""
+
+    start: int
+    end: int
+    hidden: list[Tensor | None]  # one per window up to the last token's, [tokens, 1, WINDOW] bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """One sequence with several tokens in this step."""
+
+    rows: Tensor  # [windows * kv_heads * WINDOW] int64, cache rows of one KV head
+    tiles: list[_Tile]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lookup:
+    """Where a step's keys and values lie; the same for every layer, so it is made once per step."""
+
+    decoding: Tensor | None  # places of the decoding sequences' tokens in the step
+    windows: list[_DecodeWindow]
+    prompts: list[_Prompt]
+
+
 class CpuDevice:
     """Implements device.base.Device."""
 
@@ -41,7 +80,8 @@ class CpuDevice:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._memory: KvMemory | None = None
-        self._block_size = 0
+        self._block_size = self._kv_heads = 0
+        self._lookup: tuple[AttentionBatch, _Lookup] | None = None
 
     def memory(self) -> tuple[int, int]:
         """See Device."""
@@ -69,7 +109,8 @@ class CpuDevice:
 
     def alloc_kv(self, shape: KvShape) -> None:
         """See Device."""
-        size = (shape.num_blocks, shape.block_size, shape.kv_heads, shape.head_dim)
+        # one block more than asked for: it stays zero, and what lies past the end of a sequence is read from it
+        size = (shape.num_blocks + 1, shape.block_size, shape.kv_heads, shape.head_dim)
         try:
             caches = [torch.zeros(size, dtype=shape.dtype) for _ in range(2 * shape.num_layers)]
         except RuntimeError as error:
@@ -78,7 +119,7 @@ class CpuDevice:
                 "lower --max_cache_size"
             ) from error
         self._keys, self._values = caches[0::2], caches[1::2]
-        self._block_size = shape.block_size
+        self._block_size, self._kv_heads = shape.block_size, shape.kv_heads
         name = str(shape.dtype).removeprefix("torch.")
         layout = KvLayout(
             num_layers=shape.num_layers,
@@ -86,7 +127,8 @@ class CpuDevice:
             block_bytes=shape.block_size * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
             shape=f"kv_heads={shape.kv_heads} head_dim={shape.head_dim} dtype={name}",
         )
-        regions = [memoryview(cache.view(torch.uint8).numpy()).cast("B") for cache in caches]  # type: ignore[arg-type]  # an ndarray is a buffer; the stubs say so from Python 3.12 on
+        lent = [cache[: shape.num_blocks].view(torch.uint8).numpy() for cache in caches]
+        regions = [memoryview(region).cast("B") for region in lent]  # type: ignore[arg-type]  # an ndarray is a buffer; the stubs say so from Python 3.12 on
         self._memory = KvMemory(layout, shape.num_blocks, regions)
 
     def kv_memory(self) -> KvMemory:
@@ -102,94 +144,132 @@ class CpuDevice:
 
     def attend(self, queries: Tensor, layer: int, batch: AttentionBatch) -> Tensor:
         """See Device. Decoding sequences are computed together, prompts one after the other."""
+        if self._lookup is None or self._lookup[0] is not batch:
+            self._lookup = (batch, self._look_up(batch))
+        lookup = self._lookup[1]
         out = torch.zeros_like(queries)
-        decoding = [i for i, count in enumerate(batch.num_tokens) if count == 1]
-        if decoding:
-            rows = torch.tensor([batch.first_tokens[i] for i in decoding])
-            lengths = [batch.context_tokens[i] for i in decoding]
-            tables = batch.block_tables[torch.tensor(decoding)]
-            out[rows] = self._decode(queries[rows], layer, tables, lengths)
-        for i, count in enumerate(batch.num_tokens):
-            if count == 1:
-                continue
-            first, context = batch.first_tokens[i], batch.context_tokens[i]
-            edges = [*range(0, count, QUERY_TILE), count]
-            for start, end in pairwise(edges):
-                tile = queries[first + start : first + end]
-                position = context - count + start
-                done = self._prefill(tile, layer, batch.block_tables[i], position)
-                out[first + start : first + end] = done
+        if lookup.decoding is not None:
+            out[lookup.decoding] = self._decode(queries[lookup.decoding], layer, lookup.windows)
+        for prompt in lookup.prompts:
+            keys, values = self._gather(layer, prompt.rows)
+            for tile in prompt.tiles:
+                done = self._prefill(queries[tile.start : tile.end], keys, values, tile.hidden)
+                out[tile.start : tile.end] = done
         return out
 
-    def _gather(
-        self, layer: int, tables: Tensor, window: int, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of one window, [sequences, kv_heads, WINDOW, head_dim], math dtype, zero past the end."""
-        size = self._block_size
-        positions = torch.arange(window * WINDOW, (window + 1) * WINDOW)
-        inside = positions < lengths[:, None]
-        columns = (positions // size).clamp(max=tables.shape[1] - 1)
-        slots = tables[:, columns].long() * size + positions % size
-        slots = slots.masked_fill(~inside, 0)
-        outside = ~inside[:, :, None, None]
-        math = self._math_dtype(self._keys[layer].dtype)
-        keys = self._keys[layer].flatten(0, 1)[slots].masked_fill_(outside, 0)
-        values = self._values[layer].flatten(0, 1)[slots].masked_fill_(outside, 0)
-        return keys.to(math).transpose(1, 2), values.to(math).transpose(1, 2)
+    def _look_up(self, batch: AttentionBatch) -> _Lookup:
+        decoding = [i for i, count in enumerate(batch.num_tokens) if count == 1]
+        prompts = [i for i, count in enumerate(batch.num_tokens) if count > 1]
+        return _Lookup(
+            torch.tensor([batch.first_tokens[i] for i in decoding]) if decoding else None,
+            self._decode_windows(batch, decoding),
+            [self._prompt(batch, i) for i in prompts],
+        )
 
-    def _decode(self, queries: Tensor, layer: int, tables: Tensor, lengths: list[int]) -> Tensor:
-        """One token of each sequence; queries [sequences, heads, head_dim]."""
-        count, heads, dim = queries.shape
-        kv_heads = self._keys[layer].shape[2]
-        group = heads // kv_heads
-        rows = group + -group % _ROWS
-        math = self._math_dtype(queries.dtype)
-        grouped = queries.new_zeros(count, kv_heads, rows, dim, dtype=math)
-        grouped[:, :, :group] = queries.view(count, kv_heads, group, dim)
-        ends = torch.tensor(lengths)
-        state = _Softmax(count * kv_heads, rows, dim)
-        for window in range(-(-max(lengths) // WINDOW)):
+    def _decode_windows(self, batch: AttentionBatch, decoding: list[int]) -> list[_DecodeWindow]:
+        if not decoding:
+            return []
+        tables = batch.block_tables[torch.tensor(decoding)]
+        ends = torch.tensor([batch.context_tokens[i] for i in decoding])
+        found = []
+        for window in range(-(-int(ends.max()) // WINDOW)):
             # sequences that end before this window take no part; a row's bits do not depend on the others
             active = (ends > window * WINDOW).nonzero().flatten()
-            keys, values = self._gather(layer, tables[active], window, ends[active])
-            hidden = torch.arange(window * WINDOW, (window + 1) * WINDOW) >= ends[active][:, None]
-            mask = hidden[:, None, None, :].expand(-1, kv_heads, 1, -1).reshape(-1, 1, WINDOW)
-            flat = (active[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
-            state.add(
-                grouped[active].flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask, flat
+            every = len(active) == len(decoding)
+            state = (active[:, None] * self._kv_heads + torch.arange(self._kv_heads)).flatten()
+            positions = torch.arange(window * WINDOW, (window + 1) * WINDOW)
+            outside = positions >= ends[active][:, None]
+            hidden = outside.repeat_interleave(self._kv_heads, 0)[:, None]
+            found.append(
+                _DecodeWindow(
+                    None if every else active,
+                    None if every else state,
+                    self._rows(tables[active], positions, outside),
+                    hidden if bool(outside.any()) else None,
+                )
             )
-        result = state.result().view(count, kv_heads, rows, dim)[:, :, :group]
+        return found
+
+    def _prompt(self, batch: AttentionBatch, i: int) -> _Prompt:
+        first, count, context = batch.first_tokens[i], batch.num_tokens[i], batch.context_tokens[i]
+        positions = torch.arange(-(-context // WINDOW) * WINDOW).view(-1, WINDOW)
+        table = batch.block_tables[i].expand(positions.shape[0], -1)
+        tiles = []
+        for start, end in pairwise([*range(0, count, QUERY_TILE), count]):
+            where = torch.arange(context - count + start, context - count + end)
+            hidden = []
+            for keys in positions[: int(where[-1]) // WINDOW + 1]:
+                masked = keys > where[:, None]
+                hidden.append(masked[:, None] if bool(masked.any()) else None)
+            tiles.append(_Tile(first + start, first + end, hidden))
+        return _Prompt(self._rows(table, positions, positions >= context), tiles)
+
+    def _rows(self, tables: Tensor, positions: Tensor, outside: Tensor) -> Tensor:
+        """Cache rows of one KV head, in the order (sequence or window, KV head, position); zero rows where `outside`.
+
+        tables: [n, blocks]; positions: [WINDOW] or [n, WINDOW]; outside: [n, WINDOW].
+        """
+        size, heads = self._block_size, self._kv_heads
+        columns = (positions // size).clamp(max=tables.shape[1] - 1).expand(outside.shape)
+        slots = tables.long().gather(1, columns) * size + positions % size
+        slots = slots.masked_fill(outside, (self._keys[0].shape[0] - 1) * size)
+        return (slots[:, None] * heads + torch.arange(heads)[:, None]).flatten()
+
+    def _gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, [sequences or windows x kv_heads, WINDOW, head_dim], math dtype, zero past the end."""
+        keys, values = self._keys[layer], self._values[layer]
+        math, dim = self._math_dtype(keys.dtype), keys.shape[3]
+        return (
+            keys.view(-1, dim).index_select(0, rows).view(-1, WINDOW, dim).to(math),
+            values.view(-1, dim).index_select(0, rows).view(-1, WINDOW, dim).to(math),
+        )
+
+    def _decode(self, queries: Tensor, layer: int, windows: list[_DecodeWindow]) -> Tensor:
+        """One token of each sequence; queries [sequences, heads, head_dim]."""
+        count, heads, dim = queries.shape
+        group = heads // self._kv_heads
+        rows = group + -group % _ROWS
+        math = self._math_dtype(queries.dtype)
+        grouped = queries.new_zeros(count, self._kv_heads, rows, dim, dtype=math)
+        grouped[:, :, :group] = queries.view(count, self._kv_heads, group, dim)
+        state = _Softmax(count * self._kv_heads, rows, dim)
+        for window in windows:
+            keys, values = self._gather(layer, window.rows)
+            asking = grouped if window.sequences is None else grouped[window.sequences]
+            scores = state.scores(asking.flatten(0, 1), keys)
+            if window.hidden is not None:
+                scores.masked_fill_(window.hidden, -torch.inf)
+            state.add(scores, values, window.state)
+        result = state.result().view(count, self._kv_heads, rows, dim)[:, :, :group]
         return result.reshape(count, heads, dim).to(queries.dtype)
 
-    def _prefill(self, queries: Tensor, layer: int, table: Tensor, position: int) -> Tensor:
-        """Adjacent tokens of one sequence from `position` on; queries [tokens, heads, head_dim]."""
+    def _prefill(
+        self, queries: Tensor, keys: Tensor, values: Tensor, hidden: list[Tensor | None]
+    ) -> Tensor:
+        """One tile; queries [tokens, heads, head_dim], keys and values [windows x kv_heads, WINDOW, head_dim]."""
         count, heads, dim = queries.shape
-        kv_heads = self._keys[layer].shape[2]
+        kv_heads = self._kv_heads
         group = heads // kv_heads
-        math = self._math_dtype(queries.dtype)
         # [kv_heads, tokens * group, dim]: the query heads of a KV head are rows of one product
-        grouped = queries.view(count, kv_heads, group, dim).transpose(0, 1).to(math)
+        grouped = queries.view(count, kv_heads, group, dim).transpose(0, 1).to(keys.dtype)
         grouped = grouped.reshape(kv_heads, count * group, dim)
         padding = -count * group % _ROWS
         if padding:
             grouped = torch.nn.functional.pad(grouped, (0, 0, 0, padding))
-        rows = count * group + padding
-        end = position + count
-        where = torch.arange(position, end).repeat_interleave(group)
-        where = torch.nn.functional.pad(where, (0, padding), value=position)
-        state = _Softmax(kv_heads, rows, dim)
-        every = torch.arange(kv_heads)
-        for window in range(-(-end // WINDOW)):
-            keys, values = self._gather(layer, table[None], window, torch.tensor([end]))
-            positions = torch.arange(window * WINDOW, (window + 1) * WINDOW)
-            mask = (positions[None, :] > where[:, None])[None]
-            state.add(grouped, keys[0], values[0], mask, every)
+        state = _Softmax(kv_heads, count * group + padding, dim)
+        for window, masked in enumerate(hidden):
+            at = slice(window * kv_heads, (window + 1) * kv_heads)
+            scores = state.scores(grouped, keys[at])
+            if masked is not None:
+                real = scores[:, : count * group].view(kv_heads, count, group, WINDOW)
+                real.masked_fill_(masked, -torch.inf)
+            state.add(scores, values[at])
         result = state.result()[:, : count * group].reshape(kv_heads, count, group, dim)
         return result.transpose(0, 1).reshape(count, heads, dim).to(queries.dtype)
 
     def close(self) -> None:
         """See Device."""
-        self._keys, self._values, self._memory = [], [], None
+        self._keys, self._values, self._memory, self._lookup = [], [], None, None
 
 
 class _Softmax:
@@ -204,21 +284,28 @@ class _Softmax:
         self._sum = torch.zeros(batch, rows, 1)
         self._values = torch.zeros(batch, rows, dim)
 
-    def add(
-        self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, at: Tensor
-    ) -> None:
-        """queries [n, rows, dim], keys and values [n, WINDOW, dim], hidden [n or 1, rows or 1, WINDOW] bool, at [n]."""
-        scores = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(self._scale)
-        scores.masked_fill_(hidden, -torch.inf)
-        before = self._highest[at]
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """queries [n, rows, dim], keys [n, WINDOW, dim] -> [n, rows, WINDOW] float32, for the caller to mask and to `add`."""
+        return torch.bmm(queries, keys.transpose(1, 2)).float().mul_(self._scale)
+
+    def add(self, scores: Tensor, values: Tensor, at: Tensor | None = None) -> None:
+        """scores [n, rows, WINDOW], used up; values [n, WINDOW, dim]; at: [n] places in the state, None: all of it.
+
+        -inf hides a key. Every real row sees a key in its first window, because position 0 is always seen.
+        """
+        if at is None:
+            before, total, sums = self._highest, self._sum, self._values
+        else:
+            before, total, sums = self._highest[at], self._sum[at], self._values[at]
         highest = torch.maximum(before, scores.amax(-1, keepdim=True))
-        # only a first window in which a padded row sees nothing could make this -inf; position 0 is always seen
         rescale = torch.exp(before - highest)
         weights = scores.sub_(highest).exp_()
-        self._sum[at] = self._sum[at] * rescale + weights.sum(-1, keepdim=True)
-        added = torch.bmm(weights.to(values.dtype), values).float()
-        self._values[at] = self._values[at] * rescale + added
-        self._highest[at] = highest
+        total = total * rescale + weights.sum(-1, keepdim=True)
+        sums = sums * rescale + torch.bmm(weights.to(values.dtype), values).float()
+        if at is None:
+            self._highest, self._sum, self._values = highest, total, sums
+        else:
+            self._highest[at], self._sum[at], self._values[at] = highest, total, sums
 
     def result(self) -> Tensor:
         """[batch, rows, dim] float32."""
