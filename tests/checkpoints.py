@@ -42,6 +42,7 @@ def make_checkpoint(
     layers: int = 2,
     heads: int = 4,
     kv_heads: int = 2,
+    head_dim: int = 0,
     intermediate: int = 128,
     tied: bool = False,
     dtype: str = "float32",
@@ -52,7 +53,7 @@ def make_checkpoint(
     """Write config.json and safetensors; weights are large enough that greedy answers are not one token for ever."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    dim = hidden_size // heads
+    dim = head_dim or hidden_size // heads
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -61,6 +62,7 @@ def make_checkpoint(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
+        "head_dim": dim,
         "intermediate_size": intermediate,
         "max_position_embeddings": max_position,
         "rms_norm_eps": 1e-6,

@@ -55,6 +55,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151_936,
     },
 }
+ENGINES: dict[str, dict[str, int]] = {
+    "tied": {"block_size": 16},
+    "untied, odd heads": {"block_size": 128, "chunk": 512},
+    "large vocabulary": {"block_size": 32, "chunk": 100},
+}
 
 
 def oracle(model: Path, prompts: list[list[int]]) -> list[list[int]]:
@@ -87,7 +92,7 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, shape: str) -
     chooser = random.Random(6)
     lengths = [*LENGTHS, *(chooser.randrange(1, 701) for _ in range(64 - len(LENGTHS)))]
     prompts = [[chooser.randrange(vocabulary) for _ in range(n)] for n in lengths]
-    rig = Rig(model, block_size=16, cache_bytes=64 << 20)
+    rig = Rig(model, cache_bytes=64 << 20, **ENGINES[shape])
     rig.executor.worker.observer = None  # 64 x 64 rows of a large vocabulary are gigabytes
     for number, prompt in enumerate(prompts):
         rig.add(str(number), prompt, COUNT)

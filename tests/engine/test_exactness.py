@@ -23,8 +23,20 @@ SHAPES = {
     "odd heads": {"hidden_size": 112, "heads": 7, "kv_heads": 1, "layers": 2, "intermediate": 100},
     "untied": {"hidden_size": 96, "heads": 6, "kv_heads": 3, "layers": 2, "intermediate": 200},
 }
+AWKWARD = (
+    {"hidden_size": 50, "heads": 5, "kv_heads": 1, "head_dim": 24, "intermediate": 101},
+    {"hidden_size": 100, "heads": 3, "kv_heads": 3, "head_dim": 40, "intermediate": 33},
+    {"hidden_size": 97, "heads": 4, "kv_heads": 2, "head_dim": 80, "intermediate": 257},
+)
 LENGTHS = (1, 3, 16, 17, 130, 513)
 COUNT = 8
+SAMPLINGS: tuple[dict[str, float], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.9, "seed": 9},
+    {"temperature": 1.2, "seed": 8, "top_k": 20},
+    {"temperature": 1.0, "seed": 7, "top_p": 0.8},
+    {"temperature": 1.5, "seed": 6, "min_p": 0.02},
+)
 
 Answers = dict[tuple[str, int], torch.Tensor]
 
@@ -87,22 +99,24 @@ def test_logits_do_not_depend_on_who_came_when(model: Path, alone: Answers) -> N
     same(rig.logits, alone)
 
 
-def test_logits_survive_preemption(model: Path) -> None:
+def test_logits_and_seeded_tokens_survive_preemption(model: Path) -> None:
     many = {f"p{n}": [(7 * n + i * i) % 320 for i in range(36 + n)] for n in range(5)}
     count = 24
+    samplings = dict(zip(many, SAMPLINGS, strict=True))
     reference: Answers = {}
+    tokens: dict[str, list[int]] = {}
     for name, prompt in many.items():
         lone = Rig(model, block_size=4)
-        lone.add(name, prompt, count)
-        lone.run()
+        lone.add(name, prompt, count, **samplings[name])
+        tokens |= lone.run()
         reference |= lone.logits
         layout = lone.executor.kv_memory().layout
     # all prompts fit, their answers do not
     blocks = sum(-(-len(prompt) // 4) for prompt in many.values()) + 6
     rig = Rig(model, block_size=4, cache_bytes=blocks * layout.block_bytes * layout.num_layers * 2)
     for name, prompt in many.items():
-        rig.add(name, prompt, count)
-    rig.run()
+        rig.add(name, prompt, count, **samplings[name])
+    assert rig.run() == tokens
     assert rig.num_starts > len(many)  # somebody had to begin again
     same(rig.logits, reference)
 
@@ -131,3 +145,24 @@ def test_stale_cache_contents_never_leak(model: Path, alone: Answers) -> None:
         rig.add(name, prompt, COUNT, temperature=0.8, seed=9)
     rig.run()
     same(rig.logits, alone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", AWKWARD, ids=str)
+def test_logits_of_awkward_shapes_do_not_depend_on_33_rows(
+    tmp_path: Path, shape: dict[str, int], dtype: str
+) -> None:
+    model = make_checkpoint(tmp_path, seed=7, vocab_size=331, layers=1, dtype=dtype, **shape)
+    chooser = random.Random(2)
+    lengths = [1111, 1024, 2, *(chooser.randrange(1, 60) for _ in range(30))]
+    many = {f"p{i}": [chooser.randrange(331) for _ in range(n)] for i, n in enumerate(lengths)}
+    rig = Rig(model, chunk=300)
+    for name, prompt in many.items():
+        rig.add(name, prompt, 20, temperature=1.0, seed=5)
+        rig.step()
+    rig.run()
+    lone = Rig(model, block_size=128, max_seqs=1)  # one after the other
+    for name, prompt in many.items():
+        lone.add(name, prompt, 20, temperature=1.0, seed=5)
+    lone.run()
+    same(rig.logits, lone.logits)

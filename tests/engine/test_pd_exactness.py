@@ -18,10 +18,62 @@ from xllm_py.engine.handoff_agent import HandoffAgent
 from xllm_py.transport.tcp import TcpKvTransport
 from xllm_py.wire import messages as m
 
+Logits = dict[tuple[str, int], torch.Tensor]
 KEY = b"k" * 32
-LENGTHS = (1, 15, 16, 17, 100, 515)
+LENGTHS = (1, 15, 16, 17, 128, 515)
 COUNT = 6
 TIMEOUT_S = 60.0
+SAMPLINGS: tuple[dict[str, float], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.9},
+    {"temperature": 1.2, "top_k": 20},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.5, "min_p": 0.02},
+    {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "min_p": 0.001},
+)
+RECEIVER = Receiver(name="d", address="d", incarnation="d-1")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wish:
+    """One request."""
+
+    name: str
+    prompt: list[int]
+    count: int
+    sampling: dict[str, float]
+
+    def submission(self, receiver: Receiver | None) -> Submission:
+        fields: dict[str, float] = {"max_tokens": self.count, "seed": 3, **self.sampling}
+        sampling = SamplingParams(ignore_eos=True, **fields)  # type: ignore[arg-type]  # floats and ints by name
+        return Submission(
+            request_id=self.name,
+            prompt_ids=tuple(self.prompt),
+            sampling=sampling,
+            receiver=receiver,
+        )
+
+
+def wishes(prefix: str, lengths: tuple[int, ...], count: int) -> list[Wish]:
+    """Random prompts; every kind of sampling in turn."""
+    chooser = random.Random(prefix)
+    prompts = [[chooser.randrange(320) for _ in range(length)] for length in lengths]
+    return [
+        Wish(f"{prefix}{i}", prompt, count, SAMPLINGS[i % len(SAMPLINGS)])
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def alone(model: Path, wanted: list[Wish]) -> tuple[dict[str, list[int]], Logits]:
+    """Tokens and logits of each request when one engine computes nothing else, its prompt whole."""
+    tokens: dict[str, list[int]] = {}
+    logits: Logits = {}
+    for wish in wanted:
+        rig = Rig(model, block_size=128)
+        rig.scheduler.add(wish.submission(None), rig.clock.now())
+        tokens |= rig.run()
+        logits |= rig.logits
+    return tokens, logits
 
 
 class Side:
@@ -41,6 +93,8 @@ class Side:
             send=self.events.append,
         )
         self.tokens: dict[str, dict[int, int]] = {}
+        self.num_starts = 0  # rows assigned; more than requests when some were preempted
+        self.begun_again: set[str] = set()  # requests taken over that were computed from the start
 
     def turn(self, now: float) -> None:
         scheduler, agent = self.rig.scheduler, self.agent
@@ -48,6 +102,9 @@ class Side:
         plan = scheduler.schedule(now)
         agent.before_step(plan, now)
         if not plan.empty:
+            self.num_starts += len(plan.started)
+            again = {row for row, at in zip(plan.rows, plan.num_computed, strict=True) if at == 0}
+            self.begun_again |= {start.request_id for start in plan.started if start.row in again}
             scheduler.apply(plan, self.rig.executor.execute(plan, agent.layer_done), now)
         agent.after_step(now)
         outputs = scheduler.take_outputs()
@@ -80,53 +137,111 @@ def hand_over(giver: Side, taker: Side, now: float) -> None:
     taker.events.clear()
 
 
-def submission(name: str, prompt: list[int], receiver: Receiver | None) -> Submission:
-    sampling = SamplingParams(max_tokens=COUNT, seed=3, temperature=0.9, ignore_eos=True)
-    return Submission(
-        request_id=name, prompt_ids=tuple(prompt), sampling=sampling, receiver=receiver
-    )
+class Two:
+    """P and D in one thread, KV over real TCP."""
+
+    def __init__(self, model: Path, *, p: dict[str, int], d: dict[str, int]) -> None:
+        self.clock = RealClock()
+        self.giver, self.taker = Side(model, "p-1", **p), Side(model, "d-1", **d)
+
+    def submit(self, side: Side, wish: Wish, receiver: Receiver | None = None) -> None:
+        side.rig.scheduler.add(wish.submission(receiver), self.clock.now())
+
+    def turn(self) -> None:
+        self.giver.turn(self.clock.now())
+        hand_over(self.giver, self.taker, self.clock.now())
+        self.taker.turn(self.clock.now())
+
+    def run(self, wanted: list[Wish]) -> None:
+        """Until every request has all its tokens; both engines must be empty then."""
+        deadline = self.clock.now() + TIMEOUT_S
+        schedulers = (self.giver.rig.scheduler, self.taker.rig.scheduler)
+        while any(len(self.tokens(wish.name)) < wish.count for wish in wanted) or any(
+            scheduler.ledger()["requests_open"] for scheduler in schedulers
+        ):
+            assert self.clock.now() < deadline, [scheduler.ledger() for scheduler in schedulers]
+            self.turn()
+        for scheduler in schedulers:
+            scheduler.assert_empty()
+
+    def tokens(self, name: str) -> list[int]:
+        both = self.giver.tokens.get(name, {}) | self.taker.tokens.get(name, {})
+        return [both[position] for position in sorted(both)]
+
+    def close(self) -> None:
+        self.giver.transport.close()
+        self.taker.transport.close()
 
 
-@pytest.mark.parametrize("chunk", [16, 64, 10240])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_logits_of_two_engines_are_those_of_one(tmp_path: Path, dtype: str, chunk: int) -> None:
-    model = make_checkpoint(tmp_path, seed=2, heads=6, kv_heads=2, hidden_size=96, dtype=dtype)
-    chooser = random.Random(8)
-    prompts = {f"p{n}": [chooser.randrange(320) for _ in range(n)] for n in LENGTHS}
-    alone = Rig(model)
-    for name, prompt in prompts.items():
-        alone.scheduler.add(submission(name, prompt, None), alone.clock.now())
-    wanted = alone.run()
+def check(two: Two, model: Path, wanted: list[Wish]) -> None:
+    """Tokens and logits are, bit for bit, those of an engine that computes nothing else."""
+    tokens, logits = alone(model, wanted)
+    assert {wish.name: two.tokens(wish.name) for wish in wanted} == tokens
+    for side in (two.giver, two.taker):
+        assert side.rig.logits
+        different = [
+            key for key, seen in side.rig.logits.items() if not torch.equal(seen, logits[key])
+        ]
+        assert not different
+    assert two.giver.rig.logits.keys() | two.taker.rig.logits.keys() == logits.keys()
 
-    clock = RealClock()
-    giver, taker = Side(model, "p-1", chunk=chunk), Side(model, "d-1")
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return make_checkpoint(folder, seed=2, heads=6, kv_heads=2, hidden_size=96, dtype=request.param)
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 512, 10240])
+def test_the_logits_of_two_engines_are_those_of_one(model: Path, chunk: int) -> None:
+    given, on_p, on_d = wishes("g", LENGTHS, COUNT), wishes("p", (9, 70), 9), wishes("d", (40,), 9)
+    two = Two(model, p={"chunk": chunk}, d={"chunk": 48})
     try:
-        receiver = Receiver(name="d", address="d", incarnation="d-1")
-        for name, prompt in prompts.items():
-            giver.rig.scheduler.add(submission(name, prompt, receiver), clock.now())
-        deadline = clock.now() + TIMEOUT_S
-        while any(len(taker.tokens.get(name, ())) < COUNT - 1 for name in prompts):
-            assert clock.now() < deadline, (
-                giver.rig.scheduler.ledger(),
-                taker.rig.scheduler.ledger(),
-            )
-            giver.turn(clock.now())
-            hand_over(giver, taker, clock.now())
-            taker.turn(clock.now())
-        while giver.rig.scheduler.ledger()["requests_open"]:
-            assert clock.now() < deadline
-            giver.turn(clock.now())
-        giver.rig.scheduler.assert_empty()
-        taker.rig.scheduler.assert_empty()
-        assert taker.transport.ledger()["bytes_received"] > 0
+        chooser = random.Random(chunk)
+        todo = [(two.giver, wish, RECEIVER) for wish in given]
+        todo += [(two.giver, wish, None) for wish in on_p]
+        todo += [(two.taker, wish, None) for wish in on_d]
+        chooser.shuffle(todo)
+        for side, wish, receiver in todo:
+            two.submit(side, wish, receiver)
+            for _ in range(chooser.randrange(3)):
+                two.turn()
+        two.run([*given, *on_p, *on_d])
+        assert two.taker.transport.ledger()["bytes_received"] > 0
     finally:
-        giver.transport.close()
-        taker.transport.close()
+        two.close()
+    for wish in given:
+        assert list(two.giver.tokens[wish.name]) == [0], "P says the first token and no other"
+    check(two, model, [*given, *on_p, *on_d])
 
-    for name in prompts:
-        assert list(giver.tokens[name]) == [0], "the giver says the first token and no other"
-        got = giver.tokens[name] | taker.tokens[name]
-        assert [got[position] for position in range(COUNT)] == wanted[name]
-    both = giver.rig.logits | taker.rig.logits
-    different = [key for key, logits in alone.logits.items() if not torch.equal(logits, both[key])]
-    assert not different
+
+def small_cache(model: Path, wanted: list[Wish], spare: int) -> dict[str, int]:
+    """Room for these prompts in blocks of 4, and for so many blocks of answers."""
+    layout = Rig(model, block_size=4).executor.kv_memory().layout
+    blocks = sum(-(-len(wish.prompt) // 4) for wish in wanted) + spare
+    return {
+        "block_size": 4,
+        "cache_bytes": blocks * layout.block_bytes * layout.num_layers * 2,
+    }
+
+
+@pytest.mark.parametrize("chunk", [16, 10240])
+def test_requests_begun_again_on_either_side_end_the_same(model: Path, chunk: int) -> None:
+    given = wishes("g", (36, 37, 38), 24)
+    on_p, on_d = wishes("p", (33, 41, 34, 20), 24), wishes("d", (20, 24), 40)
+    p = {**small_cache(model, [*on_p, given[0]], 3), "chunk": chunk}
+    two = Two(model, p=p, d={**small_cache(model, [*on_d, given[0]], 5), "chunk": 64})
+    try:
+        for wish in on_p:
+            two.submit(two.giver, wish)
+        for wish in on_d:
+            two.submit(two.taker, wish)
+        for wish in given:
+            two.submit(two.giver, wish, RECEIVER)
+        two.run([*given, *on_p, *on_d])
+    finally:
+        two.close()
+    assert two.giver.num_starts > len(given) + len(on_p), "nobody began again on P"
+    taken = {wish.name for wish in given}
+    assert taken & two.taker.begun_again, "nobody who was taken over began again on D"
+    check(two, model, [*given, *on_p, *on_d])
