@@ -135,3 +135,13 @@ def test_the_models_name_depends_on_config_dtype_weights_tokenizer_and_template(
     names.append(model_fingerprint(folder, torch.float32))
     assert len(set(names)) == len(names) == 7
     assert model_fingerprint(folder, torch.float32) == names[-1]
+
+
+def test_other_weights_in_files_of_the_same_size_are_another_model(tmp_path: Path) -> None:
+    import torch
+
+    base = make_checkpoint(tmp_path / "base", seed=1)
+    tuned = make_checkpoint(tmp_path / "tuned", seed=2)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (base, tuned)]
+    assert sizes[0] == sizes[1]
+    assert model_fingerprint(base, torch.float32) != model_fingerprint(tuned, torch.float32)

@@ -28,6 +28,8 @@ from xllm_py.model.config import ModelConfig, read_config
 
 _CPU_CACHE_BYTES = 4 << 30
 _MIB = 1 << 20
+_SAMPLES = 64  # of each weight file, for the fingerprint
+_SAMPLE_BYTES = 4096
 
 _log = log.get(__name__)
 
@@ -162,10 +164,23 @@ def _size_cache(
 
 
 def model_fingerprint(folder: Path, dtype: torch.dtype) -> str:
-    """Hash of config, weight files by name and size, tokenizer and template (SPEC 4.2)."""
+    """Hash of config, weight files by name, size and samples, tokenizer and template (SPEC 4.2).
+
+    The samples tell a fine-tuned checkpoint from its base, whose files have the same names and sizes.
+    """
     parts = [str(dtype)]
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         path = folder / name
         parts.append(hashlib.blake2b(path.read_bytes()).hexdigest() if path.exists() else "")
     files = sorted(folder.glob("*.safetensors*"))
-    return fingerprint(*parts, *(f"{path.name}:{path.stat().st_size}" for path in files))
+    return fingerprint(*parts, *(f"{path.name}:{_sampled(path)}" for path in files))
+
+
+def _sampled(path: Path) -> str:
+    """Size, and a hash of pieces spread over the file."""
+    size, hashed = path.stat().st_size, hashlib.blake2b()
+    with path.open("rb") as file:
+        for index in range(_SAMPLES):
+            file.seek(size * index // _SAMPLES)
+            hashed.update(file.read(_SAMPLE_BYTES))
+    return f"{size}:{hashed.hexdigest()}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from xllm_py.base import log
 from xllm_py.base.errors import Draining, LayoutMismatch, UnsupportedValue, XllmError
@@ -53,6 +53,7 @@ class ControlService:
         self._drain = drain
         self._describe = describe
         self._givers: dict[str, str] = {}  # incarnation -> name
+        self._refused: dict[str, str] = {}  # name -> why, as it was logged
         self.draining = False
 
     def links(self) -> tuple[LinkState, ...]:
@@ -119,13 +120,20 @@ class ControlService:
             )
         found = differences(giver, self._card())
         if found:
-            raise LayoutMismatch("; ".join(found))
+            self._refuse(giver, "; ".join(found))
         for incarnation, name in list(self._givers.items()):
             if name == giver.name and incarnation != giver.incarnation_id:
                 self._forget_giver(incarnation)
         if giver.incarnation_id not in self._givers:
             _log.info("linked", giver=giver.name)
         self._givers[giver.incarnation_id] = giver.name
+
+    def _refuse(self, giver: Card, reason: str) -> NoReturn:
+        """Masters ask again and again; it is logged when it is news."""
+        if self._refused.get(giver.name) != reason:
+            _log.warning("giver refused", giver=giver.name, reason=reason)
+        self._refused[giver.name] = reason
+        raise LayoutMismatch(reason)
 
     async def unlink_instance(self, name: str, incarnation: str) -> None:
         """Forget a giver and end its reservations."""

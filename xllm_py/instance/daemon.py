@@ -32,7 +32,7 @@ from xllm_py.openai.settings import HttpSettings
 from xllm_py.openai.tokenizer import Tokenizer, load_tokenizer
 from xllm_py.registry import open_registry
 from xllm_py.registry.base import Registry
-from xllm_py.registry.cluster_key import cluster_key_of
+from xllm_py.registry.cluster_key import cluster_key_of, keep_cluster_key
 
 _log = log.get(__name__)
 _POLL_S = 0.05
@@ -87,6 +87,7 @@ class Instance:
         key = config.cluster.cluster_key
         if registry is not None and not key:
             key = await cluster_key_of(registry)
+            self._tasks.start(keep_cluster_key(registry, key), name="cluster key")
         identity = Identity(incarnation=ids.incarnation_id(), cluster_key=key, http_port=http.port)
         self._closers.push_async_callback(self._parts.engine.close)
         notify("STATUS=loading the model")

@@ -31,7 +31,7 @@ from xllm_py.openai.settings import HttpSettings
 from xllm_py.openai.tokenizer import Tokenizer, load_tokenizer
 from xllm_py.registry import open_registry
 from xllm_py.registry.base import Registry
-from xllm_py.registry.cluster_key import cluster_key_of
+from xllm_py.registry.cluster_key import cluster_key_of, keep_cluster_key
 
 _log = log.get(__name__)
 
@@ -75,7 +75,10 @@ class Master:
         self._http = http
         require_free(config.host, config.rpc_port, "--rpc_server_port")
         registry = await self._open_registry()
-        cluster_key = config.cluster_key or await cluster_key_of(registry)
+        cluster_key = config.cluster_key
+        if not cluster_key:
+            cluster_key = await cluster_key_of(registry)
+            self._tasks.start(keep_cluster_key(registry, cluster_key), name="cluster key")
         identity = Identity(
             incarnation=ids.incarnation_id(),
             cluster_key=cluster_key,
