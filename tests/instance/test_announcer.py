@@ -153,6 +153,7 @@ class Beating:
             on_cancel=lambda *_: None,
             on_relayed=lambda down: down,
             on_broken=lambda _: None,
+            on_rerouted=lambda *_: None,
         )
         self.masters = Masters(
             cluster_key=KEY,

@@ -107,6 +107,7 @@ class House:
             on_cancel=lambda request_ids, attempts: self.service.end(request_ids, attempts),
             on_relayed=self.relay.take,
             on_broken=self.relay.cut,
+            on_rerouted=lambda request_ids, to: self.outlets.reroute(request_ids, to),
         )
         self.outlets = Outlets(self.generations.send)
         self.service = ControlService(
@@ -218,6 +219,22 @@ async def test_tokens_of_a_relayed_offer_go_to_the_giver(house: House) -> None:
     await house.link()
     await house.service.add_new_requests([offer("a", relay=True)])
     assert house.outlets.destination("a") == Destination("p:1", relay=True, master="master:1")
+
+
+async def test_a_giver_that_died_is_not_dialled_for_every_token(house: House) -> None:
+    await house.link()
+    await house.service.add_new_requests([offer("r1", relay=True)])
+    house.outlets.on_outputs(outputs(("r1", 1, 5)))
+    relayed = await house.network.stream("p:1")
+    await until("the entry", lambda: entries(relayed.sent))
+    house.network.away.add("p:1")
+    relayed.cut()
+    straight = await house.network.stream("master:1")
+    for at in (2, 3, 4):
+        house.outlets.on_outputs(outputs(("r1", at, 5)))
+        await until("the entry", lambda at=at: ("r1", at, 5) in entries(straight.sent))
+    assert house.network.to("p:1") == [relayed]
+    assert house.network.to("master:1") == [straight]
 
 
 async def test_a_late_offer_that_is_refused_does_not_silence_the_request_that_runs(

@@ -39,6 +39,7 @@ class Speaker:
         self.tasks = TaskFamily("speaker")
         self.cancelled: list[tuple[str, int]] = []
         self.broken: list[Destination] = []
+        self.rerouted: list[tuple[list[str], Destination]] = []
         self.seen_first: list[GenerationsDown] = []
         self.generations = Generations(
             name="d",
@@ -49,6 +50,7 @@ class Speaker:
             on_cancel=self._on_cancel,
             on_relayed=self._on_relayed,
             on_broken=self.broken.append,
+            on_rerouted=lambda request_ids, to: self.rerouted.append((request_ids, to)),
         )
 
     def _on_cancel(self, request_ids: list[str], attempts: list[int]) -> None:
@@ -264,6 +266,7 @@ async def test_a_relayed_stream_that_breaks_goes_straight_to_the_master(speaker:
     assert await said(straight, 1) == [("a", 1, 5)]
     assert straight.sent[0].incarnation == "dd"
     assert speaker.network.to("p:1") == [relayed]
+    assert speaker.rerouted == [(["a"], MASTER)]
 
 
 async def test_a_broken_stream_to_a_master_is_told_and_a_relayed_one_is_not(

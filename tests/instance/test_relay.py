@@ -45,6 +45,7 @@ class Giver:
             on_cancel=lambda request_ids, _: self.cancelled.extend(request_ids),
             on_relayed=self.relay.take,
             on_broken=self.relay.cut,
+            on_rerouted=lambda request_ids, to: None,
         )
 
 
@@ -213,6 +214,42 @@ async def test_late_words_on_closed_requests_leave_nothing_behind(giver: Giver) 
     taker.leave()
     await until("the end of its stream", lambda: taker.ended)
     assert [name for name, held in vars(giver.relay).items() if held] == []
+
+
+async def test_a_first_token_acknowledged_together_with_the_takers_is_forgotten(
+    giver: Giver,
+) -> None:
+    """After a break the forwarded messages may overtake our own: the master then has both at once."""
+    giver.relay.open("a", MASTER)
+    giver.generations.send(MASTER, outputs(("a", 0, 4)))
+    taker = Taker(giver)
+    taker.say(("a", 1, 5))
+    stream = await giver.network.stream("master:1")
+    await until("both entries", lambda: len(entries(stream.sent)) == 2)
+    stream.answer(ack("a", 2))
+    await until("the word", lambda: taker.acks() == [("a", 2)])
+    assert giver.generations.num_unacknowledged == 0
+
+
+async def test_a_request_we_finished_ourselves_is_not_waited_for(giver: Giver) -> None:
+    for name in ("a", "b", "c"):
+        giver.relay.open(name, MASTER)
+    giver.relay.on_own_outputs(outputs(("a", 0, 4, "length"), ("b", 0, 4), ("x", 0, 4, "stop")))
+    giver.relay.on_own_outputs(outputs(("c", 0, -1, "no_decode_capacity")))
+    assert giver.relay.num_open == 1
+
+
+async def test_what_a_taker_said_is_not_waited_for_once_its_stream_has_ended(giver: Giver) -> None:
+    for name in ("a", "b", "c"):
+        giver.relay.open(name, MASTER)
+    one, two = Taker(giver), Taker(giver, "ee")
+    one.say(("a", 1, 5))
+    two.say(("b", 1, 6))
+    stream = await giver.network.stream("master:1")
+    await until("both entries", lambda: len(entries(stream.sent)) == 2)
+    one.leave()
+    await until("the end of its stream", lambda: one.ended)
+    assert giver.relay.num_open == 2
 
 
 async def test_when_the_takers_stream_ends_its_words_are_ours_again(giver: Giver) -> None:

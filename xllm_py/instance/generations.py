@@ -1,8 +1,8 @@
 """Streams of outputs from this instance to masters, or in relayed mode to the giver: sent in order, kept until acknowledged.
 
 One stream per destination. Every entry of a request stays in its log until the other side has acknowledged it, so a stream that
-breaks is opened again and goes on from the first unacknowledged position. A relayed stream that breaks does not come back: its
-requests go straight to the master from there on.
+breaks is opened again and goes on from the first unacknowledged position. A relayed stream that breaks does not come back: the
+requests that spoke on it go straight to the master from there on.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Connect = Callable[[str, Literal["master", "instance"]], Stream]
 class Generations:
     """All streams of this instance."""
 
-    def __init__(  # noqa: PLR0913  three of them are what the other side may say
+    def __init__(  # noqa: PLR0913  half of them are what the other side may say or do
         self,
         *,
         name: str,
@@ -69,10 +69,12 @@ class Generations:
         on_cancel: Callable[[list[str], list[int]], None],
         on_relayed: Callable[[GenerationsDown], GenerationsDown],
         on_broken: Callable[[Destination], None],
+        on_rerouted: Callable[[list[str], Destination], None],
     ) -> None:
         """on_cancel: the other side wants these ended. on_relayed: takes out of a master's word what is meant for D.
 
-        on_broken: a stream to a master broke, and what was forwarded on it may be lost.
+        on_broken: a stream to a master broke, and what was forwarded on it may be lost. on_rerouted: what these requests say
+        from now on is to be sent to another destination.
         """
         self.name = name
         self.incarnation = incarnation
@@ -81,6 +83,7 @@ class Generations:
         self.on_cancel = on_cancel
         self.on_relayed = on_relayed
         self.on_broken = on_broken
+        self.on_rerouted = on_rerouted
         self._tasks = tasks
         self._streams: dict[Destination, _Talk] = {}
 
@@ -115,6 +118,7 @@ class Generations:
         """The giver is gone: what it did not acknowledge goes straight to the master."""
         straight = Destination(talk.destination.master)
         self._streams.pop(talk.destination, None)
+        self.on_rerouted([request_id for request_id, _ in talk.told], straight)
         for told in talk.told.values():
             self.send(straight, told.entries)
 

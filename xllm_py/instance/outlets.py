@@ -87,6 +87,12 @@ class Outlets:
         for destination, column in columns.items():
             self._send(destination, column)
 
+    def reroute(self, request_ids: list[str], destination: Destination) -> None:
+        """What these say from now on goes elsewhere; those that have ended meanwhile are passed over."""
+        for request_id in request_ids:
+            if request_id in self._remote:
+                self._remote[request_id] = destination
+
     def destination(self, request_id: str) -> Destination | None:
         """Where the outputs of a master's request go."""
         return self._remote.get(request_id)

@@ -85,7 +85,9 @@ class Parts:
         return self.routed
 
     def _send(self, destination: Destination, outputs: Outputs) -> None:
-        self._in_cluster().generations.send(destination, outputs)
+        routed = self._in_cluster()
+        routed.generations.send(destination, outputs)
+        routed.relay.on_own_outputs(outputs)
 
     def _on_journey(self, submission: Submission, state: str, moments: dict[str, float]) -> None:
         self.records.put(submission.request_id, state, moments)
@@ -268,6 +270,7 @@ async def routed_parts(
         on_cancel=lambda ids, attempts: service.end(ids, attempts),
         on_relayed=relay.take,
         on_broken=relay.cut,
+        on_rerouted=parts.outlets.reroute,
     )
     service = ControlService(
         engine=parts.engine,

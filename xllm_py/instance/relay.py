@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from xllm_py.base.tasks import TaskFamily
+from xllm_py.core.plan import Outputs
 from xllm_py.instance.generations import Generations
 from xllm_py.instance.outlets import Destination
 from xllm_py.wire.control_messages import Cancels, GenerationsDown, GenerationsUp, Positions
@@ -22,8 +23,7 @@ class Relay:
 
     def __init__(self) -> None:
         self._masters: dict[str, Destination] = {}  # relayed request -> its master
-        self._downs: dict[str, Downs] = {}  # incarnation of D -> its queue
-        self._takers: dict[str, str] = {}  # relayed request -> incarnation of D
+        self._takers: dict[str, Downs] = {}  # relayed request -> the stream its D speaks on
         self._finished: set[str] = set()  # relayed requests whose finish has passed through
 
     def open(self, request_id: str, master: Destination) -> None:
@@ -37,6 +37,12 @@ class Relay:
         self._masters.pop(request_id, None)
         self._takers.pop(request_id, None)
         self._finished.discard(request_id)
+
+    def on_own_outputs(self, outputs: Outputs) -> None:
+        """What our own engine said: a request it finished itself was not handed over, so nothing will come through here."""
+        for request_id, reason in zip(outputs.request_ids, outputs.finish_reasons, strict=True):
+            if reason:
+                self.close(request_id)
 
     @property
     def num_open(self) -> int:
@@ -55,8 +61,7 @@ class Relay:
             while (down := await queue.get()) is not None:
                 yield down
         finally:
-            for incarnation in [name for name, held in self._downs.items() if held is queue]:
-                del self._downs[incarnation]
+            self._on_left(queue)
             await tasks.close()
 
     async def _read(
@@ -66,12 +71,11 @@ class Relay:
         generations: Generations,
     ) -> None:
         async for up in ups:
-            self._downs[up.incarnation] = queue
             masters = {self._masters.get(name) for name in up.outputs.request_ids}
             for index, request_id in enumerate(up.outputs.request_ids):
                 if request_id not in self._masters:
                     continue  # answered with a cancel below
-                self._takers[request_id] = up.incarnation
+                self._takers[request_id] = queue
                 if up.outputs.finish_reasons[index]:
                     self._finished.add(request_id)
             for master in masters:
@@ -84,11 +88,16 @@ class Relay:
                     GenerationsDown(cancels=Cancels(request_ids=unknown, attempts=attempts))
                 )
 
+    def _on_left(self, queue: Downs) -> None:
+        """A taker's stream is over: what it said there comes from it to the master directly from now on."""
+        for request_id in [name for name, held in self._takers.items() if held is queue]:
+            self.close(request_id)
+
     def cut(self, master: Destination) -> None:
         """The stream to a master broke: end those of the takers concerned, so that they say what is lost to it themselves."""
-        for request_id, incarnation in self._takers.items():
-            if self._masters.get(request_id) == master and incarnation in self._downs:
-                self._downs[incarnation].put_nowait(None)
+        for request_id, queue in self._takers.items():
+            if self._masters.get(request_id) == master:
+                queue.put_nowait(None)
 
     def take(self, down: GenerationsDown) -> GenerationsDown:
         """Hand a master's words on relayed requests down to their D; returns what is meant for ourselves."""
@@ -101,25 +110,26 @@ class Relay:
                 column.request_ids, column.attempts, column.choices, column.nexts, strict=True
             )
             for request_id, attempt, choice, position in rows:
-                # position 1 acknowledges the first token, which was our own
+                # the first token was our own, so every word about positions is ours too; position 1 is about nothing else
+                getattr(ours, name).add(request_id, attempt, choice, position)
                 target = ours if name == "acks" and position == 1 else self._to(request_id, ours)
-                getattr(target, name).add(request_id, attempt, choice, position)
-                self._flush(request_id, target, ours)
+                if target is not ours:
+                    getattr(target, name).add(request_id, attempt, choice, position)
+                    self._flush(request_id, target)
         cancels = zip(down.cancels.request_ids, down.cancels.attempts, strict=True)
         for request_id, attempt in cancels:
             target = self._to(request_id, ours)
             target.cancels.request_ids.append(request_id)
             target.cancels.attempts.append(attempt)
-            self._flush(request_id, target, ours)
+            if target is not ours:
+                self._flush(request_id, target)
         return ours
 
     def _to(self, request_id: str, ours: GenerationsDown) -> GenerationsDown:
-        return GenerationsDown() if self._takers.get(request_id) in self._downs else ours
+        return GenerationsDown() if request_id in self._takers else ours
 
-    def _flush(self, request_id: str, target: GenerationsDown, ours: GenerationsDown) -> None:
-        if target is ours:
-            return
-        self._downs[self._takers[request_id]].put_nowait(target)
+    def _flush(self, request_id: str, target: GenerationsDown) -> None:
+        self._takers[request_id].put_nowait(target)
         ended = request_id in self._finished and target.acks.request_ids
         if ended or target.cancels.request_ids:
             self.close(request_id)
