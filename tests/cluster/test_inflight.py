@@ -193,11 +193,27 @@ def test_losing_the_giver_while_its_token_is_missing_ends_the_request() -> None:
     assert inflight.on_lost(P, "gone") == ["r"]
 
 
+def test_a_giver_whose_verdict_overtook_its_token_is_needed_for_it() -> None:
+    """On a new stream verdicts go out before what is said again; nobody but the giver has the first token."""
+    inflight, log = opened()
+    assert inflight.on_verdict("r", 1, P, "landed")
+    assert inflight.take("r", entry(1)).judgement is Judgement.HELD
+    assert log.needed == {P, D}
+    inflight, log = opened()
+    assert inflight.on_verdict("r", 1, P, "landed")
+    inflight.take("r", entry(0, who=P))
+    assert log.needed == {D}
+    inflight, log = opened()
+    assert inflight.on_verdict("r", 1, P, "landed")
+    assert inflight.on_lost(P, "gone") == ["r"]
+
+
 @pytest.mark.parametrize(
     "kind, still_needed", [("landed", D), ("refused", P), ("lost", P), ("finished_on_p", P)]
 )
 def test_the_givers_verdict_says_who_is_needed(kind: str, still_needed: str) -> None:
     inflight, log = opened()
+    inflight.take("r", entry(0, who=P))
     assert not inflight.on_verdict("r", 2, P, kind)
     assert not inflight.on_verdict("r", 1, X, kind)
     assert inflight.on_verdict("r", 1, P, kind)

@@ -110,6 +110,7 @@ class RequestLog:
     max_tokens: int
     needed: set[str]
     choices: list[ChoiceLog]
+    landed: bool = False  # the giver said that the taker has it
     error: tuple[str, str] | None = None  # code and message
 
     @property
@@ -215,7 +216,8 @@ class Inflight:
         if position > known:
             return _hold(log, choice, entry)
         if log.decode in choice.append(entry):
-            log.needed.discard(log.first)  # handed over, and what the giver had to say is here
+            log.landed = True  # it speaks, so it has it
+        _let_giver_go(log)
         return _closed(Judgement.APPENDED, choice)
 
     def _diverge(self, log: RequestLog) -> None:
@@ -228,7 +230,11 @@ class Inflight:
         log = self._logs.get(request_id)
         if log is None or log.attempt != attempt or log.first != incarnation:
             return False
-        log.needed.discard(log.first if kind == "landed" else log.decode)
+        if kind == "landed":
+            log.landed = True
+            _let_giver_go(log)
+        else:
+            log.needed.discard(log.decode)
         return True
 
     def on_lost(self, incarnation: str, message: str) -> list[str]:
@@ -263,6 +269,12 @@ def _is_current(log: RequestLog, entry: Entry) -> bool:
         and 0 <= entry.choice < len(log.choices)
         and entry.position >= 0
     )
+
+
+def _let_giver_go(log: RequestLog) -> None:
+    """Handed over, and what the giver had to say is here: nobody else can say its first token again."""
+    if log.landed and log.choices[0].ids:
+        log.needed.discard(log.first)
 
 
 def _compare(choice: ChoiceLog, entry: Entry) -> Judged:
