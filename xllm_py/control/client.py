@@ -81,6 +81,12 @@ class _Caller:
                 )
         except TimeoutError as error:
             raise PeerUnavailable(f"{method}: no answer in {timeout_s:g} s") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # nobody cancelled us: gRPC says so of a call whose channel is closed
+            raise PeerUnavailable(f"{method}: the channel was closed") from error
         except aio.AioRpcError as error:
             raise _rebuilt(method, error) from error
         return _decoded(method, reply, raw)
