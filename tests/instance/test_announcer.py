@@ -81,6 +81,16 @@ async def test_a_vanished_card_is_put_again_once_however_many_masters_ask(house:
     assert await house.state() == "READY"
 
 
+async def test_a_card_taken_away_stays_away_though_masters_miss_it(house: House) -> None:
+    """Heartbeats go on until the very end, and each is answered with: unknown."""
+    announcer = house.announcer()
+    await announcer.announce(card("DRAINING"))
+    await announcer.withdraw()
+    announcer.put_again()
+    await settle()
+    assert await house.state() == ""
+
+
 async def test_before_the_first_announcement_there_is_nothing_to_put_again(house: House) -> None:
     house.announcer().put_again()
     await settle()

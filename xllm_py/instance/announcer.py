@@ -54,7 +54,8 @@ class Announcer:
         await asyncio.sleep(_AGAIN_S)
 
     async def withdraw(self) -> None:
-        """Take the card away: no master sends anything new."""
+        """Take the card away: no master sends anything new. Masters that miss it until we are gone do not bring it back."""
+        self._card = None
         if self._lease is not None:
             await self._lease.revoke()
             self._lease = None
