@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from xllm_py.base.hashing import fingerprint
 
 PARTS = 2
+_MAX_REMEMBERED = 64  # block lists: every layer and part of a push asks for the same blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,26 +47,35 @@ class KvMemory:
         self.layout = layout
         self.num_blocks = num_blocks
         self._regions = [region.cast("B") for region in regions]
+        self._places = lru_cache(maxsize=_MAX_REMEMBERED)(self._locate)
 
     def span(self, layer: int, part: int, first_block: int, count: int = 1) -> memoryview:
         """Bytes of `count` adjacent blocks. Raises IndexError when they are not all in the cache."""
         if not (first_block >= 0 and count >= 1 and first_block + count <= self.num_blocks):
             raise IndexError(f"blocks {first_block}+{count} of {self.num_blocks}")
+        size = self.layout.block_bytes
+        return self._region(layer, part)[first_block * size : (first_block + count) * size]
+
+    def spans(self, layer: int, part: int, block_ids: tuple[int, ...]) -> list[memoryview]:
+        """Bytes of these blocks in their order, adjacent ones in one view. Raises IndexError as `span` does."""
+        region = self._region(layer, part)
+        return [region[place] for place in self._places(block_ids)]
+
+    def check(self, layer: int, block_ids: tuple[int, ...]) -> None:
+        """Raises IndexError where `spans` would."""
+        self._region(layer, 0)
+        self._places(block_ids)
+
+    def _region(self, layer: int, part: int) -> memoryview:
         if not (0 <= layer < self.layout.num_layers and 0 <= part < PARTS):
             raise IndexError(f"layer {layer}, part {part}")
-        size = self.layout.block_bytes
-        region = self._regions[layer * PARTS + part]
-        return region[first_block * size : (first_block + count) * size]
+        return self._regions[layer * PARTS + part]
 
-    def spans(self, layer: int, part: int, block_ids: Sequence[int]) -> list[memoryview]:
-        """Bytes of these blocks in their order, adjacent ones in one view. Raises IndexError as `span` does."""
+    def _locate(self, block_ids: tuple[int, ...]) -> list[slice]:
         if block_ids and not (min(block_ids) >= 0 and max(block_ids) < self.num_blocks):
             raise IndexError(f"blocks {min(block_ids)}..{max(block_ids)} of {self.num_blocks}")
-        if not (0 <= layer < self.layout.num_layers and 0 <= part < PARTS):
-            raise IndexError(f"layer {layer}, part {part}")
         size = self.layout.block_bytes
-        region = self._regions[layer * PARTS + part]
-        return [region[first * size : end * size] for first, end in _runs(block_ids)]
+        return [slice(first * size, end * size) for first, end in _runs(block_ids)]
 
 
 def _runs(block_ids: Sequence[int]) -> list[tuple[int, int]]:

@@ -27,8 +27,7 @@ class Taking:
 
     def open(self, grant: TakerGrant) -> None:
         """Engine thread: the peer may write from now on."""
-        for block in grant.block_ids:
-            self.memory.span(0, 0, block)  # raises IndexError here and not in a link's thread
+        self.memory.check(0, grant.block_ids)  # raises IndexError here and not in a link's thread
         with self.lock:
             self.grants.open(
                 Grant(

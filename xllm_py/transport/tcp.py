@@ -147,8 +147,7 @@ class TcpKvTransport:
         self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]
     ) -> None:
         """See KvTransport. Raises IndexError for blocks outside the cache."""
-        for block in block_ids:
-            self._memory.span(layer, 0, block)
+        self._memory.check(layer, block_ids)
         link = self._by_grant.get(grant)
         if link is not None and block_ids:
             link.push(grant, layer, first_relative, block_ids)

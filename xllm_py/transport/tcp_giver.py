@@ -82,7 +82,8 @@ class GiverLink:
         self._closing = False
         self._ended = False
         self._wake = Wake()
-        self._blocks_per_frame = codec.blocks_per_frame(memory.layout.block_bytes)
+        self._block_bytes = memory.layout.block_bytes
+        self._blocks_per_frame = codec.blocks_per_frame(self._block_bytes)
         self._thread = threading.Thread(target=self._run, name="kv-giver", daemon=True)
         self._thread.start()
 
@@ -211,7 +212,7 @@ class GiverLink:
         poller.register(sock, select.POLLIN)
         poller.register(self._wake.fd, select.POLLIN)
         while True:
-            views = self._gather()
+            views, num_bytes = self._gather()
             ready = dict(poller.poll(0 if views else _IDLE_MS))
             if self._wake.fd in ready:
                 self._wake.hush()
@@ -220,11 +221,13 @@ class GiverLink:
             if sock.fileno() in ready:
                 self._read_reply(sock)
             if views:
-                self._write(sock, views)
+                self._write(sock, views, num_bytes)
             self._check_overdue()
 
-    def _gather(self) -> list[memoryview]:
-        """Headers and payloads of the next frames, up to about BATCH_BYTES; their grants are in _reading from here on."""
+    def _gather(self) -> tuple[list[memoryview], int]:
+        """Headers and payloads of the next frames, up to about BATCH_BYTES, and how many bytes they are; their grants are in
+        _reading from here on.
+        """
         views: list[memoryview] = []
         num_bytes = 0
         while num_bytes < BATCH_BYTES and len(views) < codec.MAX_FRAME_BLOCKS:
@@ -236,10 +239,13 @@ class GiverLink:
                 giving = self._givings[item.grant]
                 if item.block_ids:
                     self._reading.add(item.grant)
-            frame = self._data(giving, item) if item.block_ids else self._commit(giving)
-            num_bytes += sum(view.nbytes for view in frame)
-            views += frame
-        return views
+            if item.block_ids:
+                views += self._data(giving, item)
+                num_bytes += codec.HEADER_BYTES + len(item.block_ids) * self._block_bytes
+            else:
+                views.append(self._commit(giving))
+                num_bytes += codec.HEADER_BYTES + codec.COMMIT_BYTES
+        return views, num_bytes
 
     def _data(self, giving: _Giving, item: _Item) -> list[memoryview]:
         grant, layer, part, first, block_ids = item
@@ -251,29 +257,30 @@ class GiverLink:
         self._counts.add("bytes_sent", header.length)
         return [memoryview(data), *views]
 
-    def _commit(self, giving: _Giving) -> list[memoryview]:
+    def _commit(self, giving: _Giving) -> memoryview:
         payload = giving.frames.commit_payload(giving.grant.prompt_digest)
         crc = tcp_socket.checksum([memoryview(payload)])
         giving.committed_s = self._clock.now()
         giving.started_s = giving.started_s or giving.committed_s
-        return [memoryview(self._session.commit(giving.grant.grant, payload, crc) + payload)]
+        return memoryview(self._session.commit(giving.grant.grant, payload, crc) + payload)
 
-    def _write(self, sock: socket.socket, views: list[memoryview]) -> None:
+    def _write(self, sock: socket.socket, views: list[memoryview], num_bytes: int) -> None:
         try:
-            self._write_all(sock, views)
+            self._write_all(sock, views, num_bytes)
         except OSError:
             self._hear_last_words(sock)
             raise
         finally:
             self._stop_reading()
 
-    def _write_all(self, sock: socket.socket, views: list[memoryview]) -> None:
+    def _write_all(self, sock: socket.socket, views: list[memoryview], left: int) -> None:
         progress_s = self._clock.now()
         while True:
             count = tcp_socket.write_from(sock, views)
-            views = tcp_socket.advance(views, count)
-            if not views:
+            left -= count
+            if not left:
                 return
+            views = tcp_socket.advance(views, count)
             if self._is_abandoned():
                 views = [self._copy(views)]
             now = self._clock.now()

@@ -267,7 +267,7 @@ class TakerLink:
         """(checksum of what came, the bytes themselves when it is a COMMIT)."""
         if take.is_commit:
             payload = bytearray(take.header.length)
-            self._fill(take, [memoryview(payload)])
+            self._fill(take, [memoryview(payload)], len(payload))
             return tcp_socket.checksum([memoryview(payload)]), bytes(payload)
         if take.store:
             return self._write_blocks(take), b""
@@ -279,26 +279,27 @@ class TakerLink:
         with self._taking.lock:
             if take.grant is not None:
                 self._taking.started(take.grant.grant, self._clock.now())
-        left = self._fill(take, views)
+        left = self._fill(take, views, header.length)
         if left:
             self._drain(left)
             return header.crc  # nothing of it is used
         return tcp_socket.checksum(views)
 
-    def _fill(self, take: Take, views: list[memoryview]) -> int:
-        """Read into the views; stops when the grant is revoked meanwhile. Returns the number of bytes left."""
+    def _fill(self, take: Take, views: list[memoryview], left: int) -> int:
+        """Read into the views, `left` bytes; stops when the grant is revoked meanwhile. Returns the number of bytes left."""
         progress_s = self._clock.now()
-        while views:
-            if take.store and self._is_revoked(take):
-                return sum(view.nbytes for view in views)
+        while not (take.store and self._is_revoked(take)):
             count = tcp_socket.read_into(self._sock, views)
+            left -= count
+            if not left:
+                return 0
             views = tcp_socket.advance(views, count)
             now = self._clock.now()
             if count:
                 progress_s = now
             elif now - progress_s > tcp_socket.STALL_S:
                 raise LinkBroken("the giver stopped in the middle of a frame")
-        return 0
+        return left
 
     def _is_revoked(self, take: Take) -> bool:
         """When it is, the frame leaves the blocks here and now."""

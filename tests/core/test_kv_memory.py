@@ -1,0 +1,63 @@
+"""The KV cache as bytes: which bytes a list of blocks names, and which lists name none."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
+
+LAYOUT = KvLayout(num_layers=2, block_size=1, block_bytes=4, shape="test")
+NUM_BLOCKS = 8
+
+
+def make_memory() -> KvMemory:
+    """Every byte says which one it is."""
+    size = NUM_BLOCKS * LAYOUT.block_bytes
+    regions = [
+        memoryview(bytearray(range(index * size, (index + 1) * size)))
+        for index in range(LAYOUT.num_layers * PARTS)
+    ]
+    return KvMemory(LAYOUT, NUM_BLOCKS, regions)
+
+
+MEMORY = make_memory()
+
+
+@given(
+    st.integers(0, LAYOUT.num_layers - 1),
+    st.integers(0, PARTS - 1),
+    st.lists(st.integers(0, NUM_BLOCKS - 1)),
+)
+def test_spans_are_the_blocks_in_their_order(layer: int, part: int, blocks: list[int]) -> None:
+    MEMORY.check(layer, tuple(blocks))
+    whole = b"".join(MEMORY.spans(layer, part, tuple(blocks)))
+    assert whole == b"".join(MEMORY.span(layer, part, block) for block in blocks)
+
+
+def test_adjacent_blocks_are_one_view() -> None:
+    lengths = [view.nbytes for view in MEMORY.spans(0, 0, (2, 3, 4, 1, 7, 6))]
+    assert lengths == [12, 4, 4, 4]
+
+
+def test_a_view_leads_into_the_cache_itself() -> None:
+    memory = make_memory()
+    memory.spans(1, 0, (5, 6))[0][:] = bytes(8)
+    assert bytes(memory.span(1, 0, 5, 2)) == bytes(8)
+    assert bytes(memory.spans(1, 0, (6,))[0]) == bytes(4)
+
+
+@pytest.mark.parametrize("blocks", [(NUM_BLOCKS,), (-1,), (0, 1, NUM_BLOCKS, 2)])
+def test_blocks_outside_the_cache_have_no_bytes(blocks: tuple[int, ...]) -> None:
+    for _ in range(2):  # what was refused once is refused again
+        with pytest.raises(IndexError):
+            MEMORY.spans(0, 0, blocks)
+        with pytest.raises(IndexError):
+            MEMORY.check(0, blocks)
+
+
+@pytest.mark.parametrize(("layer", "part"), [(LAYOUT.num_layers, 0), (-1, 0), (0, PARTS), (0, -1)])
+def test_there_are_so_many_layers_and_two_parts(layer: int, part: int) -> None:
+    with pytest.raises(IndexError):
+        MEMORY.spans(layer, part, (0,))
