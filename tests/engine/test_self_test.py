@@ -116,3 +116,32 @@ def test_other_weights_have_another_name(tmp_path: Path) -> None:
     one = make_checkpoint(tmp_path / "one", seed=1)
     two = make_checkpoint(tmp_path / "two", seed=2)
     assert name_of(one, "auto") != name_of(two, "auto")
+
+
+def test_tokens_behind_a_long_context_are_compared_too() -> None:
+    ends: list[int] = []
+
+    def say(known: list[int], plan: StepPlan) -> Tensor:
+        ends.append(plan.num_computed[0] + plan.num_tokens[0])
+        return torch.ones(1, 2)
+
+    worker = FakeWorker(say)
+    assert fingerprint(worker, max_len=1000, num_blocks=5) != APPROXIMATE
+    assert ends[-1] > 512
+    first = next(plan for plan in reversed(worker.plans) if plan.started)
+    written = first.started[0].block_ids[first.num_computed[0] // 4 :]
+    assert 0 not in written, "the block that stands for the context stays as it is"
+
+    def windowed(known: list[int], plan: StepPlan) -> Tensor:
+        return torch.full((1, 2), 1.0 + (plan.num_computed[0] > 512))
+
+    assert fingerprint(FakeWorker(windowed), max_len=1000) == APPROXIMATE
+
+
+def test_the_number_of_threads_is_part_of_the_name(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, layers=1)
+    before = torch.get_num_threads()
+    try:
+        assert name_of(folder, "auto", 1) != name_of(folder, "auto", 2)
+    finally:
+        torch.set_num_threads(before)

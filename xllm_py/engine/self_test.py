@@ -1,7 +1,8 @@
 """The start-up proof that this machine's kernels keep their promise, and the numerics fingerprint of the card.
 
-Eight fixed prompts are computed whole, and again in chunks followed by single tokens. Equal bits: the fingerprint is a hash of
-the logits, and two instances with equal fingerprints continue each other's requests token for token. Different bits: the
+Eight fixed prompts are computed whole, and again in chunks followed by single tokens; a ninth stands behind a context of 509
+tokens, which is not computed but read from one block again and again. Equal bits: the fingerprint is a hash of the eight's logits and
+of the number of threads, and two instances with equal fingerprints continue each other's requests token for token. Different bits: the
 fingerprint says `approximate`, and a warning says so.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
 from torch import Tensor
 
 from xllm_py.base import log
@@ -17,6 +19,8 @@ from xllm_py.engine.worker import Worker
 
 APPROXIMATE = "approximate"
 _LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34)
+_FAR = 509  # a context from which the next tokens cross the cpu device's first window of 512 keys
+_FAR_LENGTH = 11
 
 _log = log.get(__name__)
 
@@ -27,28 +31,50 @@ def numerics_fingerprint(
     """Hex digest of the logits, or APPROXIMATE. Uses the first blocks of the cache before anybody owns them."""
     room = min(max_len - 1, num_blocks * block_size)
     digest = hashlib.blake2b(digest_size=16)
+    digest.update(b"%d threads" % torch.get_num_threads())
     for number, length in enumerate(_LENGTHS):
         if length > room:
             break
         ids = [(number * 7919 + i * 104729) % vocab_size for i in range(length)]
-        whole = _run(worker, ids, [length], block_size)
-        half = length // 2
-        pieces = ([half] if half else []) + [1] * (length - half)
-        if not whole.equal(_run(worker, ids, pieces, block_size)):
-            _log.warning("kernels depend on chunking; failover will be approximate", prompt=length)
+        logits = _equal(worker, ids, tuple(range(-(-length // block_size))), 0)
+        if logits is None:
             return APPROXIMATE
-        digest.update(whole.numpy().tobytes())
+        digest.update(logits.numpy().tobytes())
+    ahead, end = _FAR // block_size, _FAR + _FAR_LENGTH
+    own = (
+        -(-end // block_size) - ahead
+    )  # blocks that are written, behind those that are all block 0
+    if end < max_len and own < num_blocks:
+        ids = [i * 104729 % vocab_size for i in range(_FAR_LENGTH)]
+        first = 1 if ahead else 0
+        if _equal(worker, ids, (0,) * ahead + tuple(range(first, first + own)), _FAR) is None:
+            return APPROXIMATE
     return digest.hexdigest()
 
 
-def _run(worker: Worker, ids: list[int], pieces: list[int], block_size: int) -> Tensor:
-    """Logits after the last token when the prompt is computed in these pieces."""
+def _equal(worker: Worker, ids: list[int], blocks: tuple[int, ...], context: int) -> Tensor | None:
+    """The logits after the ids, or None and a warning when they depend on chunking."""
+    whole = _run(worker, ids, [len(ids)], blocks, context)
+    half = len(ids) // 2
+    pieces = ([half] if half else []) + [1] * (len(ids) - half)
+    if whole.equal(_run(worker, ids, pieces, blocks, context)):
+        return whole
+    _log.warning(
+        "kernels depend on chunking; failover will be approximate", prompt=context + len(ids)
+    )
+    return None
+
+
+def _run(
+    worker: Worker, ids: list[int], pieces: list[int], blocks: tuple[int, ...], context: int
+) -> Tensor:
+    """Logits after the last token when the ids behind a context are computed in these pieces."""
     seen: list[Tensor] = []
     worker.observer = lambda _requests, _positions, logits: seen.append(logits)
     start = RowStart(
         row=0,
         request_id="self-test",
-        block_ids=tuple(range(-(-len(ids) // block_size))),
+        block_ids=blocks,
         temperature=0.0,
         top_p=1.0,
         top_k=-1,
@@ -63,7 +89,7 @@ def _run(worker: Worker, ids: list[int], pieces: list[int], block_size: int) -> 
             started=(start,) if step == 0 else (),
             rows=[0],
             num_tokens=[count],
-            num_computed=[computed],
+            num_computed=[context + computed],
             token_ids=ids[computed : computed + count],
             sample=[done],
             positions=[0],
