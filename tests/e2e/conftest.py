@@ -45,7 +45,9 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(folder: Path, model: Path, *, direct: bool) -> Iterator[Cluster]:
     """Registry, master, one PREFILL, one DECODE."""
     with running(folder, model) as cluster:
-        cluster.start_master(env={"ENABLE_DECODE_RESPONSE_TO_SERVICE": str(direct).lower()})
+        way = {"ENABLE_DECODE_RESPONSE_TO_SERVICE": str(direct).lower()}
+        # a busy machine keeps processes waiting for longer than the defaults bear
+        cluster.start_master("--suspect_after_ms=1500", "--gone_after_ms=3000", env=way)
         cluster.start_instance("prefill", "PREFILL", "--block_size=16")
         cluster.start_instance("decode", "DECODE", "--block_size=16")
         cluster.wait_ready()

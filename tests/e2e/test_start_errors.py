@@ -100,7 +100,6 @@ def test_flags_of_an_instance_that_cannot_work_are_exit_2(
     [
         ("--tokenizer_path=", "--tokenizer_path is missing"),
         ("--load_balance_policy=BEST", "--load_balance_policy=BEST is unknown"),
-        ("--load_balance_policy=CAR", "--load_balance_policy=CAR is not built yet"),
         ("--etcd_addr=", "--etcd_addr is empty"),
     ],
 )
