@@ -189,6 +189,8 @@ class ClusterBackend:
     async def _cancel(self, card: Card, request_id: str, attempt: int, reason: str) -> None:
         """Tell one instance, a few times when it does not hear; after that the request's own deadline ends it there."""
         for turn in range(_CANCEL_TRIES):
+            if not self._router.knows(card):
+                return  # that life is over; to dial it would keep a client of it for ever
             try:
                 await self._peers.of(card).cancel([request_id], [attempt], reason)
             except XllmError as error:

@@ -56,6 +56,10 @@ class Router:
         _log.debug("placed", request=submission.request_id, reason=route.reason)
         return route
 
+    def knows(self, card: Card) -> bool:
+        """Whether this life of an instance is not forgotten yet; it may be gone."""
+        return self._manager.member(card.incarnation_id) is not None
+
     def options(self) -> Options:
         """What could serve now."""
         return options(self.view())
