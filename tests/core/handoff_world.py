@@ -285,7 +285,9 @@ class World:
             assert self.taken
 
     def revoke_ended(self) -> None:
-        for _ in self.taker.take_ended_reservations():
+        for _, _, grant in self.taker.take_ended_reservations():
+            if not grant:
+                continue  # it landed and was closed then
             self.grant_open = self.taker_unaware = False
             self.release_due = True
 

@@ -353,7 +353,7 @@ def test_blocks_of_a_landed_reservation_whose_grant_is_closed_need_no_second_rel
     rig.scheduler.released("a", 1)
     assert rig.scheduler.ledger()["staged"] == 3
     rig.step(seconds=30.0)
-    assert rig.scheduler.take_ended_reservations() == []
+    assert rig.scheduler.take_ended_reservations() == [("a", 1, b"")]
     rig.scheduler.assert_empty()
 
 
@@ -366,6 +366,21 @@ def test_a_first_token_is_a_sign_of_life() -> None:
     assert rig.scheduler.ledger()["requests_reserved"] == 1
     deadline = rig.scheduler.next_deadline()
     assert deadline == pytest.approx(rig.now + 1.0)
+
+
+def test_blocks_that_keep_coming_are_a_sign_of_life() -> None:
+    rig = ToyRig(grant_ttl_s=10.0)
+    reserve(rig, given())
+    for _ in range(3):
+        rig.step(seconds=9.0)
+        rig.scheduler.on_receiving("a", 1, rig.now)
+    assert rig.scheduler.ledger()["requests_reserved"] == 1
+    rig.scheduler.on_receiving("a", 2, rig.now)
+    rig.step(seconds=10.0)
+    assert rig.scheduler.ledger()["requests_reserved"] == 0
+    rig.scheduler.on_receiving("a", 1, rig.now)
+    rig.scheduler.released("a", 1)
+    rig.scheduler.assert_empty()
 
 
 def test_a_running_request_is_no_reservation_any_more() -> None:

@@ -131,6 +131,7 @@ class Pair:
         self.ends: dict[str, list[str]] = {}
         self.verdicts: dict[str, list[str]] = {}
         self.reasons: dict[str, list[str]] = {}
+        self.unused: list[tuple[str, int]] = []  # reservations that D said will never run
         self._post: list[tuple[float, int, Engine, m.Command, bool]] = []
         self._num_posted = 0
 
@@ -180,6 +181,8 @@ class Pair:
                     key = {"request_ids": [first.request_id], "attempts": [first.attempt]}
                     none_taken = m.FirstTaken(**key, accepted=[False], reached=[False])
                     self._call("first", m.FirstTokens(firsts=[first]), none_taken)
+            case m.ReservationsEnded(request_ids=request_ids, attempts=attempts):
+                self.unused += zip(request_ids, attempts, strict=True)
             case m.CancelsOut(request_ids=request_ids, attempts=attempts):
                 self._call("cancel", m.Abort(request_ids=request_ids, attempts=attempts), None)
             case m.Verdicts(request_ids=request_ids, kinds=kinds, reasons=reasons):

@@ -72,6 +72,17 @@ def test_kv_leaves_while_the_prompt_is_still_computed() -> None:
     pair.assert_empty()
 
 
+def test_a_prompt_that_takes_longer_than_a_grant_lives_is_handed_over() -> None:
+    """Its blocks come all the while, and every one of them says that the giver lives."""
+    pair = Pair(p={"max_tokens_per_chunk": 4}, d={"grant_ttl_s": 5.0})
+    one = ask(length=40)
+    pair.submit(one)
+    while pair.tokens == {}:
+        pair.turn(seconds=2.0)
+    check_texts(pair, one)
+    assert pair.verdicts == {"a": ["landed"]}
+
+
 def test_a_resumed_request_is_handed_over_with_its_generated_tokens() -> None:
     pair = Pair()
     whole = ask(count=14, seed=4)
@@ -155,7 +166,9 @@ def test_a_landed_reservation_without_its_first_token_leaks_no_block() -> None:
     pair.run(lambda: bool(pair.verdicts))
     assert pair.verdicts == {"a": ["lost"]}
     assert pair.d.scheduler.ledger()["staged"] == 3
+    assert pair.unused == []
     pair.settle()
+    assert pair.unused == [("a", 1)]  # D's API process forgets it, though no Cancel ever came
     assert pair.ends["a"] == ["instance_lost"]
     pair.assert_empty()
 

@@ -44,6 +44,7 @@ class Owner:
             on_first_tokens=_unexpected,
             on_cancels=_unexpected,
             on_verdicts=_unexpected,
+            on_reservations_ended=_unexpected,
         )
         self.link = EngineLink(handlers=handlers, tasks=self.tasks, clock=RealClock())
 

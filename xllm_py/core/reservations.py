@@ -35,7 +35,9 @@ class Reservations:
         self._open: dict[str, tuple[Request, _Reservation]] = {}
         self._run: dict[str, bytes] = {}  # requests that came by a grant, while they run
         self._past: OrderedDict[tuple[str, int], bytes] = OrderedDict()  # the same, ended since
-        self._ended: list[tuple[str, int, bytes]] = []
+        self._ended: list[
+            tuple[str, int, bytes]
+        ] = []  # since the last look; an empty grant is closed already
         self._quarantine: dict[tuple[str, int], list[int]] = {}
 
     @property
@@ -77,6 +79,10 @@ class Reservations:
     def num_open(self) -> int:
         """Reservations that do not run yet."""
         return len(self._open)
+
+    def renew(self, request: Request, now: float) -> None:
+        """A sign of life of the giver."""
+        self._open[request.request_id][1].expires = now + self._ttl_s
 
     def on_landed(self, request: Request) -> None:
         """Its KV is in place."""
@@ -120,11 +126,11 @@ class Reservations:
     def end(self, request: Request) -> None:
         """It will never run: the blocks wait until the transport says that nothing can be written any more."""
         _, held = self._open.pop(request.request_id)
+        key = (request.request_id, request.submission.attempt)
+        self._ended.append((*key, b"" if held.released else held.grant))
         if held.released:
             self._blocks.free(request.block_ids, Holding.STAGED)
         else:
-            key = (request.request_id, request.submission.attempt)
-            self._ended.append((*key, held.grant))
             self._blocks.move(request.block_ids, Holding.STAGED, Holding.QUARANTINED)
             self._quarantine[key] = request.block_ids
         request.block_ids = []

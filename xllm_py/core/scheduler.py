@@ -145,6 +145,12 @@ class Scheduler:
         """Blocks of a reservation, relative block i at index i."""
         return tuple(self._requests[request_id].block_ids)
 
+    def on_receiving(self, request_id: str, attempt: int, now: float) -> None:
+        """Blocks of the reservation keep coming: its time begins anew."""
+        request = self._find(request_id, attempt)
+        if request is not None and request.state is State.RESERVED:
+            self._reservations.renew(request, now)
+
     def on_landed(self, request_id: str, attempt: int, now: float) -> None:
         """Every block of the reservation is written and verified."""
         request = self._find(request_id, attempt)
@@ -189,7 +195,7 @@ class Scheduler:
         self._reservations.released(request_id, attempt)
 
     def take_ended_reservations(self) -> list[tuple[str, int, bytes]]:
-        """(request, attempt, grant) of reservations that ended while their grant was open."""
+        """(request, attempt, grant) of reservations that will never run; the grant is empty when it was closed already."""
         return self._reservations.take_ended()
 
     # ---- P: after the first token ----

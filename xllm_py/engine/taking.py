@@ -49,7 +49,9 @@ class TakingAgent:
         if taking is None or self._transport is None:
             return
         request_id, attempt, _ = taking
-        if event.kind is KvEventKind.LANDED:
+        if event.kind is KvEventKind.RECEIVING:
+            self._scheduler.on_receiving(request_id, attempt, now)
+        elif event.kind is KvEventKind.LANDED:
             self._scheduler.on_landed(request_id, attempt, now)
             self._transport.revoke(event.grant)  # one commit per grant: forget it
         elif event.kind is KvEventKind.FAILED:
@@ -116,11 +118,19 @@ class TakingAgent:
                 self._scheduler.on_reservation_lost(request_id, attempt, now)
 
     def revoke_ended(self) -> None:
-        """Reservations that ended while their grant was open: take the grant back; blocks follow with RELEASED."""
-        if self._transport is None:
+        """Reservations that will never run: take open grants back, blocks follow with RELEASED; and say so."""
+        ended = self._scheduler.take_ended_reservations()
+        if self._transport is None or not ended:
             return
-        for _, _, grant in self._scheduler.take_ended_reservations():
-            self._transport.revoke(grant)
+        for _, _, grant in ended:
+            if grant:
+                self._transport.revoke(grant)
+        self._send(
+            m.ReservationsEnded(
+                request_ids=[request_id for request_id, _, _ in ended],
+                attempts=[attempt for _, attempt, _ in ended],
+            )
+        )
 
 
 def _refuse(offer: Offer, reason: str, text: str) -> OfferAnswer:

@@ -74,7 +74,7 @@ class ControlService:
         destination = Destination(submission.master)
         if submission.relay and submission.receiver is not None:
             self._relay.open(submission.request_id, destination)
-        self._outlets.open_remote(submission.request_id, destination)
+        self._outlets.open_remote(submission.request_id, submission.attempt, destination)
         self._engine.submit(submission)
 
     async def add_new_requests(self, offers: list[Offer]) -> list[OfferAnswer]:
@@ -91,10 +91,10 @@ class ControlService:
         """Outlets are open before the engine is asked, and closed again for what it refuses."""
         fresh = {}
         for offer in offers:
-            request_id = offer.submission.request_id
-            if not self._outlets.has(request_id):
-                self._outlets.open_remote(request_id, _destination(offer))
-                fresh[request_id] = offer.submission.attempt
+            request_id, attempt = _key(offer.submission)
+            if not self._outlets.awaits(request_id, attempt):
+                self._outlets.open_remote(request_id, attempt, _destination(offer))
+                fresh[request_id] = attempt
         try:
             answers = await self._engine.offer(offers, timeout_s=_ENGINE_TIMEOUT_S)
         except XllmError:

@@ -51,6 +51,7 @@ class EngineHandlers:
     on_first_tokens: Callable[[m.FirstTokensOut], None]
     on_cancels: Callable[[m.CancelsOut], None]
     on_verdicts: Callable[[m.Verdicts], None]
+    on_reservations_ended: Callable[[m.ReservationsEnded], None]
 
 
 class EngineLink:
@@ -63,6 +64,7 @@ class EngineLink:
             m.FirstTokensOut: handlers.on_first_tokens,
             m.CancelsOut: handlers.on_cancels,
             m.Verdicts: handlers.on_verdicts,
+            m.ReservationsEnded: handlers.on_reservations_ended,
             m.Progress: self._on_progress,
             m.Answers: self._on_answers,
             m.FirstTaken: self._on_taken,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from xllm_py.base.errors import RequestError, request_error
 from xllm_py.core.plan import FINISH_LENGTH, FINISH_STOP, Outputs
 from xllm_py.openai.backend import Delta
+from xllm_py.wire import messages as m
 
 GOOD_FINISHES = frozenset({"", FINISH_STOP, FINISH_LENGTH})
 
@@ -25,6 +26,14 @@ class Destination:
     address: str
     relay: bool = False
     master: str = ""  # relayed: the master behind the giver
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteOutlet:
+    """Where the outputs of one attempt go."""
+
+    destination: Destination
+    attempt: int
 
 
 @dataclass(slots=True)
@@ -53,21 +62,28 @@ class Outlets:
     def __init__(self, send: Callable[[Destination, Outputs], None]) -> None:
         self._send = send
         self._local: dict[str, LocalOutlet] = {}
-        self._remote: dict[str, Destination] = {}
+        self._remote: dict[str, RemoteOutlet] = {}
 
     def open_local(self, request_id: str) -> LocalOutlet:
         """For a request of our own HTTP door."""
         outlet = self._local[request_id] = LocalOutlet()
         return outlet
 
-    def open_remote(self, request_id: str, destination: Destination) -> None:
-        """For a request a master or a giver sent us."""
-        self._remote[request_id] = destination
+    def open_remote(self, request_id: str, attempt: int, destination: Destination) -> None:
+        """For a request a master or a giver sent us; a later attempt takes the place of an earlier one."""
+        self._remote[request_id] = RemoteOutlet(destination, attempt)
 
     def close(self, request_id: str) -> None:
         """Forget a request; what the engine still says of it goes nowhere."""
         self._local.pop(request_id, None)
         self._remote.pop(request_id, None)
+
+    def on_reservations_ended(self, ended: m.ReservationsEnded) -> None:
+        """What was promised to a giver and will never run says nothing any more."""
+        for request_id, attempt in zip(ended.request_ids, ended.attempts, strict=True):
+            outlet = self._remote.get(request_id)
+            if outlet is not None and outlet.attempt == attempt:
+                del self._remote[request_id]
 
     def on_outputs(self, outputs: Outputs) -> None:
         """Distribute one step."""
@@ -77,10 +93,10 @@ class Outlets:
             if outlet is not None:
                 _put_local(outlet, outputs, index)
                 continue
-            destination = self._remote.get(request_id)
-            if destination is None:
+            remote = self._remote.get(request_id)
+            if remote is None or remote.attempt != outputs.attempts[index]:
                 continue
-            column = columns.setdefault(destination, Outputs(step=outputs.step))
+            column = columns.setdefault(remote.destination, Outputs(step=outputs.step))
             copy_entry(outputs, index, column)
             if outputs.finish_reasons[index]:
                 del self._remote[request_id]
@@ -90,12 +106,19 @@ class Outlets:
     def reroute(self, request_ids: list[str], destination: Destination) -> None:
         """What these say from now on goes elsewhere; those that have ended meanwhile are passed over."""
         for request_id in request_ids:
-            if request_id in self._remote:
-                self._remote[request_id] = destination
+            outlet = self._remote.get(request_id)
+            if outlet is not None:
+                self._remote[request_id] = RemoteOutlet(destination, outlet.attempt)
 
     def destination(self, request_id: str) -> Destination | None:
         """Where the outputs of a master's request go."""
-        return self._remote.get(request_id)
+        outlet = self._remote.get(request_id)
+        return None if outlet is None else outlet.destination
+
+    def awaits(self, request_id: str, attempt: int) -> bool:
+        """Whether this attempt, or a later one, is open here."""
+        outlet = self._remote.get(request_id)
+        return outlet is not None and outlet.attempt >= attempt
 
     def fail_all(self, error: RequestError) -> None:
         """The engine is down: every local consumer hears it; masters see our connection end."""

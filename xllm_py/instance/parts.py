@@ -68,6 +68,7 @@ class Parts:
             on_first_tokens=lambda out: self._in_cluster().peers.on_first_tokens(out),
             on_cancels=lambda out: self._in_cluster().peers.on_cancels(out),
             on_verdicts=lambda verdicts: self._in_cluster().on_verdicts(verdicts),
+            on_reservations_ended=self.outlets.on_reservations_ended,
         )
         self.engine = EngineLink(handlers=handlers, tasks=tasks, clock=clock)
         self.backend = LocalBackend(

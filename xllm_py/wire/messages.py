@@ -159,6 +159,14 @@ class Verdicts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReservationsEnded:
+    """D: reservations that will never run (link lost, expired, giver gone, aborted). P owns their story, so no output says it."""
+
+    request_ids: list[str]
+    attempts: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Counters for heartbeats and /health: before a step that may be long, about every 50 ms while steps are short, once a second idle."""
 
@@ -201,6 +209,7 @@ Event = (
     | FirstTokensOut
     | CancelsOut
     | Verdicts
+    | ReservationsEnded
     | Progress
     | Ledger
 )
@@ -226,6 +235,7 @@ EVENTS: tuple[type, ...] = (
     FirstTokensOut,
     CancelsOut,
     Verdicts,
+    ReservationsEnded,
     Progress,
     Ledger,
 )
