@@ -338,3 +338,16 @@ def test_closing_leaves_no_thread_and_no_descriptor() -> None:
             pair.close()
         assert threading.active_count() == threads
         assert psutil.Process().num_fds() == descriptors
+
+
+def test_the_taker_is_told_that_blocks_keep_coming(pair: Pair) -> None:
+    grant = pair.grant((10, 11))
+    pair.connect(grant)
+    pair.giver.push(grant, 0, 0, (1, 2))
+    pair.taken_event(KvEventKind.RECEIVING, grant)
+    pair.giver.push(grant, 1, 0, (1, 2))
+    pair.giver.push(grant, 2, 0, (1, 2))
+    pair.giver.commit(grant)
+    pair.taken_event(LANDED, grant)
+    told = [event for event in pair.taken if event.kind is KvEventKind.RECEIVING]
+    assert len(told) == 1  # not once a frame

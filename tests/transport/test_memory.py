@@ -42,11 +42,11 @@ class Rig:
         return grant
 
     def kinds(self, grant: bytes) -> tuple[set[KvEventKind], set[KvEventKind]]:
-        """What P heard and what D heard."""
+        """What P heard and what D heard of the end."""
         pair = self.pair
         return (
             {event.kind for event in pair.given if event.grant == grant},
-            {event.kind for event in pair.taken if event.grant == grant},
+            {event.kind for event in pair.taken if event.grant == grant} - {KvEventKind.RECEIVING},
         )
 
 

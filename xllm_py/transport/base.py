@@ -39,6 +39,7 @@ class GiverGrant:
 class KvEventKind(Enum):
     """What `poll` can tell."""
 
+    RECEIVING = "receiving"  # taker: blocks keep coming; told about once a second
     LANDED = "landed"  # taker: COMMIT verified, every wanted block is in place
     ACKNOWLEDGED = "acknowledged"  # giver: the peer said LANDED
     FAILED = "failed"  # either side: this grant is dead; `text` says why

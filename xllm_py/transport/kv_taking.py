@@ -6,12 +6,23 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 from xllm_py.core.kv_memory import KvMemory
 from xllm_py.transport.base import KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.kv_events import Counts, EventQueue
 from xllm_py.wire import kv_session
 from xllm_py.wire.kv_grants import Grant, GrantState, GrantTable
+
+TELL_S = 1.0  # how often it is told that blocks keep coming
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """Of one grant."""
+
+    started_s: float
+    told_s: float
 
 
 class Taking:
@@ -23,7 +34,7 @@ class Taking:
         self.counts = counts
         self.lock = threading.Lock()
         self.grants = GrantTable()
-        self._started_s: dict[bytes, float] = {}
+        self._arrivals: dict[bytes, _Arrival] = {}
 
     def open(self, grant: TakerGrant) -> None:
         """Engine thread: the peer may write from now on."""
@@ -42,13 +53,22 @@ class Taking:
     def revoke(self, grant: bytes) -> None:
         """Engine thread: RELEASED follows, now or when the frame in flight has left the blocks."""
         with self.lock:
-            self._started_s.pop(grant, None)
+            self._arrivals.pop(grant, None)
             if self.grants.revoke(grant):
                 self.events.put(KvEvent(kind=KvEventKind.RELEASED, grant=grant))
 
-    def started(self, grant: bytes, now: float) -> None:
-        """Lock held. The first byte of a grant has come."""
-        self._started_s.setdefault(grant, now)
+    def arriving(self, grant: Grant, now: float) -> None:
+        """Lock held. New blocks of a grant begin to come."""
+        if grant.state is not GrantState.RECEIVING:
+            return  # it ended since their header was judged
+        arrival = self._arrivals.get(grant.grant)
+        if arrival is None:
+            self._arrivals[grant.grant] = _Arrival(now, now)
+        elif now - arrival.told_s < TELL_S:
+            return
+        else:
+            arrival.told_s = now
+        self.events.put(KvEvent(kind=KvEventKind.RECEIVING, grant=grant.grant))
 
     def settle(self, grant: Grant | None) -> None:
         """Lock held, after a frame has left its blocks."""
@@ -57,7 +77,8 @@ class Taking:
 
     def landed(self, landed: kv_session.Landed, now: float) -> None:
         """Lock held. COMMIT verified."""
-        seconds = now - self._started_s.pop(landed.grant, now)
+        arrival = self._arrivals.pop(landed.grant, None)
+        seconds = now - arrival.started_s if arrival is not None else 0.0
         self.events.put(
             KvEvent(
                 kind=KvEventKind.LANDED,
@@ -69,7 +90,7 @@ class Taking:
 
     def failed(self, grant: bytes, text: str) -> None:
         """Lock held. Nothing can land under this grant any more."""
-        self._started_s.pop(grant, None)
+        self._arrivals.pop(grant, None)
         self.events.put(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=text))
 
     def link_lost(self, peer: str, text: str) -> None:

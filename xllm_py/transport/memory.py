@@ -154,7 +154,8 @@ class _Link:
             self._answer(judged)
             return
         grant, whole = judged.grant, len(body) == judged.header.length
-        if judged.store:
+        if judged.store and grant is not None:
+            self.taker.taking.arriving(grant, self.taker.network.clock.now())
             self._write(judged.header, judged.block_ids, body)
         payload = bytes(body) if judged.is_commit else b""
         if whole:

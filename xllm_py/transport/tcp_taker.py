@@ -278,7 +278,7 @@ class TakerLink:
         views = self._taking.memory.spans(header.layer, header.part, take.block_ids)
         with self._taking.lock:
             if take.grant is not None:
-                self._taking.started(take.grant.grant, self._clock.now())
+                self._taking.arriving(take.grant, self._clock.now())
         left = self._fill(take, views, header.length)
         if left:
             self._drain(left)
