@@ -14,6 +14,7 @@ from xllm_py.cluster.membership import (
     Event,
     Heard,
     InstanceState,
+    Overslept,
     Patience,
     Replaced,
     Spoke,
@@ -116,6 +117,27 @@ def test_draining_is_believed_and_ends_in_gone() -> None:
     assert story((0, CardSeen(draining=True))).state is DRAINING
 
 
+def test_a_judge_that_was_away_judges_nobody_for_it() -> None:
+    away = Overslept(away_s=1.5, excused_s=1.0)
+    assert story((1.5, Tick()), view=ready()).state is GONE
+    awake = story((1.5, away), view=ready())
+    assert story((1.5, Tick()), (1.99, Tick()), view=awake).state is READY
+    assert story((2.0, Tick()), view=awake).state is SUSPECT
+    assert story((2.5, Tick()), view=awake).state is GONE
+    silent = story((0.4, Tick()), (1.9, away), view=ready())
+    assert (
+        story((2.0, Tick()), view=silent).state is SUSPECT
+    )  # what was silent before goes on being so
+
+
+def test_a_connection_that_broke_while_the_judge_was_away_may_come_back() -> None:
+    awake = story((3, Overslept(away_s=3, excused_s=1.0)), (3.01, StreamEnded()), view=ready())
+    assert story((3.5, Heard()), (3.9, Heard()), view=awake).state is READY
+    back = story((3.5, StreamOpened()), (4.1, Heard()), view=awake)
+    assert story((4.1, Tick()), view=back).state is READY
+    assert story((3.9, Heard()), (4.0, Tick()), view=awake).state is GONE
+
+
 def test_a_new_life_of_the_name_ends_the_old_one() -> None:
     assert story((0.1, Replaced()), view=ready()).state is GONE
 
@@ -131,6 +153,7 @@ def test_every_short_story_keeps_the_rules() -> None:
         StreamOpened(),
         StreamEnded(),
         Tick(),
+        Overslept(away_s=0.5, excused_s=1.0),
         Replaced(),
     )
     for length in (3, 4):

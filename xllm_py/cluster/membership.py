@@ -9,7 +9,8 @@
     DRAINING by the instance's own word, from JOINING, READY and SUSPECT; it ends in GONE like the others.
 
 A silent registry is not a missing card, and a vanished card of an instance that speaks is only a warning. A card with a new
-incarnation is a new instance; whoever owns the views ends the old one. `now` is monotonic seconds.
+incarnation is a new instance; whoever owns the views ends the old one. A judge that was away itself (stopped, or starved of its
+processor) heard nobody meanwhile, which is no silence of theirs: Overslept. `now` is monotonic seconds.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class View:
     stream_open: bool = False
     ended_at: float | None = None  # its connection ended then and has not come back
     stalled_at: float | None = None  # since then its engine finishes nothing
+    excused_until: float = 0.0  # its connection may be away until then: we were away ourselves
     since: float = 0.0  # in this state
     reason: str = ""  # of the last change
 
@@ -95,11 +97,29 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Overslept:
+    """Whoever judges was away himself; connections may have broken by that and have some time to come back."""
+
+    away_s: float
+    excused_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Replaced:
     """A card with another incarnation took its name."""
 
 
-Event = CardSeen | CardRemoved | Heard | Spoke | StreamOpened | StreamEnded | Tick | Replaced
+Event = (
+    CardSeen
+    | CardRemoved
+    | Heard
+    | Spoke
+    | StreamOpened
+    | StreamEnded
+    | Tick
+    | Overslept
+    | Replaced
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +161,9 @@ def _note(view: View, event: Event, now: float) -> View:
             return dataclasses.replace(view, stream_open=True, ended_at=None, heard_at=now)
         case StreamEnded():
             return dataclasses.replace(view, stream_open=False, ended_at=now)
+        case Overslept(away_s=away_s, excused_s=excused_s):
+            heard_at = None if view.heard_at is None else min(now, view.heard_at + away_s)
+            return dataclasses.replace(view, heard_at=heard_at, excused_until=now + excused_s)
         case _:
             return view
 
@@ -151,7 +174,7 @@ def _judge(view: View, event: Event, now: float, patience: Patience) -> tuple[In
     if view.state is InstanceState.GONE:
         heard = isinstance(event, Heard) and view.has_card and not event.stalled
         return (InstanceState.JOINING, "heard again") if heard else (view.state, view.reason)
-    if view.ended_at is not None and now - view.ended_at >= RECONNECT_S:
+    if view.ended_at is not None and now >= max(view.ended_at + RECONNECT_S, view.excused_until):
         return InstanceState.GONE, "its connection ended"
     if view.heard_at is None:
         return _draining(view, event) or (view.state, view.reason)

@@ -24,6 +24,7 @@ from xllm_py.cluster.membership import (
     Event,
     Heard,
     InstanceState,
+    Overslept,
     Patience,
     Replaced,
     Spoke,
@@ -76,6 +77,7 @@ class InstanceManager:
         self._forget_after_s = forget_gone_after_s
         self._members: dict[str, Member] = {}
         self._streams: dict[str, int] = {}  # incarnation -> open Generations streams
+        self._ticked_at: float | None = None  # None: nobody keeps time yet
         self._registry: Registry | None = None
         self._listed: tuple[Sequence[Entry], int] = ((), 0)
         self.on_changed: list[Callable[[], None]] = []
@@ -191,6 +193,7 @@ class InstanceManager:
 
     async def keep_time(self) -> None:
         """Let silence be noticed, for ever."""
+        self._ticked_at = self._clock.now()
         while True:
             await asyncio.sleep(TICK_S)
             self.tick()
@@ -198,6 +201,8 @@ class InstanceManager:
     def tick(self) -> None:
         """Judge every member by the clock; forget those gone for long."""
         now = self._clock.now()
+        self._notice_oversleeping(now)
+        self._ticked_at = now
         for member in list(self._members.values()):
             self._step(member, Tick())
             view = member.view
@@ -205,8 +210,22 @@ class InstanceManager:
             if gone and not view.has_card and now - view.since >= self._forget_after_s:
                 self._forget(member)
 
+    def _notice_oversleeping(self, now: float) -> None:
+        """Before anything is judged: while this process was stopped or starved it heard nobody, and that is nobody's silence."""
+        if self._ticked_at is None:
+            return
+        away_s = now - self._ticked_at - TICK_S
+        if away_s < self._patience.suspect_after_s / 2:
+            return
+        _log.warning("was away, nobody is judged for it", seconds=round(away_s, 3))
+        self._ticked_at = now
+        event = Overslept(away_s=away_s, excused_s=self._patience.gone_after_s)
+        for member in list(self._members.values()):
+            self._step(member, event)
+
     def _step(self, member: Member, event: Event) -> None:
         now = self._clock.now()
+        self._notice_oversleeping(now)
         member.view, changes = step(member.view, event, now, self._patience)
         for change in changes:
             self._on_change(member, change, now)
