@@ -404,6 +404,17 @@ def test_late_frames_have_a_computed_length_and_an_end(taker: Taker, link: Link)
     assert link.session.on_header(link.data(1, BLOCK)) == Reject(Reason.TOO_MANY_LATE, name)
 
 
+def test_late_frames_of_many_grants_do_not_end_a_link_that_lives_long(
+    taker: Taker, link: Link
+) -> None:
+    for number in range(1, MAX_LATE_FRAMES // 3):
+        taker.grants.open(grant(number, (5,)))
+        name = number.to_bytes(16, "big")
+        taker.grants.revoke(name)
+        for _ in range(4):
+            assert link.arrive(link.data(number, BLOCK), BLOCK) == Late(name)
+
+
 def test_revoked_grants_are_forgotten_in_the_end() -> None:
     grants = GrantTable()
     for number in range(MAX_REMEMBERED + 1):

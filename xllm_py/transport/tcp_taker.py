@@ -20,7 +20,7 @@ from xllm_py.transport.kv_taking import Taking
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
-from xllm_py.wire.kv_grants import GrantState
+from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState
 from xllm_py.wire.kv_handshake import Identity
 from xllm_py.wire.kv_session import Take, TakerSession
 
@@ -254,6 +254,8 @@ class TakerLink:
         if isinstance(result, kv_session.Landed):
             tcp_socket.write_all(self._sock, self._session.ack(result.grant), self._clock)
         elif isinstance(result, kv_session.Late) and result.grant not in self._told:
+            if len(self._told) >= MAX_REMEMBERED:
+                self._told.clear()  # to be told twice does no harm
             self._told.add(result.grant)
             self._taking.counts.add("frames_late")
             error = self._session.error(Reason.REVOKED, result.grant)

@@ -11,6 +11,7 @@ transport owns the table, holds one lock around every call, and shares it betwee
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from enum import Enum
 
 from xllm_py.base.hashing import same
@@ -59,12 +60,21 @@ class Grant:
         return (1 << len(self.block_ids)) - (1 << self.first_wanted)
 
 
+@dataclass(slots=True)
+class _Revoked:
+    """What is remembered of a grant that was taken back."""
+
+    peer: str
+    state: GrantState  # in which it was
+    num_late: int = 0  # frames that came since
+
+
 class GrantTable:
     """All grants of one taker."""
 
     def __init__(self) -> None:
         self._grants: dict[bytes, Grant] = {}
-        self._revoked: OrderedDict[bytes, tuple[str, GrantState]] = OrderedDict()
+        self._revoked: OrderedDict[bytes, _Revoked] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._grants)
@@ -87,16 +97,22 @@ class GrantTable:
         revoked = self._revoked.get(grant)
         return (
             revoked is not None
-            and same(revoked[0].encode(), peer.encode())
-            and revoked[1] is not GrantState.COMMITTED
+            and same(revoked.peer.encode(), peer.encode())
+            and revoked.state is not GrantState.COMMITTED
         )
+
+    def count_late(self, grant: bytes) -> int:
+        """One more frame of a grant that `is_late`; returns how many there were."""
+        revoked = self._revoked[grant]
+        revoked.num_late += 1
+        return revoked.num_late
 
     def revoke(self, grant: bytes) -> bool:
         """Take it out of the table. True: nothing of it is being written, its blocks are free now."""
         entry = self._grants.pop(grant, None)
         if entry is None:
             return True
-        self._revoked[grant] = (entry.peer, entry.state)
+        self._revoked[grant] = _Revoked(entry.peer, entry.state)
         while len(self._revoked) > MAX_REMEMBERED:
             self._revoked.popitem(last=False)
         entry.state = GrantState.REVOKED

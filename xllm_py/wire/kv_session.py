@@ -21,7 +21,7 @@ from xllm_py.wire.kv_grants import OPEN, Grant, GrantState, GrantTable
 from xllm_py.wire.kv_handshake import Agreement, Identity, fits
 
 WELCOME_BYTES = codec.HELLO_BYTES + codec.PROOF_BYTES
-MAX_LATE_FRAMES = 4096  # of revoked grants, on one link; an honest giver stops at the first ERROR
+MAX_LATE_FRAMES = 4096  # of one revoked grant; an honest giver stops at the first ERROR
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,6 @@ class TakerSession:
         self._layout = identity.layout
         self._out = _Frames(b"")
         self._in = _Frames(b"")
-        self._num_late = 0
         self.peer = ""  # incarnation of the giver; set by on_hello, true after on_proof
         self._peer_fits = False
 
@@ -258,11 +257,10 @@ class TakerSession:
     def _judge_unknown(self, header: Header) -> Take | Reject:
         if not self._grants.is_late(header.grant, self.peer):
             return Reject(Reason.UNKNOWN_GRANT, header.grant)
-        self._num_late += 1
-        if self._num_late > MAX_LATE_FRAMES:
-            return Reject(Reason.TOO_MANY_LATE, header.grant)
         if header.length != self._length(header):
             return Reject(Reason.BAD_LENGTH, header.grant)
+        if self._grants.count_late(header.grant) > MAX_LATE_FRAMES:
+            return Reject(Reason.TOO_MANY_LATE, header.grant)
         return Take(header, None, store=False)
 
     def _length(self, header: Header) -> int:
