@@ -93,3 +93,19 @@ def test_who_stays_silent_after_an_absence_is_lost_all_the_same(watch: Watch) ->
     watch.clock.turn(3.0)
     watch.live(1.1)
     assert (watch.state, watch.lost) == ("GONE", ["h:1"])
+
+
+@pytest.mark.parametrize("away_s, lost", [(0.3, ["h:1"]), (3.0, [])])
+def test_only_a_long_absence_explains_a_connection_that_ends(
+    watch: Watch, away_s: float, lost: list[str]
+) -> None:
+    watch.manager.on_stream_opened("life")
+    watch.clock.turn(away_s)
+    watch.manager.tick()
+    watch.manager.on_stream_ended("life")
+    watch.live(0.1)
+    assert watch.lost == lost
+    watch.manager.on_stream_opened("life")
+    watch.beat(1)
+    watch.live(0.1)
+    assert watch.lost == lost

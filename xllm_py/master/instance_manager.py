@@ -219,7 +219,8 @@ class InstanceManager:
             return
         _log.warning("was away, nobody is judged for it", seconds=round(away_s, 3))
         self._ticked_at = now
-        event = Overslept(away_s=away_s, excused_s=self._patience.gone_after_s)
+        long = self._patience.gone_after_s  # a shorter absence breaks no connection
+        event = Overslept(away_s=away_s, excused_s=long if away_s >= long else 0.0)
         for member in list(self._members.values()):
             self._step(member, event)
 
