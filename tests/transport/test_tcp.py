@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 import select
 import socket
 import threading
@@ -27,7 +28,7 @@ from xllm_py.base.errors import LayoutMismatch, PortInUse, UsageError
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.tcp import TcpKvTransport
-from xllm_py.transport.tcp_socket import checksum, split_endpoint
+from xllm_py.transport.tcp_socket import checksum, split_endpoint, tune
 from xllm_py.transport.tcp_taker import MAX_HANDSHAKES
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
@@ -432,6 +433,82 @@ def test_an_endpoint_without_a_port_fails_the_grant(big_giver: TcpKvTransport) -
         GiverGrant(grant=other, endpoint="nowhere", peer_incarnation="d-1", prompt_digest=DIGEST)
     )
     assert "host:port" in wait_for(big_giver, KvEventKind.FAILED).text
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["127.0.0.1:99999", "127.0.0.1:\N{SUPERSCRIPT TWO}", "a..b:1", "h" * 70 + ":1"],
+)
+def test_an_endpoint_that_can_be_nobodys_fails_the_grant(
+    big_giver: TcpKvTransport, endpoint: str
+) -> None:
+    other = b"o" * 16
+    big_giver.connect(
+        GiverGrant(grant=other, endpoint=endpoint, peer_incarnation="d-1", prompt_digest=DIGEST)
+    )
+    assert "host:port" in wait_for(big_giver, KvEventKind.FAILED).text
+
+
+def test_a_link_that_cannot_be_made_for_want_of_descriptors_fails_its_grant(
+    big_giver: TcpKvTransport, raw_taker: RawTaker
+) -> None:
+    raw_taker.accept().close()
+    wait_for(big_giver, KvEventKind.FAILED)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as highest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest.fileno() + 1, hard))
+        try:
+            big_giver.connect(
+                GiverGrant(
+                    grant=b"o" * 16,
+                    endpoint=raw_taker.endpoint,
+                    peer_incarnation="d-1",
+                    prompt_digest=DIGEST,
+                )
+            )
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert wait_for(big_giver, KvEventKind.FAILED).grant == b"o" * 16
+    assert big_giver.ledger()["grants_given"] == 0
+
+
+def test_a_failed_link_gives_its_descriptors_back(
+    raw_taker: RawTaker, big_giver: TcpKvTransport
+) -> None:
+    with raw_taker.accept():
+        open_link = psutil.Process().num_fds()
+    wait_for(big_giver, KvEventKind.FAILED)
+    # both sockets of the link, and the two ends of the giver's wake
+    assert psutil.Process().num_fds() == open_link - 4
+
+
+def test_a_dead_host_is_noticed_though_nothing_is_sent(taker: TcpKvTransport) -> None:
+    with socket.socket() as sock:
+        tune(sock)
+        idle, every, times = (
+            sock.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+    assert idle + every * times <= 60
+
+
+def test_a_taker_that_gets_no_thread_turns_the_peer_away_and_goes_on(
+    taker: TcpKvTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def no_taker(thread: threading.Thread) -> None:
+        if thread.name == "kv-taker":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    where = split_endpoint(taker.endpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_taker)
+        with socket.create_connection(where, DEADLINE_S) as sock:
+            assert read(sock, 1) == b""
+    assert taker.ledger()["links"] == 0
+    RawGiver(taker.endpoint).sock.close()
 
 
 def test_closing_does_not_wait_for_a_peer_in_mid_frame(

@@ -123,8 +123,17 @@ class TcpKvTransport:
         link = self._links.get(key)
         if link is None or not link.add(grant):
             self._sweep()
-            link = self._links[key] = self._open_link(grant)
+            try:
+                link = self._links[key] = self._open_link(grant)
+            except (OSError, RuntimeError) as error:  # no descriptor, no thread
+                self._fail(grant.grant, f"no KV link can be made: {error}")
+                return
         self._by_grant[grant.grant] = link
+
+    def _fail(self, grant: bytes, text: str) -> None:
+        self._counts.add("failures")
+        _log.warning("KV link failed", reason=text)
+        self._events.put(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=text))
 
     def _sweep(self) -> None:
         """Give back what ended links still hold."""
@@ -170,6 +179,8 @@ class TcpKvTransport:
         for event in events:
             if event.kind in (KvEventKind.ACKNOWLEDGED, KvEventKind.FAILED):
                 self._by_grant.pop(event.grant, None)
+        if any(event.kind is KvEventKind.FAILED for event in events):
+            self._sweep()
         return events
 
     def ledger(self) -> dict[str, int]:

@@ -85,7 +85,11 @@ class GiverLink:
         self._block_bytes = memory.layout.block_bytes
         self._blocks_per_frame = codec.blocks_per_frame(self._block_bytes)
         self._thread = threading.Thread(target=self._run, name="kv-giver", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._wake.close()
+            raise
 
     @property
     def ended(self) -> bool:
@@ -186,7 +190,10 @@ class GiverLink:
     def _connect(self) -> socket.socket:
         deadline = self._clock.now() + tcp_socket.HANDSHAKE_S
         address = tcp_socket.split_endpoint(self._endpoint)
-        sock = socket.create_connection(address, tcp_socket.HANDSHAKE_S)
+        try:
+            sock = socket.create_connection(address, tcp_socket.HANDSHAKE_S)
+        except ValueError as error:  # also of the name's encoding
+            raise LinkBroken(f"{self._endpoint!r} is not host:port") from error
         try:
             tcp_socket.tune(sock)
             with self._state:

@@ -17,6 +17,7 @@ from xllm_py.base.errors import PeerUnavailable
 
 HANDSHAKE_S = 2.0
 STALL_S = 1.0  # bytes outstanding and none taken for so long: the link has failed
+KEEPALIVE_S = 10  # an idle link asks so often whether the peer's host still lives
 BUFFER_BYTES = 4 << 20
 _SLICE_S = 0.05  # the longest time one call blocks
 _TIMEVAL = struct.Struct("@ll")
@@ -32,6 +33,10 @@ def tune(sock: socket.socket) -> None:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             stall_ms = int(STALL_S * 1000)  # also for bytes that the kernel has taken
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall_ms)
@@ -50,7 +55,7 @@ def set_slices(sock: socket.socket) -> None:
 def split_endpoint(endpoint: str) -> tuple[str, int]:
     """("::1", 9) of "[::1]:9". Raises LinkBroken when there is no port."""
     host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdigit():
+    if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
         raise LinkBroken(f"{endpoint!r} is not host:port")
     return host.strip("[]"), int(port)
 

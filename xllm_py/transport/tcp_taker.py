@@ -109,8 +109,13 @@ class Listener:
                 on_end=self._on_link_end,
                 clock=self._clock,
             )
+            try:
+                link.start()
+            except RuntimeError as error:
+                _log.warning("KV listener cannot serve a link", reason=str(error))
+                sock.close()
+                return
             self._links.add(link)
-            link.start()
 
     def _on_link_end(self, link: TakerLink, reason: str) -> None:
         with self._lock:
