@@ -237,6 +237,21 @@ async def test_a_giver_that_died_is_not_dialled_for_every_token(house: House) ->
     assert house.network.to("master:1") == [straight]
 
 
+async def test_unlinking_a_giver_sends_what_came_through_it_straight_to_the_master(
+    house: House,
+) -> None:
+    await house.link()
+    await house.service.add_new_requests([offer("r1", relay=True)])
+    house.outlets.on_outputs(outputs(("r1", 1, 5)))
+    relayed = await house.network.stream("p:1")
+    await until("the entry", lambda: entries(relayed.sent))
+    await house.service.unlink_instance("p", "pp")
+    straight = await house.network.stream("master:1")
+    house.outlets.on_outputs(outputs(("r1", 2, 6)))
+    await until("both", lambda: entries(straight.sent) == [("r1", 1, 5), ("r1", 2, 6)])
+    assert house.network.to("p:1") == [relayed]
+
+
 async def test_a_late_offer_that_is_refused_does_not_silence_the_request_that_runs(
     house: House,
 ) -> None:

@@ -269,6 +269,26 @@ async def test_a_relayed_stream_that_breaks_goes_straight_to_the_master(speaker:
     assert speaker.rerouted == [(["a"], MASTER)]
 
 
+async def test_a_giver_that_stands_still_is_left_when_a_master_says_that_it_is_lost(
+    speaker: Speaker,
+) -> None:
+    speaker.say(("a", 1, 5), to=RELAY)
+    relayed = await speaker.network.stream("p:1")
+    await said(relayed, 1)
+    relayed.holding.clear()  # its window is full, and nothing breaks
+    speaker.say(("a", 2, 6), to=RELAY)
+    await settle()
+    speaker.generations.leave("q:1")
+    assert not speaker.network.to("master:1")
+    speaker.generations.leave("p:1")
+    straight = await speaker.network.stream("master:1")
+    assert await said(straight, 2) == [("a", 1, 5), ("a", 2, 6)]
+    assert speaker.rerouted == [(["a"], MASTER)]
+    await until("the end of the old stream", lambda: relayed.closed)
+    assert speaker.network.to("p:1") == [relayed]
+    assert speaker.network.to("master:1") == [straight]
+
+
 async def test_a_broken_stream_to_a_master_is_told_and_a_relayed_one_is_not(
     speaker: Speaker,
 ) -> None:

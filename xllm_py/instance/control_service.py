@@ -52,15 +52,15 @@ class ControlService:
         self._tasks = tasks
         self._drain = drain
         self._describe = describe
-        self._givers: dict[str, str] = {}  # incarnation -> name
+        self._givers: dict[str, Card] = {}  # by incarnation
         self._refused: dict[str, str] = {}  # name -> why, as it was logged
         self.draining = False
 
     def links(self) -> tuple[LinkState, ...]:
         """The givers whose offers are accepted, for heartbeats."""
         return tuple(
-            LinkState(peer=name, incarnation=incarnation, linked=True)
-            for incarnation, name in self._givers.items()
+            LinkState(peer=giver.name, incarnation=incarnation, linked=True)
+            for incarnation, giver in self._givers.items()
         )
 
     async def submit(self, submission: Submission) -> None:
@@ -121,12 +121,12 @@ class ControlService:
         found = differences(giver, self._card())
         if found:
             self._refuse(giver, "; ".join(found))
-        for incarnation, name in list(self._givers.items()):
-            if name == giver.name and incarnation != giver.incarnation_id:
+        for incarnation, known in list(self._givers.items()):
+            if known.name == giver.name and incarnation != giver.incarnation_id:
                 self._forget_giver(incarnation)
         if giver.incarnation_id not in self._givers:
             _log.info("linked", giver=giver.name)
-        self._givers[giver.incarnation_id] = giver.name
+        self._givers[giver.incarnation_id] = giver
 
     def _refuse(self, giver: Card, reason: str) -> NoReturn:
         """Masters ask again and again; it is logged when it is news."""
@@ -142,8 +142,9 @@ class ControlService:
             self._forget_giver(incarnation)
 
     def _forget_giver(self, incarnation: str) -> None:
-        del self._givers[incarnation]
+        giver = self._givers.pop(incarnation)
         self._engine.peer_gone(incarnation)
+        self._generations.leave(giver.rpc_address)
 
     async def cancel(self, request_ids: list[str], attempts: list[int], reason: str) -> list[str]:
         """End requests; a late arrival of an unknown one dies at once."""

@@ -92,7 +92,8 @@ class Generations:
         talk = self._streams.get(destination)
         if talk is None:
             talk = self._streams[destination] = _Talk(self, destination)
-            self._tasks.start(self._run(talk), name=f"generations-{destination.address}")
+            name = f"generations-{destination.address}"
+            talk.task = self._tasks.start(self._run(talk), name=name)
         return talk
 
     async def _run(self, talk: _Talk) -> None:
@@ -122,6 +123,13 @@ class Generations:
         for told in talk.told.values():
             self.send(straight, told.entries)
 
+    def leave(self, giver: str) -> None:
+        """A master says that the giver at this address is lost; one that only stands still would not break its streams."""
+        for talk in list(self._streams.values()):
+            if talk.destination.relay and talk.destination.address == giver:
+                self.reroute(talk)
+                talk.leave()
+
     def forget(self, request_id: str) -> None:
         """Nobody waits for a request any more."""
         for talk in self._streams.values():
@@ -140,6 +148,7 @@ class _Talk:
         self._owner = owner
         self.destination = destination
         self.told: dict[Key, _Told] = {}
+        self.task: asyncio.Task[None] | None = None  # that talks
         self._queue: list[GenerationsUp] = []
         self._news = asyncio.Event()
         self._sequence = 0
@@ -176,6 +185,11 @@ class _Talk:
         """Drop the log of a request."""
         for key in [key for key in self.told if key[0] == request_id]:
             del self.told[key]
+
+    def leave(self) -> None:
+        """Say nothing more."""
+        if self.task is not None:
+            self.task.cancel()
 
     async def run(self) -> None:
         """Talk; after a break talk again, as long as somebody may still be waiting."""
