@@ -24,10 +24,12 @@ from tests.conformance.kv_pair import (
     make_memory,
     make_tcp,
 )
+from xllm_py.base.clock import HandClock
 from xllm_py.base.errors import LayoutMismatch, PortInUse, UsageError
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.tcp import TcpKvTransport
+from xllm_py.transport.tcp_giver import ACK_S
 from xllm_py.transport.tcp_socket import checksum, split_endpoint, tune
 from xllm_py.transport.tcp_taker import MAX_HANDSHAKES
 from xllm_py.wire import codec, kv_session
@@ -509,6 +511,80 @@ def test_a_taker_that_gets_no_thread_turns_the_peer_away_and_goes_on(
             assert read(sock, 1) == b""
     assert taker.ledger()["links"] == 0
     RawGiver(taker.endpoint).sock.close()
+
+
+HALF_MIB = KvLayout(num_layers=1, block_size=4, block_bytes=512 << 10, shape="half a MiB")
+
+
+class Committed:
+    """A giver with a hand-turned clock that has committed a MiB, and a taker that has read nothing of it."""
+
+    def __init__(self) -> None:
+        self.clock = HandClock()
+        self.taker = RawTaker(HALF_MIB)
+        memory = make_memory(1, HALF_MIB, 2)
+        self.giver = TcpKvTransport(
+            memory=memory, incarnation="p-1", cluster_key=KEY, listen=False, clock=self.clock
+        )
+        self.connect(GRANT)
+        self.giver.push(GRANT, 0, 0, (0,))
+        self.giver.commit(GRANT)
+        self.sock = self.taker.accept()
+
+    def connect(self, grant: bytes) -> None:
+        endpoint = self.taker.endpoint
+        self.giver.connect(
+            GiverGrant(grant=grant, endpoint=endpoint, peer_incarnation="d-1", prompt_digest=DIGEST)
+        )
+
+    def read_until_commit(self) -> None:
+        header = codec.unpack_header(read(self.sock, codec.HEADER_BYTES))[0]
+        while header.type != codec.FrameType.COMMIT:
+            read(self.sock, header.length)
+            header = codec.unpack_header(read(self.sock, codec.HEADER_BYTES))[0]
+        read(self.sock, header.length)
+
+    def close(self) -> None:
+        self.giver.close()
+        self.sock.close()
+        self.taker.close()
+
+
+@pytest.fixture
+def committed() -> Iterator[Committed]:
+    made = Committed()
+    yield made
+    made.close()
+
+
+def test_a_commit_without_an_answer_fails_the_grant(committed: Committed) -> None:
+    committed.read_until_commit()
+    committed.clock.turn(ACK_S + 1)
+    assert "no answer" in wait_for(committed.giver, KvEventKind.FAILED).text
+
+
+def test_a_commit_that_is_still_under_way_on_a_slow_link_is_waited_for(
+    committed: Committed,
+) -> None:
+    """The kernel had taken it at once; the answer counts from when the peer's kernel has it."""
+    (link,) = committed.giver._links.values()
+    until("the kernel", lambda: not link._queue and not link._reading)
+    committed.clock.turn(ACK_S + 1)
+    other = b"o" * 16
+    committed.connect(other)
+    committed.giver.commit(other)  # the link's thread looks at its clock
+    committed.read_until_commit()
+    committed.read_until_commit()
+    for grant in (GRANT, other):
+        committed.sock.sendall(committed.taker.session.ack(grant))
+    events: list[KvEvent] = []
+
+    def both() -> bool:
+        events.extend(committed.giver.poll())
+        return len(events) == 2
+
+    until("both answers", both)
+    assert {event.kind for event in events} == {KvEventKind.ACKNOWLEDGED}
 
 
 def test_closing_does_not_wait_for_a_peer_in_mid_frame(

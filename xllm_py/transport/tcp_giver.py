@@ -229,7 +229,7 @@ class GiverLink:
                 self._read_reply(sock)
             if views:
                 self._write(sock, views, num_bytes)
-            self._check_overdue()
+            self._check_overdue(sock)
 
     def _gather(self) -> tuple[list[memoryview], int]:
         """Headers and payloads of the next frames, up to about BATCH_BYTES, and how many bytes they are; their grants are in
@@ -320,15 +320,17 @@ class GiverLink:
         except OSError:
             return
 
-    def _check_overdue(self) -> None:
+    def _check_overdue(self, sock: socket.socket) -> None:
+        """On a slow link the kernel holds bytes for long; while some are under way TCP itself sees to it that they move."""
         now = self._clock.now()
         with self._state:
-            overdue = any(
-                giving.committed_s and now - giving.committed_s > ACK_S
-                for giving in self._givings.values()
-            )
-        if overdue:
+            waiting = [giving for giving in self._givings.values() if giving.committed_s]
+        if not any(now - giving.committed_s > ACK_S for giving in waiting):
+            return
+        if not tcp_socket.num_under_way(sock):
             raise LinkBroken(f"KV link to {self._endpoint}: no answer to COMMIT")
+        for giving in waiting:
+            giving.committed_s = now
 
     def _read_reply(self, sock: socket.socket) -> None:
         data = bytearray(codec.HEADER_BYTES)

@@ -6,8 +6,11 @@ that waits still comes back often enough to see that it is no longer wanted. Eve
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Sequence
 
 from zlib_ng import zlib_ng
@@ -98,6 +101,11 @@ def write_from(sock: socket.socket, views: Sequence[memoryview]) -> int:
         return sock.sendmsg(views[:_MAX_VIEWS])
     except BlockingIOError:
         return 0
+
+
+def num_under_way(sock: socket.socket) -> int:
+    """Bytes that our kernel has taken and the peer's has not."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def advance(views: list[memoryview], count: int) -> list[memoryview]:
