@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from xllm_py.base.errors import InvalidValue, ModelLoadError
@@ -20,6 +22,27 @@ def test_text_comes_back(model_folder):
 def test_half_a_surrogate_pair_is_a_client_error(model_folder):
     with pytest.raises(InvalidValue):
         load_tokenizer(model_folder).encode("\ud800", add_special_tokens=False)
+
+
+def test_a_long_text_in_a_thread_stops_nobody_else(model_folder):
+    """Whoever holds the interpreter's lock all along leaves the others no turn but those of its start."""
+    tokenizer = load_tokenizer(model_folder)
+    begun, ended = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        for _ in range(3):
+            tokenizer.encode("ab " * 200_000, add_special_tokens=False)
+        ended.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait(10)
+    turns = 0
+    while not ended.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 150  # 600 were counted; 40 with a lock that is only let go between two texts
 
 
 @pytest.mark.parametrize(
