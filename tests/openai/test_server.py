@@ -141,6 +141,34 @@ async def test_what_is_too_large_or_no_http_gets_an_error_object_and_the_door(se
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
+UPGRADE = "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEA\r\n"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("cut", [0, 40, 200, 260, 275])
+async def test_an_upgrade_that_is_offered_is_ignored_and_the_body_read(serve, chunked, cut):
+    """Java's client offers h2c with its first request; the bytes behind the head are its body, never a request."""
+    _, server = await serve()
+    offer = post({"model": "tiny", "prompt": "GET /version HTTP/1.1\r\n\r\n"}, headers=UPGRADE)
+    if chunked:
+        head, _, body = offer.partition(b"\r\n\r\n")
+        head = head.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked")
+        offer = head + b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    reader, writer = await connect(server)
+    writer.write(offer[:cut])
+    for _ in range(5):
+        await asyncio.sleep(0)  # the server reads what there is
+    get = f"GET /health HTTP/1.1\r\nhost: localhost\r\n{UPGRADE}\r\n".encode()
+    writer.write(offer[cut:] + get)
+    last = post({"model": "tiny", "prompt": "abc"}, headers="connection: close\r\n")
+    writer.write(last)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    assert answer.count(b"HTTP/1.1 200 OK") == answer.count(b"HTTP/1.1 ") == 3
+    assert b'"healthy"' in answer
+    assert b'"text":"abc"' in answer
+
+
 async def test_an_endless_header_is_cut_off(serve):
     _, server = await serve()
     reader, writer = await connect(server)

@@ -1,5 +1,8 @@
 """uvicorn's httptools protocol with the limits it lacks: URL, headers, connections, slow headers, unread answers.
 
+It also goes on reading when a client offers to upgrade the connection, as Java's does by default (h2c): the parser stops there
+and would lose the body, or take it for the next request.
+
 `limited_protocol` makes the class the server gives to uvicorn. A refusal here is an OpenAI error object too, written by
 hand, because no application is running yet.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from xllm_py.base.errors import (
@@ -35,6 +39,50 @@ class _Refused(Exception):
     """Leaves the parser from one of its callbacks; uvicorn then asks for a 400, which is already answered."""
 
 
+class _Parser:
+    """httptools' parser for a server that never upgrades: it starts anew behind the head that asked for it."""
+
+    def __init__(self, protocol: _LimitedProtocol) -> None:
+        self._protocol = protocol
+        self._parser = _fresh_parser(protocol)
+
+    def get_method(self) -> bytes:
+        """Of the request whose head was read last."""
+        method: bytes = self._parser.get_method()
+        return method
+
+    def get_http_version(self) -> str:
+        """The same."""
+        version: str = self._parser.get_http_version()
+        return version
+
+    def should_keep_alive(self) -> bool:
+        """The same."""
+        return bool(self._parser.should_keep_alive())
+
+    def should_upgrade(self) -> bool:
+        """Never."""
+        return False
+
+    def feed_data(self, data: bytes) -> None:
+        """As httptools does it; raises HttpParserError."""
+        while data:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._parser = _fresh_parser(self._protocol)
+                self._protocol.on_upgrade_ignored(self._parser)
+                data = data[upgrade.args[0] :]
+            else:
+                return
+
+
+def _fresh_parser(protocol: _LimitedProtocol) -> Any:
+    parser = httptools.HttpRequestParser(protocol)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
+    return parser
+
+
 class _LimitedProtocol(HttpToolsProtocol):
     """One connection."""
 
@@ -42,6 +90,8 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser = _Parser(self)  # type: ignore[assignment]  # what uvicorn asks of it is there
+        self._repeating = False  # a head that was understood already is read once more
         self._num_header_bytes = 0
         self._in_headers = False
         self._header_timer: asyncio.TimerHandle | None = None
@@ -72,8 +122,28 @@ class _LimitedProtocol(HttpToolsProtocol):
             self._num_header_bytes += len(data)
             self._check_header_bytes(inside=False)
 
+    def on_upgrade_ignored(self, parser: Any) -> None:
+        """The parser believes that its connection is another protocol's now: tell a new one only how long the body is."""
+        framing = [
+            name + b": " + value + b"\r\n"
+            for name, value in self.headers
+            if name in (b"content-length", b"transfer-encoding")
+        ]
+        self._repeating = True
+        parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(framing) + b"\r\n")
+        self.cycle.more_body = self._repeating  # unless it was read to its end
+        self._repeating = False
+
+    def on_message_complete(self) -> None:
+        """The body is whole."""
+        if self._repeating:
+            self._repeating = False
+        super().on_message_complete()
+
     def on_message_begin(self) -> None:
         """A request starts: its headers have `read_timeout_s`."""
+        if self._repeating:
+            return
         self._num_header_bytes = 0
         self._in_headers = True
         if self._header_timer is None and not self._is_answering():
@@ -82,18 +152,24 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """A piece of the URL."""
+        if self._repeating:
+            return
         super().on_url(url)
         if len(self.url) > self.settings.max_url_bytes:
             self._refuse_inside(UriTooLong(f"the URL exceeds {self.settings.max_url_bytes} bytes"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One whole header."""
+        if self._repeating:
+            return
         self._num_header_bytes += len(name) + len(value) + 4
         self._check_header_bytes(inside=True)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The application takes over."""
+        if self._repeating:
+            return
         self._stop_timer()
         self._in_headers = False
         super().on_headers_complete()
