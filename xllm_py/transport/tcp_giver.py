@@ -28,7 +28,7 @@ from xllm_py.wire.kv_session import GiverSession
 
 ACK_S = 5.0  # a verified COMMIT is answered in microseconds; the peer's interpreter may be busy
 ABANDON_S = 0.5  # how long `abandon` lets the thread come out of the kernel before it cuts the link
-BATCH_BYTES = 1 << 20  # frames that wait go out in one call, up to about so many bytes
+BATCH_BYTES = codec.FRAME_BYTES  # frames that wait go out in one call, up to about so many bytes
 _IDLE_MS = 250
 
 _log = log.get(__name__)

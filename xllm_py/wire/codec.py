@@ -27,6 +27,9 @@ HEADER_BYTES = 64
 MAX_PAYLOAD_BYTES = 4 << 20
 GRANT_BYTES = 16
 MAC_BYTES = 16
+FRAME_BYTES = (
+    512 << 10
+)  # what a giver fills a frame to: after its checksum it is still in the core's cache when it is sent
 MAX_FRAME_BLOCKS = 511  # the giver's own limit: a header and its blocks fit one system call (1,024 buffers on Linux)
 NO_GRANT = bytes(GRANT_BYTES)
 NONCE_BYTES = 32
@@ -135,7 +138,9 @@ class Signer:
 
 def blocks_per_frame(block_bytes: int) -> int:
     """How many blocks of one layer and part a giver puts in one frame; 0 when not even one fits."""
-    return min(MAX_PAYLOAD_BYTES // block_bytes, MAX_FRAME_BLOCKS)
+    if block_bytes > MAX_PAYLOAD_BYTES:
+        return 0
+    return max(1, min(FRAME_BYTES // block_bytes, MAX_FRAME_BLOCKS))
 
 
 def pack_header(header: Header, signer: Signer) -> bytes:
