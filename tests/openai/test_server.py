@@ -128,6 +128,11 @@ async def test_one_connection_serves_many_requests(serve):
         (b"GET / HTTP/1.1\r\nhost: localhost\r\n" + b"a: b\r\n" * 64 + b"\r\n", b"431"),
         (b"GET /health HTTP/1.1\r\nconnection: close\r\n\r\n", b"400"),
         (
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+            b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+            b"400",
+        ),
+        (
             post({"model": "tiny", "prompt": "x" * (1 << 20)}, headers="connection: close\r\n"),
             b"413",
         ),

@@ -202,7 +202,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     def _refuse(self, error: RequestError) -> None:
         self._refused = True
         self._stop_timer()
-        if self._is_answering():
+        if self._is_answering() and not self._awaits_body():
             self.transport.abort()  # an error would land in the middle of another answer
             return
         body = error_body(error)
@@ -219,6 +219,10 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _awaits_body(self) -> bool:
+        """Whether the request that is read is the only one, and nothing was answered yet."""
+        return self.cycle.more_body and not self.cycle.response_started and not self.pipeline
 
     def _start_timer(self) -> None:
         limit_s = self.settings.read_timeout_s
