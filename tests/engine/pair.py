@@ -80,7 +80,7 @@ class Engine:
         now = self.clock.now()
         match command:
             case m.Offers():
-                self.agent.taking.on_offers(command, now)
+                self.agent.on_offers(command, now)
             case m.Answers():
                 self.agent.giving.on_answers(command, now)
             case m.FirstTokens():

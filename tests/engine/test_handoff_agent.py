@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.toy_rig import expected, submission
+from tests.core.toy_rig import expected, offer_of, submission
 from tests.engine.pair import Fate, Pair
 from xllm_py.core.request import Submission
 from xllm_py.transport.memory import Faults
@@ -157,6 +158,23 @@ def test_a_new_attempt_lets_go_of_the_old_one_s_blocks() -> None:
     pair.settle()
     assert pair.text("a") == expected(again)[0]
     assert pair.verdicts["a"] == ["cancelled", "landed"]
+    pair.assert_empty()
+
+
+def test_blocks_that_are_still_sent_are_let_go_of_before_they_are_promised_to_a_peer() -> None:
+    """An instance that gives and takes, and hears in one breath that a client left and that a peer asks for room."""
+    pair = Pair(faults=lambda _giver, _taker: Faults(delay_s=1000.0))
+    pair.submit(ask())
+    pair.run(lambda: pair.p.scheduler.ledger()["requests_giving"] == 1)
+    assert pair.p.transport.ledger()["grants_given"] == 1
+    pair.p.scheduler.abort("a", 0, pair.clock.now())
+    offer = dataclasses.replace(
+        offer_of(ask("b")), layout_fingerprint=pair.p.executor.kv_memory().layout.fingerprint
+    )
+    pair.p.obey(m.Offers(offers=[offer]))
+    assert pair.p.transport.ledger()["grants_open"] == 1
+    assert pair.p.transport.ledger()["grants_given"] == 0
+    pair.settle()
     pair.assert_empty()
 
 

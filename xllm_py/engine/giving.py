@@ -90,7 +90,7 @@ class GivingAgent:
 
     def before_step(self, plan: StepPlan, now: float) -> None:
         """Let go of what ended, offer what was admitted, claim the blocks that this step completes."""
-        self._drop_ended(now)  # first: a new attempt may take the place of one that ended
+        self.drop_ended(now)  # first: a new attempt may take the place of one that ended
         for request in self._scheduler.take_admitted():
             self._begin(request, now)
         if self._offers:  # now, so that the peers answer while the step computes
@@ -120,7 +120,7 @@ class GivingAgent:
         """Tell the machines how far the prompts are."""
         self._plan = None
         self._claims.clear()
-        self._drop_ended(now)
+        self.drop_ended(now)
         for giving in list(self._giving.values()):
             self._on_computed(giving, now)
 
@@ -211,7 +211,7 @@ class GivingAgent:
         first_known = request.state is State.GIVING
         self._act(giving, giving.machine.on_computed(complete, first_known), now)
 
-    def _drop_ended(self, now: float) -> None:
+    def drop_ended(self, now: float) -> None:
         """Requests that ended (stop, abort, deadline, failure): nothing may read their blocks from here on."""
         for giving in list(self._giving.values()):
             if giving.request.state is State.FINISHED:

@@ -65,6 +65,11 @@ class HandoffAgent:
                     self.taking.on_transport(event, now)
         self.giving.on_time(now)
 
+    def on_offers(self, command: m.Offers, now: float) -> None:
+        """D: reserve or refuse. What ended here is let go of first: its blocks may be promised to a peer in this very moment."""
+        self.giving.drop_ended(now)
+        self.taking.on_offers(command, now)
+
     def before_step(self, plan: StepPlan, now: float) -> None:
         """After a step was planned and before it is computed."""
         self.taking.revoke_ended()

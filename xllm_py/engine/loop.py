@@ -66,7 +66,7 @@ class EngineLoop:
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             m.Submit: self._on_submit,
             m.Abort: self._on_abort,
-            m.Offers: agent.taking.on_offers,
+            m.Offers: agent.on_offers,
             m.Answers: agent.giving.on_answers,
             m.FirstTokens: agent.taking.on_first_tokens,
             m.FirstTaken: agent.giving.on_first_taken,
