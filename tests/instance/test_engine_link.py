@@ -67,6 +67,9 @@ class Owner:
         finally:
             os.kill(self.link.pid, signal.SIGCONT)
 
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.link.pid, number)
+
     def kill(self) -> None:
         """The engine is dead; our event loop has not noticed yet."""
         os.kill(self.link.pid, signal.SIGKILL)
@@ -117,6 +120,18 @@ async def test_a_submission_gives_the_text_of_a_lone_run_and_the_ledger_is_empty
     counts = await owner.link.ledger()
     assert (counts["requests_open"], counts["free"]) == (0, TOY.toy_num_blocks)
     await until("progress", lambda: owner.link.progress.tokens == 60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_to_the_whole_group_leaves_the_engine_to_its_owner(
+    owner: Owner, number: signal.Signals
+) -> None:
+    """systemctl stop sends SIGTERM to every process; what runs has to end well all the same."""
+    await owner.start()
+    owner.link.submit(submission("r", max_tokens=20, ignore_eos=True))
+    owner.send(number)
+    await until("the end", lambda: owner.ends)
+    assert owner.ends == {"r": "length"}
 
 
 async def test_an_abort_ends_a_request_and_a_refusal_comes_as_an_output(owner: Owner) -> None:

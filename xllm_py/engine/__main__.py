@@ -1,7 +1,8 @@
 """The engine program: `python -m xllm_py.engine --fd N`, started by exec with its end of a socketpair inherited.
 
 It reads Start from the pipe, opens executor and KV transport, answers Ready or Failed, and loops until the pipe ends. It
-dies with its parent. SIGINT is ignored: a terminal sends it to the whole group, and the API process decides what it means.
+dies with its parent. SIGINT and SIGTERM are ignored: a terminal and systemd send them to the whole group, and the API process
+decides what they mean.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def main(argv: list[str]) -> int:
         sys.stderr.write("the engine is started by xllm, not by hand\n")
         return 2
     _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     pipe = EnginePipe(socket.socket(fileno=int(argv[1])))
     try:
         config = _read_start(pipe)
