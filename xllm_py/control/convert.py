@@ -163,6 +163,8 @@ def from_answers(answers: Sequence[OfferAnswer]) -> pb.AddNewRequestsReply:
 def to_answers(message: pb.AddNewRequestsReply) -> list[OfferAnswer]:
     """From protobuf."""
     check(len(message.answers) <= MAX_OFFERS, "too many answers")
+    for row in message.answers:
+        check(not row.grant or len(row.endpoints) > 0, "a grant without an endpoint")
     return [
         OfferAnswer(
             request_id=label(row.request_id),
