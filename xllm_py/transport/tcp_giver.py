@@ -29,6 +29,7 @@ from xllm_py.wire.kv_session import GiverSession
 ACK_S = 5.0  # a verified COMMIT is answered in microseconds; the peer's interpreter may be busy
 ABANDON_S = 0.5  # how long `abandon` lets the thread come out of the kernel before it cuts the link
 BATCH_BYTES = codec.FRAME_BYTES  # frames that wait go out in one call, up to about so many bytes
+CUT_S = 10.0  # the kernel returns from a cut link at once; only a machine that starves the thread makes this last
 _IDLE_MS = 250
 
 _log = log.get(__name__)
@@ -132,7 +133,7 @@ class GiverLink:
             if self._state.wait_for(lambda: grant not in self._reading, ABANDON_S):
                 return
             self._cut()
-            if not self._state.wait_for(lambda: grant not in self._reading, ABANDON_S):
+            if not self._state.wait_for(lambda: grant not in self._reading, CUT_S):
                 raise InternalError("a KV link does not let go of its blocks")
 
     def _drop(self, grant: bytes) -> None:
