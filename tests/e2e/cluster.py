@@ -172,6 +172,8 @@ class Daemon:
             and not ledger.get("kv_grants_open")  # only who takes handoffs has grants
             and ledger["requests_open"] == 0
             and ledger["outlets"] == 0
+            and not ledger.get("unacknowledged")  # only who speaks to masters has these two
+            and not ledger.get("relayed")
         )
 
     def processes(self) -> list[psutil.Process]:
