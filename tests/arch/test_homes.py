@@ -36,6 +36,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
             "registry.etcd_watch",
         ),
     ),
+    "httptools": ("httptools", ("openai.protocol",)),
     "jinja2": ("jinja2", ("openai.template_child",)),
     "msgspec": ("msgspec", ("openai", "transport.pipe")),
     "prometheus_client": ("prometheus_client", ("base.metrics",)),
@@ -52,7 +53,6 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # installed, though no line of ours imports it
 UNIMPORTED = {
-    "httptools": "the parser under uvicorn's protocol that openai/protocol extends; uvicorn leaves it optional",
     "numpy": "device/cpu lends the cache as host bytes through Tensor.numpy; torch leaves it optional",
 }
 

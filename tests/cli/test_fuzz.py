@@ -71,10 +71,14 @@ def words(draw: st.DrawFn, program: str) -> str:
 
 
 def check(said: Said, program: str) -> None:
-    """Exit codes 0, 2 and 3 (no such model), and one whole line a cause."""
+    """Exit codes 0, 2 and 3 (no such model), and one whole line a cause; with --verbose a traceback stands before them."""
     assert said.code in (0, 2, 3)
     assert said.errors if said.code else not said.errors
-    for line in said.errors:
+    lines = said.errors
+    if said.given is not None and said.given.values["verbose"]:
+        first = next((i for i, line in enumerate(lines) if line.startswith(program)), 0)
+        lines = lines[first:]
+    for line in lines:
         assert line.startswith(f"{program}: error: ")
         assert line.isprintable()
     if said.config is not None:

@@ -49,6 +49,11 @@ class Pending:
         finally:
             self._connection.close()
 
+    @property
+    def over(self) -> bool:
+        """Whether the answer has ended."""
+        return not self._thread.is_alive()
+
     def leave(self) -> None:
         """Close the connection without a word, as a browser does; the answer must not have come before."""
         assert self._thread.is_alive(), (self._answer, self.pieces[-1:])

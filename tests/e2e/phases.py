@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tests.e2e.cluster import Daemon, wait_for
+from tests.e2e.pending import Pending
+from xllm_py.base.clock import RealClock
 
+CATCH_S = 1.5  # less than it takes others to give up a process that stands still
 LONG_PROMPT = [(3 * n) % 300 for n in range(1600)]
 
 
@@ -14,14 +17,24 @@ def body(prompt: list[int], **fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "prompt": prompt, "max_tokens": 8, "ignore_eos": True, **fields}
 
 
+def shows(instance: Daemon, counts: dict[str, int]) -> bool:
+    """Whether the ledger shows these counts now."""
+    ledger = instance.ledger()
+    return all(ledger[name] == count for name, count in counts.items())
+
+
+def caught(pending: Pending, instance: Daemon, **counts: int) -> bool:
+    """Wait until the ledger shows these counts; False when the moment was missed: the request is over, or nothing moves."""
+    deadline = RealClock().now() + CATCH_S
+    while not pending.over and RealClock().now() < deadline:
+        if shows(instance, counts):
+            return True
+    return False
+
+
 def reaches(instance: Daemon, **counts: int) -> None:
     """Wait until the ledger shows these counts."""
-
-    def shown() -> bool:
-        ledger = instance.ledger()
-        return all(ledger[name] == count for name, count in counts.items())
-
-    wait_for(f"{instance.name} to show {counts}", shown)
+    wait_for(f"{instance.name} to show {counts}", lambda: shows(instance, counts))
 
 
 def newest(master: Daemon) -> dict[str, Any]:

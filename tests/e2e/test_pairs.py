@@ -83,6 +83,7 @@ def test_each_refusal_is_one_line_in_both_logs(cluster: Cluster) -> None:
     for name, differs in DIFFERENT.items():
         decode = named(cluster, name)
         pair = rf"W .* pair prefill \S+:{giver} and decode \S+:{decode.port}: differs \(.*{differs} differs: "
+        wait_for("the master's line", lambda pair=pair: re.search(pair, master.log()))
         assert len(re.findall(pair, master.log())) == 1
         own = rf"W .* giver refused giver=\S+:{giver} reason=.*{differs} differs: "
         assert len(re.findall(own, decode.log())) == 1, decode.tail()

@@ -75,7 +75,7 @@ async def test_a_registry_that_dies_and_comes_back_empty_fails_no_request(cluste
     deadline = RealClock().now() + 20
     while (after := await found_keys(cluster)) != before:
         assert RealClock().now() < deadline, (before, after)
-    assert master.request("GET", "/ready")[1]["mode"] == "pd"
+    wait_for("the pair", lambda: master.request("GET", "/ready")[1].get("mode") == "pd")
     decode.kill()  # its next life knows the cluster from this registry alone
     decode.start()
     wait_for("the old life to go", lambda: "instance gone" in master.log())
