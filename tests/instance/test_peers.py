@@ -29,7 +29,12 @@ class Taker(InstanceHandlers):
 
     async def add_new_requests(self, offers: list[Offer]) -> list[OfferAnswer]:
         return [
-            OfferAnswer(request_id=o.submission.request_id, attempt=1, grant=b"g" * 16)
+            OfferAnswer(
+                request_id=o.submission.request_id,
+                attempt=1,
+                grant=b"g" * 16,
+                endpoints=("127.0.0.1:1",),
+            )
             for o in offers
         ]
 
