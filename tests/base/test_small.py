@@ -11,7 +11,7 @@ import pytest
 from xllm_py.base import ids
 from xllm_py.base.clock import HandClock, RealClock
 from xllm_py.base.metrics import CONTENT_TYPE, SECONDS, Metrics
-from xllm_py.base.notify import notify, watchdog_interval_s
+from xllm_py.base.notify import feed_watchdog, notify, watchdog_interval_s
 
 # ---- clock ----
 
@@ -116,6 +116,35 @@ def test_nobody_to_tell_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     notify("READY=1")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
     notify("READY=1")
+
+
+async def test_the_watchdog_is_fed_while_the_daemon_moves(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "2000")
+    moves = [True, True, False]
+    listener.setblocking(False)
+
+    def alive() -> bool:
+        if not moves:
+            raise EOFError  # the end of the test
+        return moves.pop(0)
+
+    with pytest.raises(EOFError):
+        await feed_watchdog(alive)
+    assert [listener.recv(1000) for _ in range(2)] == [b"WATCHDOG=1"] * 2
+    with pytest.raises(BlockingIOError):
+        listener.recv(1000)
+
+
+async def test_a_watchdog_nobody_wants_is_not_fed(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    await feed_watchdog(lambda: True)
+    listener.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        listener.recv(1000)
 
 
 @pytest.mark.parametrize(

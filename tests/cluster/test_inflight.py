@@ -225,7 +225,6 @@ def test_closing_forgets_and_leaves_an_empty_ledger() -> None:
     inflight.take("r", entry(0, who=P))
     inflight.take("r", entry(2))
     assert inflight.ledger() == {"open_requests": 1, "attempts": 1, "log_tokens": 2}
-    assert inflight.using(D) == ["r"]
     inflight.close("r")
     assert inflight.ledger() == {"open_requests": 0, "attempts": 0, "log_tokens": 0}
     assert inflight.take("r", entry(1)).judgement is Judgement.STALE

@@ -50,6 +50,17 @@ async def test_a_refused_pair_says_why_and_is_linked_when_it_fits() -> None:
         await master.mode("pd")
 
 
+async def test_a_pair_that_may_not_be_exact_serves_and_says_so() -> None:
+    async with running_master() as master:
+        await master.add("d", Role.DECODE, numerics_fingerprint="one")
+        await master.add("p", Role.PREFILL, numerics_fingerprint="other")
+        await master.mode("pd")
+        (row,) = [r for r in (await rows(master)) if r["name"] == "d"]
+        (link,) = row["links"]
+        assert link["state"] == "linked"
+        assert "numerics fingerprints differ" in link["reason"]
+
+
 def _refusal(master: RunningMaster) -> Any:
     def look() -> Any:
         ready = master.parts.backend.ready()

@@ -1,9 +1,11 @@
-"""What a daemon tells systemd: READY, STATUS, STOPPING; WATCHDOG not yet. Silent when nobody listens (no NOTIFY_SOCKET)."""
+"""What a daemon tells systemd: READY, STATUS, STOPPING, WATCHDOG. Silent when nobody listens (no NOTIFY_SOCKET)."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+from collections.abc import Callable
 
 
 def notify(*words: str) -> None:
@@ -19,6 +21,15 @@ def notify(*words: str) -> None:
             out.send("\n".join(words).encode())
         except OSError:
             return
+
+
+async def feed_watchdog(alive: Callable[[], bool]) -> None:
+    """Say WATCHDOG=1 as often as systemd wants it, for as long as `alive` agrees; returns at once when nobody wants it."""
+    interval_s = watchdog_interval_s()
+    while interval_s:
+        if alive():
+            notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)
 
 
 def watchdog_interval_s() -> float:

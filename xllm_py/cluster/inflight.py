@@ -246,12 +246,6 @@ class Inflight:
                 ended.append(log.request_id)
         return ended
 
-    def using(self, incarnation: str) -> list[str]:
-        """Open requests an instance has a part in."""
-        return [
-            log.request_id for log in self._logs.values() if incarnation in (log.first, log.decode)
-        ]
-
     def ledger(self) -> dict[str, int]:
         """Counts; all 0 when idle."""
         choices = [choice for log in self._logs.values() for choice in log.choices]

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from xllm_py.base.errors import ProtocolViolation
-from xllm_py.base.hashing import derive_key, mac, same
+from xllm_py.base.hashing import APPROXIMATE, derive_key, mac, same
 
 MAX_CARD_BYTES = 64 * 1024
 
@@ -148,3 +148,13 @@ def differences(giver: Card, taker: Card) -> list[str]:
         for name in _MUST_AGREE
         if getattr(giver, name) != getattr(taker, name)
     ]
+
+
+def inexact(giver: Card, taker: Card) -> str:
+    """Why the text of this pair may not be, to the bit, that of one instance; empty when it is."""
+    for card in (giver, taker):
+        if card.numerics_fingerprint == APPROXIMATE:
+            return f"{card.name} found at its start that its kernels are not exact"
+    if giver.numerics_fingerprint != taker.numerics_fingerprint:
+        return "numerics fingerprints differ: other kernels, or another --cpu_threads"
+    return ""

@@ -50,7 +50,10 @@ class Channels:
         self._options = (
             *_COMMON,
             ("grpc.enable_http_proxy", 0),
-            ("grpc.use_local_subchannel_pool", 1),  # else a new channel inherits an old one's back-off
+            (
+                "grpc.use_local_subchannel_pool",
+                1,
+            ),  # else a new channel inherits an old one's back-off
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.min_reconnect_backoff_ms", int(connect_timeout_s * 1000)),

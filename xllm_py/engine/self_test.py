@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from xllm_py.base import log
+from xllm_py.base.hashing import APPROXIMATE
 from xllm_py.core.plan import RowStart, StepPlan
 from xllm_py.engine.worker import Worker
 
-APPROXIMATE = "approximate"
 _LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34)
 _FAR = 509  # a context from which the next tokens cross the cpu device's first window of 512 keys
 _FAR_LENGTH = 11

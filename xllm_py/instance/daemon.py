@@ -18,7 +18,7 @@ from xllm_py.base import ids, log
 from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import EngineDied, EngineDown, PeerUnavailable, RegistryUnavailable
 from xllm_py.base.metrics import Metrics
-from xllm_py.base.notify import notify
+from xllm_py.base.notify import feed_watchdog, notify
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.control.server import require_free
 from xllm_py.instance.config import InstanceConfig
@@ -103,6 +103,7 @@ class Instance:
         self._health.loaded = True
         self._starting = None
         notify("READY=1")
+        self._tasks.start(feed_watchdog(self._health.moves), name="watchdog")
         self._tell_ready(http)
 
     def _tell_ready(self, http: HttpServer) -> None:

@@ -26,6 +26,11 @@ class Health:
             return 0.0
         return self._clock.now() - self._engine.progress_at
 
+    def moves(self) -> bool:
+        """Whether the engine lives and finishes its steps in the time it announced; true also while it is idle."""
+        limit_s = self._stalled_after_s + _PATIENCE * self._engine.progress.announced_s
+        return not self._engine.down and self.step_age_s() <= limit_s
+
     def readiness(self) -> Readiness:
         """For /ready."""
         if self._engine.down:
@@ -34,7 +39,6 @@ class Health:
             return Readiness(ready=False, reasons=("loading",))
         if self.draining:
             return Readiness(ready=False, reasons=("draining",))
-        limit_s = self._stalled_after_s + _PATIENCE * self._engine.progress.announced_s
-        if self.step_age_s() > limit_s:
+        if not self.moves():
             return Readiness(ready=False, reasons=("engine_stalled",))
         return Readiness(ready=True)

@@ -16,7 +16,7 @@ from xllm_py import __version__
 from xllm_py.base import ids, log
 from xllm_py.base.clock import Clock, RealClock
 from xllm_py.base.metrics import Metrics
-from xllm_py.base.notify import notify
+from xllm_py.base.notify import feed_watchdog, notify
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster import keys
 from xllm_py.cluster.service_info import ServiceRecord, service_to_json
@@ -103,6 +103,8 @@ class Master:
         self._front.open(parts.backend, parts.routes)
         self._starting = None
         notify("READY=1")
+        # a loop that stands still feeds nobody, which is what the watchdog is for
+        self._tasks.start(feed_watchdog(lambda: True), name="watchdog")
         _log.info("ready", http=http.port, rpc=rpc.port, etcd=config.etcd.address)
 
     def _take_signals(self) -> None:

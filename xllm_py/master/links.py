@@ -16,7 +16,7 @@ from xllm_py.base import log
 from xllm_py.base.errors import LayoutMismatch, XllmError
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
-from xllm_py.cluster.instance_info import Card, Role
+from xllm_py.cluster.instance_info import Card, Role, inexact
 from xllm_py.cluster.membership import InstanceState
 from xllm_py.master.instance_manager import InstanceManager, Member
 from xllm_py.master.peers import Peers
@@ -104,14 +104,15 @@ class Links:
         before = (pair.state, pair.reason)
         try:
             await self._peers.of(pair.decode.card).link_instance(pair.prefill.raw_card)
-            pair.state, pair.reason = PairState.LINKED, ""
+            pair.state = PairState.LINKED
+            pair.reason = inexact(pair.prefill.card, pair.decode.card)
         except LayoutMismatch as error:
             pair.state, pair.reason = PairState.DIFFERS, error.message
         except XllmError as error:
             pair.state, pair.reason = PairState.UNREACHABLE, error.message
         if before != (pair.state, pair.reason):
-            linked = pair.state is PairState.LINKED
-            (_log.info if linked else _log.warning)("pair " + pair.sentence())
+            exact = pair.state is PairState.LINKED and not pair.reason
+            (_log.info if exact else _log.warning)("pair " + pair.sentence())
         return pair.state is PairState.LINKED
 
     # ---- what others ask ----
