@@ -28,6 +28,6 @@ if [ $# -eq 0 ]; then
     ruff check .
     mypy
     lint-imports --no-logo
-    set -- -n 2 --dist loadgroup
+    set -- -n 2 --dist loadfile
 fi
 exec pytest -q "$@"

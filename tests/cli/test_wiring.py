@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 from tests.cli.support import ROOT, say, write_model
 from tests.master.support import running_master
 from tests.openai.support import MODEL, EchoBackend, make_door, write_model_folder
+from tests.ports import free_port
 from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import ProtocolViolation
 from xllm_py.base.metrics import Metrics
@@ -29,12 +29,6 @@ from xllm_py.instance.parts import Identity, Parts, make_card
 from xllm_py.openai.backend import ServedModel
 
 WAIT_S = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Daemon:

@@ -9,7 +9,6 @@ import contextlib
 import http.client
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -22,17 +21,10 @@ from typing import Any
 
 import psutil
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    """A port nobody uses now, and no outgoing connection will take before the daemon does."""
-    while True:
-        port = random.randrange(13_000, 20_000)  # below what the kernel hands out
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def wait_for(what: str, condition: Any, timeout_s: float = 30.0) -> Any:

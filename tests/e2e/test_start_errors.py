@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.cluster import ROOT, Cluster, free_port
+from tests.e2e.cluster import ROOT, Cluster
+from tests.ports import free_port
 
 LAST_LINE = re.compile(r"(xllm|xllm-master): error: (.+?)([.;,]) (.+)\.")
 

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
+from tests.ports import free_port
 from xllm_py.base import ids
 from xllm_py.base.clock import RealClock
 from xllm_py.base.metrics import Metrics
@@ -365,15 +366,6 @@ class Reader:
         """The client goes away."""
         self.task.cancel()
         await until("the reader's end", self.task.done)
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.asynccontextmanager

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from tests.master.support import KEY, FakeInstance, free_port, until
+from tests.master.support import KEY, FakeInstance, until
+from tests.ports import free_port
 from xllm_py.base.clock import RealClock
 from xllm_py.cluster import keys
 from xllm_py.cluster.instance_info import Role

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from tests.registry.real_etcd import free_port, real_etcd
+from tests.ports import free_port
+from tests.registry.real_etcd import real_etcd
 from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import RegistryUnavailable
 from xllm_py.core.service_config import EtcdSlice

@@ -12,7 +12,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.registry.real_etcd import free_port, real_etcd
+from tests.ports import free_port
+from tests.registry.real_etcd import real_etcd
 from xllm_py.base.clock import RealClock
 from xllm_py.core.service_config import EtcdSlice
 from xllm_py.registry import etcd_sync

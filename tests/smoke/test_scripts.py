@@ -1,4 +1,7 @@
-"""The command lines of the README and of the reference page, run as a user runs them."""
+"""The command lines of the README and of the reference page, run as a user runs them.
+
+They use fixed ports, so they stand in one file: test.sh gives a file to one worker.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = [sys.executable, str(ROOT / "scripts" / "quickstart.py")]
-# they use fixed ports: one after the other
-pytestmark = [pytest.mark.xdist_group("fixed ports"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def test_the_reference_page_works_as_it_stands() -> None:
