@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from tests.e2e.cluster import Daemon, wait_for
+from tests.e2e.cluster import Cluster, Daemon, wait_for
 from tests.e2e.pending import Pending
 from xllm_py.base.clock import RealClock
 
@@ -35,6 +37,22 @@ def caught(pending: Pending, instance: Daemon, **counts: int) -> bool:
 def reaches(instance: Daemon, **counts: int) -> None:
     """Wait until the ledger shows these counts."""
     wait_for(f"{instance.name} to show {counts}", lambda: shows(instance, counts))
+
+
+@contextlib.contextmanager
+def in_handoff(cluster: Cluster) -> Iterator[Pending]:
+    """A request whose handoff cannot end, because D's API process stands still; its first token is with the master already."""
+    master, prefill, decode = cluster.daemons
+    for _ in range(20):  # on a busy machine the handoff may be over before D stands still
+        pending = Pending(master, body(LONG_PROMPT[:200]))
+        if caught(pending, prefill, kv_grants_given=1):
+            with decode.frozen(engine_too=False):
+                if caught(pending, prefill, requests_giving=1):
+                    wait_for("the first token", lambda: "first_token" in newest(master)["moments"])
+                    yield pending
+                    return
+        serves_in_pairs(master)
+    raise AssertionError("20 requests, and none was caught in its handoff")
 
 
 def newest(master: Daemon) -> dict[str, Any]:

@@ -9,7 +9,15 @@ import pytest
 
 from tests.e2e.cluster import Cluster, Daemon, wait_for
 from tests.e2e.pending import Pending
-from tests.e2e.phases import LONG_PROMPT, all_let_go, body, newest, reaches, serves_in_pairs
+from tests.e2e.phases import (
+    LONG_PROMPT,
+    all_let_go,
+    body,
+    in_handoff,
+    newest,
+    reaches,
+    serves_in_pairs,
+)
 
 
 def was_cancelled(master: Daemon, *, after: str, without: str) -> None:
@@ -51,10 +59,7 @@ def test_a_client_that_leaves_during_the_handoff_frees_p_though_d_is_silent(
 ) -> None:
     """D's API process stands still: its engine holds the KV, but nobody takes P's first token."""
     master, prefill, decode = slow_cluster.daemons
-    pending = Pending(master, body(LONG_PROMPT[:200]))
-    reaches(prefill, kv_grants_given=1)
-    with decode.frozen(engine_too=False):
-        reaches(prefill, requests_giving=1)
+    with in_handoff(slow_cluster) as pending:
         pending.leave()
         wait_for("all blocks of P back", prefill.idle, 10)
     all_let_go(master, prefill, decode)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.cluster import Cluster, running, wait_for
 from tests.e2e.pending import Pending
-from tests.e2e.phases import LONG_PROMPT, all_let_go, body, caught, reaches, serves_in_pairs
+from tests.e2e.phases import LONG_PROMPT, all_let_go, body, in_handoff, reaches, serves_in_pairs
 
 DECODING = body([7, 9], max_tokens=500, temperature=0, stream=True)
 
@@ -91,20 +91,11 @@ def test_when_d_is_killed_every_request_of_the_pair_hears_it(cluster: Cluster) -
 def test_when_either_is_killed_in_the_handoff_the_other_lets_go(
     cluster: Cluster, victim: str
 ) -> None:
-    """D's API process stands still, so that the handoff cannot end before the blow."""
     master, prefill, decode = cluster.daemons
     killed, survivor = (prefill, decode) if victim == "prefill" else (decode, prefill)
-    for _ in range(20):  # on a busy machine the handoff may be over before D stands still
-        pending = Pending(master, body(LONG_PROMPT[:200]))
-        if caught(pending, prefill, kv_grants_given=1):
-            with decode.frozen(engine_too=False):
-                if caught(pending, prefill, requests_giving=1):
-                    killed.kill()
-                    is_lost(pending)
-                    break
-        serves_in_pairs(master)
-    else:
-        raise AssertionError("20 requests, and none was caught in its handoff")
+    with in_handoff(cluster) as pending:
+        killed.kill()
+        is_lost(pending)
     all_let_go(master, survivor)
     killed.start()
     serves_in_pairs(master)

@@ -3,6 +3,7 @@
 # The ports are the page's. Ends with a completion and a chat stream through registry, master, prefill and decode.
 #
 #   MODEL=models/xllm-demo P_DEVICE=cpu:0 D_DEVICE=cpu:0 tests/smoke/reference_page.sh
+#   PASTED=1 tests/smoke/reference_page.sh     with the page's D command as it stands there, stray blanks included
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -55,6 +56,18 @@ pids+=($!)
        --nnodes=1 >"$logs/prefill.log" 2>&1 &
 pids+=($!)
 
+if [ -n "${PASTED:-}" ]; then # the page's D command ends early, at the blanks behind a backslash: D takes other ports
+    await 90 "/ready of the prefill instance" curl -sf http://127.0.0.1:8010/ready
+    ./xllm --model="$MODEL" \
+       --port=8020 \
+       --devices="$D_DEVICE" \
+       --master_node_addr="127.0.0.1:18898" \
+       --enable_prefix_cache=false \
+       --enable_chunked_prefill=false \
+       --enable_disagg_pd=true \
+       --instance_role=DECODE \
+       --etcd_addr="127.0.0.1:12389" \  >"$logs/decode.log" 2>&1 &
+else
 ./xllm --model="$MODEL" \
        --port=8020 \
        --devices="$D_DEVICE" \
@@ -68,6 +81,7 @@ pids+=($!)
        --disagg_pd_port=7787 \
        --node_rank=0 \
        --nnodes=1 >"$logs/decode.log" 2>&1 &
+fi
 pids+=($!)
 
 await 90 "/ready of the master" curl -sf http://127.0.0.1:28888/ready

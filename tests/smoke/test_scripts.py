@@ -22,9 +22,11 @@ QUICKSTART = [sys.executable, str(ROOT / "scripts" / "quickstart.py")]
 pytestmark = pytest.mark.slow
 
 
-def test_the_reference_page_works_as_it_stands() -> None:
+@pytest.mark.parametrize("pasted", ["", "1"], ids=["verbatim", "stray blanks included"])
+def test_the_reference_page_works_as_it_stands(pasted: str) -> None:
     done = subprocess.run(
         [str(ROOT / "tests" / "smoke" / "reference_page.sh")],
+        env={**os.environ, "PASTED": pasted},
         capture_output=True,
         text=True,
         timeout=110,
