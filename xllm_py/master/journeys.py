@@ -1,7 +1,7 @@
 """What is remembered of requests for people: who served them and when each moment came (GET /debug/requests/{id}).
 
 Moments are seconds since the master received the request. Instances report theirs as seconds since *they* received it; P's are
-laid on the moment of Submit, D's on the moment it was offered. What the network's delay turned round is put in order again.
+laid on the moment of Submit, D's between offer and answer. What the network's delay turned round is put in order again.
 Never prompts, never text.
 """
 
@@ -58,8 +58,10 @@ class Record:
                 self.moments.setdefault(name, base + moments[name])
 
     def _lay_taker(self, moments: Mapping[str, float]) -> None:
+        """D's clock begins when it reserves: between P's question and the answer, when both are known."""
         base = self.moments.get(Moment.OFFERED, self.submitted_at - self.received_at)
-        self.moments.setdefault(Moment.GRANTED, base)  # D's clock begins when it reserves
+        base = (base + self.moments.get(Moment.GRANTED, base)) / 2
+        self.moments.setdefault(Moment.GRANTED, base)
         for name in _OF_TAKER:
             if name in moments:
                 self.moments.setdefault(name, base + moments[name])
@@ -79,6 +81,9 @@ class Record:
 
     def _ordered(self) -> dict[str, float]:
         moments = dict(self.moments)
+        if Moment.FIRST_TOKEN in moments and Moment.LANDED in moments:
+            # COMMIT leaves when the first token is known
+            moments[Moment.LANDED] = max(moments[Moment.LANDED], moments[Moment.FIRST_TOKEN])
         last = 0.0
         for name in _ONE_AFTER_ANOTHER:
             if name in moments:
