@@ -17,26 +17,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.models import config_of
 from benchmarks.report import emit, summary
 from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
 from xllm_py.core.plan import RowStart, StepPlan
 from xllm_py.engine.ranks import OneRank, open_executor
 
-SHAPE = {
-    "model_type": "qwen2",
-    "vocab_size": 151_936,
-    "hidden_size": 896,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 151_645,
-}
+SHAPE = config_of("0.5b")
 CONTEXT = 512
 BLOCK = 128
 

@@ -31,8 +31,8 @@ import uvloop
 
 from benchmarks.daemons import Daemon, Daemons, daemons
 from benchmarks.load import Round, Target, Workload, run_closed
+from benchmarks.models import SHAPES, write_model
 from benchmarks.report import emit, percentile, summary
-from benchmarks.tiny_model import SHAPES, write_model
 
 MASTER_MB, MASTER_START_S = 120.0, 1.0
 MASTER_STARTS = 5

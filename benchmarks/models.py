@@ -1,6 +1,6 @@
-"""Model folders for serving benchmarks: config.json and a tokenizer, no weights; `--load_format=dummy` makes those, seeded.
+"""The shapes that benchmarks measure, and model folders of them without weights; `--load_format=dummy` makes those, seeded.
 
-Every token of the vocabulary is whole text, so that each token is an event of a stream.
+For serving there is a tokenizer: every token of the vocabulary is whole text, so that each token is an event of a stream.
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def config_of(shape: str) -> dict[str, Any]:
+    """What stands in its config.json."""
+    return {**COMMON, **SHAPES[shape], "eos_token_id": SHAPES[shape]["vocab_size"] - 1}
+
+
 def write_model(folder: Path, shape: str) -> Path:
     """A folder that `xllm --load_format=dummy` and `xllm-master` take."""
     folder.mkdir(parents=True)
     size = SHAPES[shape]["vocab_size"]
-    config = {**COMMON, **SHAPES[shape], "eos_token_id": size - 1}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config_of(shape)))
     words, merges = _words(size - 1)
     vocabulary = {word: token for token, word in enumerate(words)}
     tokenizer = {
