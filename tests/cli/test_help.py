@@ -36,6 +36,9 @@ def test_help_shows_the_flags_of_priority_a_by_group(program, word):
     headings = re.findall(r"^(\S.*):$", said.out, re.MULTILINE)
     wanted = [flag.group for flag in TABLES[program] if flag.priority == "A"]
     assert headings == list(dict.fromkeys(wanted))
+    idle = [flag for flag in TABLES[program] if flag.priority == "A" and flag.idle]
+    assert idle
+    assert said.out.count("(no effect yet)") == len(idle)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -45,7 +48,10 @@ def test_helpfull_shows_every_flag_with_type_default_and_priority(program):
     assert sorted(shown_flags(said.out)) == sorted(flag.name for flag in TABLES[program])
     assert "  --etcd_timeout_s (double, default 5.0) [A]\n" in said.out
     assert "  --metrics (bool, default true) [A]\n" in said.out
-    assert "  --tls_cert_file (string, default empty) [B, no effect yet]\n" in said.out
+    assert (
+        "  --tls_cert_file (string, default empty) [B]\n"
+        "      certificate; all three tls flags or none (no effect yet)\n"
+    ) in said.out
     assert "  --vmodule (string, default empty) [C]\n" in said.out
 
 

@@ -274,11 +274,13 @@ def _print(text: str) -> None:
 
 def _row(flag: Flag, full: bool) -> str:
     default = str(flag.default).lower() if flag.type == "bool" else str(flag.default)
+    text = flag.text
+    if flag.idle and flag.priority != "C":
+        text += " (no effect yet)"
     if not full:
-        return f"  --{flag.name}={default}\n      {flag.text}"
-    idle = ", no effect yet" if flag.idle and flag.priority != "C" else ""
+        return f"  --{flag.name}={default}\n      {text}"
     shown = f"{flag.type}, default {default or 'empty'}"
-    return f"  --{flag.name} ({shown}) [{flag.priority}{idle}]\n      {flag.text}"
+    return f"  --{flag.name} ({shown}) [{flag.priority}]\n      {text}"
 
 
 def _installed() -> bool:
