@@ -166,6 +166,7 @@ def cluster(options: argparse.Namespace) -> Iterator[tuple[Daemon, Daemon, Start
         with daemons(folder, model) as started:
             master, starts = start_master(started, MASTER_STARTS)
             flags = ["--load_format=dummy", f"--max_cache_size={CACHE_BYTES}"]
+            flags.append("--enable_prefix_cache=false")  # every prompt is computed in every round
             share = [*flags, f"--cpu_threads={options.threads}"]
             started.start_instance("PREFILL", share)
             started.start_instance("DECODE", share)

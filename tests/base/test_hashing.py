@@ -16,6 +16,7 @@ from xllm_py.base.hashing import (
     mac,
     next_hash,
     prompt_digest,
+    salted,
     same,
 )
 
@@ -23,8 +24,8 @@ ROOT = chain_root(key=b"k" * 32, model_fingerprint="model")
 token_ids = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
 
-def test_the_root_is_blake2b_over_model_seed_and_salt_under_the_key() -> None:
-    wanted = hashlib.blake2b(b"model\x001024\x00", digest_size=16, key=b"k" * 32).digest()
+def test_the_root_is_blake2b_over_model_and_seed_under_the_key() -> None:
+    wanted = hashlib.blake2b(b"model\x001024", digest_size=16, key=b"k" * 32).digest()
     assert wanted == ROOT
 
 
@@ -41,9 +42,11 @@ def test_key_model_seed_and_salt_each_make_another_root() -> None:
         chain_root(key=b"x" * 32, model_fingerprint="model"),
         chain_root(key=b"k" * 32, model_fingerprint="other"),
         chain_root(key=b"k" * 32, model_fingerprint="model", seed=1),
-        chain_root(key=b"k" * 32, model_fingerprint="model", salt="tenant"),
+        salted(ROOT, "tenant"),
+        salted(ROOT, "other tenant"),
     }
-    assert len(roots) == 5
+    assert len(roots) == 6
+    assert salted(ROOT, "") == ROOT
 
 
 @given(token_ids, st.integers(1, 9))

@@ -82,7 +82,7 @@ def test_what_is_without_effect_yet_is_known():
 
     shared = {"max_queue_size", "max_best_of"}
     assert idle(master_flags.TABLE) == {*shared, "queue_timeout_s", "max_attempts"}
-    both_sides = {"enable_prefix_cache", "enable_deterministic", "handoff_hold_s", "hccn_conf"}
+    both_sides = {"enable_deterministic", "handoff_hold_s", "hccn_conf"}
     assert idle(xllm_flags.TABLE) == {*shared, *both_sides}
 
 

@@ -97,13 +97,11 @@ def test_help_comes_before_errors_of_the_same_line():
 
 
 def test_flags_without_effect_are_named_in_one_line(model):
-    said = say(
-        "xllm", model, "--max_logprobs=3", "--enable_prefix_cache", "--priority_strategy=deadline"
-    )
+    said = say("xllm", model, "--max_logprobs=3", "--max_best_of=4", "--priority_strategy=deadline")
     assert said.code == 0
     assert said.config.warnings == (
         "accepted but without effect in this version: "
-        "--max_logprobs, --enable_prefix_cache, --priority_strategy",
+        "--max_best_of, --max_logprobs, --priority_strategy",
     )
 
 

@@ -72,6 +72,15 @@ def test_blocks_come_chunk_by_chunk_and_layer_by_layer(pair: Pair) -> None:
     pair.assert_copied(sources, targets)
 
 
+def test_a_grant_whose_blocks_the_taker_holds_all_needs_only_its_commit(pair: Pair) -> None:
+    grant = pair.grant((10, 11), first_wanted=2)
+    pair.connect(grant)
+    pair.giver.commit(grant)
+    pair.given_event(ACKNOWLEDGED, grant)
+    assert pair.taken_event(LANDED, grant).num_bytes == 0
+    pair.assert_untouched(but=())
+
+
 def test_blocks_that_the_taker_holds_already_are_not_written(pair: Pair) -> None:
     grant = pair.grant((10, 11, 12), first_wanted=2)
     pair.give(grant, (5,), first=2)

@@ -31,6 +31,7 @@ def a_submission() -> pb.Submission:
         ("request_id", ""),
         ("request_id", "x" * (bounds.MAX_LABEL + 1)),
         ("master", "x" * (bounds.MAX_LABEL + 1)),
+        ("cache_salt", "x" * (bounds.MAX_LABEL + 1)),
         ("timeout_s", 0.0),
         ("timeout_s", float("nan")),
         ("timeout_s", float("inf")),

@@ -71,7 +71,14 @@ def expected(given: Submission, *, block_size: int = 4, limit: int = 200) -> tup
 class ToyRig:
     """Runs submissions; keeps tokens, endings and how often a plan was empty."""
 
-    def __init__(self, *, num_blocks: int = 16, block_size: int = 4, **scheduler: Any) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        prefix_root: bytes = b"",
+        **scheduler: Any,
+    ) -> None:
         fields = {"prefill_usage_threshold": 1.0, "max_seqs_per_batch": 8, **scheduler}
         self.config = EngineConfig(
             toy_num_blocks=num_blocks,
@@ -81,7 +88,9 @@ class ToyRig:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.executor = ToyExecutor(self.config)
-        self.scheduler = Scheduler(self.config.scheduler, FACTS, num_blocks, block_size)
+        self.scheduler = Scheduler(
+            self.config.scheduler, FACTS, num_blocks, block_size, prefix_root
+        )
         self.clock = HandClock()
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, list[str]] = {}

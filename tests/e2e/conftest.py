@@ -91,7 +91,8 @@ def lone_instance(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def slow_cluster(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Every phase lasts long enough to be looked at.
 
-    P computes one token a step and one request at a time; D holds fewer tokens than P; the master bears silence.
+    P computes one token a step and one request at a time, all of it each time; D holds fewer tokens than P; the master bears
+    silence.
     """
     with running(tmp_path_factory.mktemp("slow"), slow_model) as cluster:
         cluster.start_master("--suspect_after_ms=30000", "--gone_after_ms=30000")
@@ -101,6 +102,7 @@ def slow_cluster(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "--block_size=16",
             "--max_seqs_per_batch=1",
             "--max_tokens_per_chunk_for_prefill=1",
+            "--enable_prefix_cache=false",
         )
         cluster.start_instance(
             "decode", "DECODE", "--block_size=16", f"--max_cache_size={DECODE_TOKENS * TOKEN_BYTES}"

@@ -64,6 +64,22 @@ def test_a_stream_ends_once_and_carries_usage(pd_cluster: Cluster) -> None:
     assert streamed == whole
 
 
+def test_a_prompt_seen_before_is_not_computed_again(pd_cluster: Cluster) -> None:
+    master, _, decode = pd_cluster.daemons
+    request = body(pd_cluster, [299, *PROMPTS[5]], temperature=0, ignore_eos=True)
+    texts, cached, received = [], [], []
+    for _ in range(2):
+        before = decode.ledger()["kv_bytes_received"]
+        status, answer = master.request("POST", "/v1/completions", request)
+        assert status == 200, answer
+        texts.append(answer["choices"][0]["text"])
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        received.append(decode.ledger()["kv_bytes_received"] - before)
+    assert texts[0] == texts[1]
+    assert cached == [0, 192]  # 201 tokens in blocks of 16
+    assert received[1] * 13 == received[0]  # only the partial block travels again
+
+
 def test_one_token_is_an_ordinary_finish(pd_cluster: Cluster) -> None:
     status, answer = pd_cluster.daemons[0].request(
         "POST", "/v1/completions", body(pd_cluster, "Hi", max_tokens=1, ignore_eos=True)

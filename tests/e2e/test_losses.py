@@ -23,7 +23,11 @@ def cluster(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """P computes one token a step and one request at a time; the master bears silence, but not a broken connection."""
     with running(tmp_path_factory.mktemp("losses"), slow_model) as made:
         made.start_master("--suspect_after_ms=30000", "--gone_after_ms=30000")
-        slowly = ("--max_seqs_per_batch=1", "--max_tokens_per_chunk_for_prefill=1")
+        slowly = (
+            "--max_seqs_per_batch=1",
+            "--max_tokens_per_chunk_for_prefill=1",
+            "--enable_prefix_cache=false",
+        )
         alone = (
             "--enable_local_decode=false"  # else P may have saved a request before its loss is seen
         )

@@ -48,6 +48,7 @@ class Engine:
         network: MemoryNetwork,
         *,
         num_blocks: int,
+        prefix_root: bytes = b"",
         **scheduler: Any,
     ) -> None:
         fields = {"prefill_usage_threshold": 1.0, "max_seqs_per_batch": 6, **scheduler}
@@ -60,7 +61,7 @@ class Engine:
         self.clock = clock
         self.events: list[m.Event] = []
         self.executor = ToyExecutor(config)
-        self.scheduler = Scheduler(config.scheduler, FACTS, num_blocks, 4)
+        self.scheduler = Scheduler(config.scheduler, FACTS, num_blocks, 4, prefix_root)
         self.transport = MemoryKvTransport(
             network=network,
             memory=self.executor.kv_memory(),

@@ -27,6 +27,7 @@ class Rig:
         chunk: int = 10240,
         max_seqs: int = 64,
         threads: int = 1,
+        prefix_root: bytes = b"",
     ) -> None:
         config = EngineConfig(
             model_path=str(model),
@@ -43,7 +44,11 @@ class Rig:
         capacity = executor.capacity()
         self.config = config
         self.scheduler = Scheduler(
-            config.scheduler, capacity.facts, capacity.num_blocks, capacity.block_size
+            config.scheduler,
+            capacity.facts,
+            capacity.num_blocks,
+            capacity.block_size,
+            prefix_root,
         )
         self.clock = HandClock()
         self.tokens: dict[str, list[int]] = {}

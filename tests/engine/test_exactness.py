@@ -99,6 +99,23 @@ def test_logits_do_not_depend_on_who_came_when(model: Path, alone: Answers) -> N
     same(rig.logits, alone)
 
 
+@pytest.mark.parametrize("chunk", [16, 10240])
+def test_logits_do_not_depend_on_what_was_cached(model: Path, alone: Answers, chunk: int) -> None:
+    rig = Rig(model, block_size=16, chunk=chunk, prefix_root=b"root")
+    for round_ in ("first", "again"):
+        for name, prompt in prompts().items():
+            rig.add(f"{round_} {name}", prompt, COUNT, temperature=0.8, seed=9)
+        rig.run()
+    assert rig.scheduler.ledger()["prefix_hit_tokens"] > sum(LENGTHS) // 2
+    for round_ in ("first", "again"):
+        told = {
+            (name.removeprefix(f"{round_} "), position): logits
+            for (name, position), logits in rig.logits.items()
+            if name.startswith(round_)
+        }
+        same(told, alone)
+
+
 def test_logits_and_seeded_tokens_survive_preemption(model: Path) -> None:
     many = {f"p{n}": [(7 * n + i * i) % 320 for i in range(36 + n)] for n in range(5)}
     count = 24

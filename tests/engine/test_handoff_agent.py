@@ -15,6 +15,8 @@ from xllm_py.core.request import Submission
 from xllm_py.transport.memory import Faults
 from xllm_py.wire import messages as m
 
+ROOT = b"root" * 4
+
 
 def prompt(length: int, salt: int = 0) -> list[int]:
     return [(index * 7 + salt * 13 + 1) % 300 for index in range(length)]
@@ -241,6 +243,24 @@ def test_a_link_cut_at_any_byte_ends_with_the_text_or_an_error(cut_at_byte: int)
     pair.assert_empty()
 
 
+@pytest.mark.parametrize("length", [12, 13])
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_only_what_d_lacks_is_pushed(length: int, chunk: int) -> None:
+    pair = Pair(p={"max_tokens_per_chunk": chunk, "prefix_root": ROOT}, d={"prefix_root": ROOT})
+    sent = []
+    for name in "ab":
+        one = ask(name, length)
+        pair.submit(one)
+        pair.run(lambda name=name: name in pair.ends)
+        assert pair.text(name) == expected(one)[0]
+        sent.append(pair.p.transport.ledger()["bytes_sent"])
+    block_bytes = pair.p.executor.kv_memory().layout.block_bytes * 4  # two layers, K and V
+    assert sent[1] - sent[0] == (length % 4 > 0) * block_bytes
+    assert pair.verdicts == {"a": ["landed"], "b": ["landed"]}
+    pair.settle()
+    pair.assert_empty()
+
+
 KINDS = ("offer", "first", "cancel")
 requests = st.lists(
     st.tuples(
@@ -248,6 +268,7 @@ requests = st.lists(
         st.integers(1, 30),  # prompt
         st.integers(1, 20),  # answer
         st.integers(0, 2),  # seed
+        st.integers(0, 3),  # prompts of one text begin alike
         st.sampled_from(
             [None, None, None, 1, 5, 10, 20, 40]
         ),  # the client leaves so many turns later
@@ -272,27 +293,29 @@ links = st.builds(
     faults=st.lists(links, max_size=3),
     chunk=st.sampled_from([3, 4, 100]),
     num_blocks=st.tuples(st.sampled_from([13, 16, 30]), st.sampled_from([13, 16, 30])),
+    roots=st.tuples(st.sampled_from([b"", ROOT]), st.sampled_from([b"", ROOT])),
 )
 def test_many_requests_over_bad_links_end_once_with_the_right_text_and_leave_nothing(
-    requests: list[tuple[int, int, int, int, int | None]],
+    requests: list[tuple[int, int, int, int, int, int | None]],
     fates: list[Fate],
     faults: list[Faults],
     chunk: int,
     num_blocks: tuple[int, int],
+    roots: tuple[bytes, bytes],
 ) -> None:
     fate, fault = iter(fates), iter(faults)
     pair = Pair(
         fate=lambda _kind: next(fate, Fate.GOOD),
         faults=lambda _giver, _taker: next(fault, Faults()),
-        p={"num_blocks": num_blocks[0], "max_tokens_per_chunk": chunk},
-        d={"num_blocks": num_blocks[1]},
+        p={"num_blocks": num_blocks[0], "max_tokens_per_chunk": chunk, "prefix_root": roots[0]},
+        d={"num_blocks": num_blocks[1], "prefix_root": roots[1]},
     )
     asked = {}
     for turn in range(105):
-        for number, (at, length, count, seed, leaves) in enumerate(requests):
+        for number, (at, length, count, seed, text, leaves) in enumerate(requests):
             name = str(number)
             if at == turn:
-                asked[name] = ask(name, length, count, number, seed=seed, timeout_s=100.0)
+                asked[name] = ask(name, length, count, text, seed=seed, timeout_s=100.0)
                 pair.submit(asked[name])
             if leaves is not None and at + leaves == turn:
                 pair.abort(name, 1)
@@ -304,7 +327,7 @@ def test_many_requests_over_bad_links_end_once_with_the_right_text_and_leave_not
         assert said == text[: len(said)]
         ends = pair.ends[name]
         if len(said) == len(text):
-            assert ends[0] == reason or "lost" in pair.verdicts[name] or requests[int(name)][4]
+            assert ends[0] == reason or "lost" in pair.verdicts[name] or requests[int(name)][5]
         else:
             assert set(ends) <= {"abort", "instance_lost", "deadline_exceeded"}
         assert len(ends) == 1 or "lost" in pair.verdicts[name] or "abort" in ends

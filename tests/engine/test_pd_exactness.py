@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from xllm_py.wire import messages as m
 
 Logits = dict[tuple[str, int], torch.Tensor]
 KEY = b"k" * 32
+ROOT = b"root"
 LENGTHS = (1, 15, 16, 17, 128, 515)
 COUNT = 6
 TIMEOUT_S = 60.0
@@ -79,7 +81,7 @@ def alone(model: Path, wanted: list[Wish]) -> tuple[dict[str, list[int]], Logits
 class Side:
     """One engine with its agent and transport; commands are handed over directly."""
 
-    def __init__(self, model: Path, name: str, **fields: int) -> None:
+    def __init__(self, model: Path, name: str, **fields: Any) -> None:
         self.rig = Rig(model, **fields)  # type: ignore[arg-type]  # fields by name
         memory = self.rig.executor.kv_memory()
         self.transport = TcpKvTransport(memory=memory, incarnation=name, cluster_key=KEY)
@@ -140,7 +142,7 @@ def hand_over(giver: Side, taker: Side, now: float) -> None:
 class Two:
     """P and D in one thread, KV over real TCP."""
 
-    def __init__(self, model: Path, *, p: dict[str, int], d: dict[str, int]) -> None:
+    def __init__(self, model: Path, *, p: dict[str, Any], d: dict[str, Any]) -> None:
         self.clock = RealClock()
         self.giver, self.taker = Side(model, "p-1", **p), Side(model, "d-1", **d)
 
@@ -213,6 +215,35 @@ def test_the_logits_of_two_engines_are_those_of_one(model: Path, chunk: int) -> 
     for wish in given:
         assert list(two.giver.tokens[wish.name]) == [0], "P says the first token and no other"
     check(two, model, [*given, *on_p, *on_d])
+
+
+@pytest.mark.parametrize("roots", [(ROOT, b""), (b"", ROOT), (ROOT, ROOT)], ids=["P", "D", "both"])
+@pytest.mark.parametrize("chunk", [16, 10240])
+def test_cached_prefixes_on_either_side_change_no_bit(
+    model: Path, chunk: int, roots: tuple[bytes, bytes]
+) -> None:
+    first = wishes("g", LENGTHS, COUNT)
+    again = [dataclasses.replace(wish, name=f"again {wish.name}") for wish in first]
+    longer = [
+        dataclasses.replace(wish, name=f"longer {wish.name}", prompt=[*wish.prompt, 7, 8, 9])
+        for wish in first
+    ]
+    two = Two(model, p={"chunk": chunk, "prefix_root": roots[0]}, d={"prefix_root": roots[1]})
+    received = []
+    try:
+        for wanted in (first, [*again, *longer]):
+            for wish in wanted:
+                two.submit(two.giver, wish, RECEIVER)
+                two.turn()
+            two.run(wanted)
+            received.append(two.taker.transport.ledger()["bytes_received"])
+    finally:
+        two.close()
+    ledgers = [side.rig.scheduler.ledger() for side in (two.giver, two.taker)]
+    assert bool(ledgers[0]["prefix_hit_tokens"]) == bool(roots[0])
+    if roots[1]:  # most of twice as many prompts was there already
+        assert received[1] - received[0] < received[0] / 2
+    check(two, model, [*first, *again, *longer])
 
 
 def small_cache(model: Path, wanted: list[Wish], spare: int) -> dict[str, int]:

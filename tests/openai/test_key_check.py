@@ -32,6 +32,31 @@ def test_an_empty_ring_lets_everybody_in():
     assert KeyRing({}).holder(None) == ""
 
 
+async def test_cached_prefixes_are_shared_within_a_tenant_and_a_salt_only(make):
+    door = make(api_keys={"ann": "first-key", "bob": "second-key"})
+    salts = []
+    for key, fields in (
+        ("first-key", {}),
+        ("first-key", {"cache_salt": "x"}),
+        ("second-key", {}),
+        ("second-key", {"cache_salt": "x"}),
+        ("first-key", {}),
+    ):
+        body = {"model": "tiny", "prompt": "hi", **fields}
+        known = {"authorization": f"Bearer {key}"}
+        answer = await door.ask("POST", "/v1/completions", body, headers=known)
+        assert answer.status == 200, answer
+        salts.append(door.backend.submissions[-1].cache_salt)
+    assert len(set(salts[:4])) == 4
+    assert salts[4] == salts[0]
+
+
+async def test_without_keys_and_salt_everybody_shares(make):
+    door = make()
+    await door.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "hi"})
+    assert door.backend.submissions[-1].cache_salt == ""
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [

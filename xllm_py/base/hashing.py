@@ -1,4 +1,4 @@
-"""Digests, keys derived from one secret, and the block-hash chain: one function for P, D and master, for the prefix cache to come.
+"""Digests, keys derived from one secret, and the block-hash chain: one function for whoever asks what is cached.
 
 H0 = h(root | ids of block 0), Hi = h(Hi-1 | ids of block i); ids as 32-bit little-endian; h is BLAKE2b with 16 bytes of
 output, keyed from the cluster key (SPEC section 6.7). Tokens after the last full block have no hash of their own in the
@@ -22,10 +22,17 @@ def _ids_bytes(ids: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(ids)}I", *ids)
 
 
-def chain_root(*, key: bytes, model_fingerprint: str, seed: int = 1024, salt: str = "") -> bytes:
-    """The parent of every first block: (model, seed, salt) under the cluster key. 16 bytes."""
-    text = "\0".join((model_fingerprint, str(seed), salt)).encode()
+def chain_root(*, key: bytes, model_fingerprint: str, seed: int = 1024) -> bytes:
+    """The parent of every first block: (model, seed) under the cluster key. 16 bytes."""
+    text = "\0".join((model_fingerprint, str(seed))).encode()
     return hashlib.blake2b(text, digest_size=HASH_BYTES, key=key[:64]).digest()
+
+
+def salted(root: bytes, salt: str) -> bytes:
+    """The root of those who share this salt; without one the root itself."""
+    if not salt:
+        return root
+    return hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES, key=root).digest()
 
 
 def block_hashes(root: bytes, ids: Sequence[int], block_size: int) -> list[bytes]:

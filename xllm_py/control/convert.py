@@ -58,6 +58,7 @@ def from_submission(submission: Submission) -> pb.Submission:
         master=submission.master,
         relay=submission.relay,
         model=submission.model,
+        cache_salt=submission.cache_salt,
     )
 
 
@@ -86,6 +87,7 @@ def to_submission(message: pb.Submission) -> Submission:
         master=label(message.master),
         relay=message.relay,
         model=label(message.model),
+        cache_salt=label(message.cache_salt),
     )
 
 

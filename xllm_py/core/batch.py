@@ -16,15 +16,17 @@ from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.config import SchedulerConfig
 from xllm_py.core.journey import Moment
 from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.prefix_cache import PrefixCache
 from xllm_py.core.request import Request, State
 
 
 class Batch:
     """Owns the queues and the rows; the blocks belong to the block manager."""
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, prefix: PrefixCache) -> None:
         self._config = config
         self._blocks = blocks
+        self._prefix = prefix
         self._free_rows = list(range(config.max_seqs_per_batch - 1, -1, -1))
         self._started: list[Request] = []  # rows assigned since the last plan
         self._planned: list[Request] = []
@@ -154,12 +156,16 @@ class Batch:
     def _admit(self, plan: StepPlan, budget: int, now: float) -> None:
         while self.waiting and self._free_rows and budget > 0:
             request = self.waiting[0]
+            # matched before the budget is spent: what is there already costs none; one token at least is computed
+            found = self._prefix.find(request, len(request.tokens) - 1)
+            request.num_computed = len(found) * self._blocks.block_size
             count = self._tokens_now(request, budget)
-            need = self._blocks.blocks_for(len(request.tokens))
-            if not count or not self.has_room(need):
+            need = self._blocks.blocks_for(len(request.tokens)) - len(found)
+            if not count or not self.has_room(need + self._blocks.num_idle(found)):
+                request.num_computed = 0
                 return
             self.waiting.popleft()
-            request.block_ids = self._blocks.allocate(need)
+            self._hold(request, found, need)
             request.move(State.RUNNING)
             request.stamp(Moment.ADMITTED, now)
             self._assign_row(request)
@@ -168,6 +174,14 @@ class Batch:
                 self.admitted.append(request)
             self._plan_row(request, count, plan)
             budget -= count
+
+    def _hold(self, request: Request, found: list[int], need: int) -> None:
+        self._blocks.acquire(found)
+        request.block_ids = found + self._blocks.allocate(need)
+        self._prefix.begin(request, len(found))
+        if not request.num_preemptions:
+            request.num_cached = min(request.num_computed, request.num_prompt)
+            self._prefix.note(len(request.tokens), request.num_computed)
 
     def has_room(self, need: int) -> bool:
         """Whether a new prompt may take so many blocks: they are free, and some are left for those who decode."""

@@ -16,7 +16,7 @@ class CacheConfig:
     block_size: int = 128  # tokens per block
     max_cache_bytes: int = 0  # 0: computed from the memory at hand
     max_memory_utilization: float = 0.8
-    enable_prefix_cache: bool = True  # not read yet: there is none
+    enable_prefix_cache: bool = True  # keep computed blocks for requests that begin alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

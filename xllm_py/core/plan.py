@@ -98,6 +98,7 @@ class Outputs:
         position: int,
         token_id: int = -1,
         finish_reason: str = "",
+        message: str = "",
     ) -> int:
         """Append one entry and return its index, for the sparse columns."""
         self.request_ids.append(request_id)
@@ -106,4 +107,11 @@ class Outputs:
         self.positions.append(position)
         self.token_ids.append(token_id)
         self.finish_reasons.append(finish_reason)
+        if message:
+            self.messages[len(self.request_ids) - 1] = message
         return len(self.request_ids) - 1
+
+    def describe(self, journey: dict[str, float], cached_tokens: int) -> None:
+        """What goes with the entry just added."""
+        index = len(self.request_ids) - 1
+        self.journeys[index], self.cached_tokens[index] = journey, cached_tokens

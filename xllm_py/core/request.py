@@ -41,6 +41,7 @@ class Submission:
     master: str = ""  # host:rpc_port the tokens go to; empty: this instance's own HTTP door
     relay: bool = False  # tokens go D -> P -> master instead of D -> master
     model: str = ""  # the served name the client asked for; empty: any
+    cache_salt: str = ""  # only requests with the same salt share cached prefixes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +126,8 @@ class Request:
     num_computed: int = 0  # leading tokens whose KV is in the cache
     num_cached: int = 0  # of the prompt, found in the prefix cache when first admitted
     block_ids: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as far as known
+    publish_at: int = 0  # with so many tokens computed, another block can be shared
     row: int = -1  # batch row, -1 when it has none
     num_preemptions: int = 0
     taken: bool = False  # it came by an offer: the receiver is this instance

@@ -12,15 +12,18 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from xllm_py.core.block_manager import BlockManager, Holding
-from xllm_py.core.request import FirstToken, OfferAnswer, Request
+from xllm_py.core.prefix_cache import PrefixCache
+from xllm_py.core.request import FirstToken, OfferAnswer, Request, Submission
 
 _MAX_PAST = 1000  # grants remembered after their request ended
+_FULL_RETRY_S = 0.05
 
 
 @dataclass(slots=True)
 class _Reservation:
     grant: bytes
     expires: float
+    num_held: int  # leading blocks that the prefix cache had; the giver writes the others
     landed: bool = False
     released: bool = False  # the transport forgot the grant after it had landed
     first: FirstToken | None = None
@@ -29,11 +32,12 @@ class _Reservation:
 class Reservations:
     """All reservations of one engine."""
 
-    def __init__(self, ttl_s: float, blocks: BlockManager) -> None:
+    def __init__(self, ttl_s: float, blocks: BlockManager, prefix: PrefixCache) -> None:
         self._ttl_s = ttl_s
         self._blocks = blocks
+        self._prefix = prefix
         self._open: dict[str, tuple[Request, _Reservation]] = {}
-        self._run: dict[str, bytes] = {}  # requests that came by a grant, while they run
+        self._run: dict[str, _Reservation] = {}  # of requests that came by a grant, while they run
         self._past: OrderedDict[tuple[str, int], bytes] = OrderedDict()  # the same, ended since
         self._ended: list[
             tuple[str, int, bytes]
@@ -45,12 +49,23 @@ class Reservations:
         """When the first reservation expires."""
         return min((held.expires for _, held in self._open.values()), default=float("inf"))
 
+    def need(self, submission: Submission) -> int:
+        """Blocks that a reservation would take from those that can be allocated."""
+        ids = submission.prompt_ids + submission.generated_ids
+        found = self._prefix.find_ids(ids, submission.cache_salt)
+        return self._blocks.blocks_for(len(ids)) - len(found) + self._blocks.num_idle(found)
+
     def open(self, request: Request, grant: bytes, now: float) -> OfferAnswer:
-        """Take the blocks of the prompt; the caller has checked that they are free."""
-        count = self._blocks.blocks_for(len(request.tokens))
-        request.block_ids = self._blocks.allocate(count, Holding.STAGED)
-        self._open[request.request_id] = (request, _Reservation(grant, now + self._ttl_s))
-        return self._answer(request, grant)
+        """Take the blocks of the prompt, those that are here already first; the caller has checked that there is room."""
+        # nothing of a prompt is computed here, so all of it may be there already
+        found = self._prefix.find(request, len(request.tokens))
+        count = self._blocks.blocks_for(len(request.tokens)) - len(found)
+        self._blocks.acquire(found, Holding.STAGED)
+        request.block_ids = found + self._blocks.allocate(count, Holding.STAGED)
+        self._prefix.begin(request, len(found))
+        reservation = _Reservation(grant, now + self._ttl_s, num_held=len(found))
+        self._open[request.request_id] = (request, reservation)
+        return self._answer(request, reservation)
 
     def repeat(self, request: Request, attempt: int, now: float) -> OfferAnswer:
         """The same offer again: the same grant, with a new expiry; or, when it runs already, the grant it came by."""
@@ -60,17 +75,18 @@ class Reservations:
         if request.request_id in self._open:
             held = self._open[request.request_id][1]
             held.expires = now + self._ttl_s
-            return self._answer(request, held.grant)
+            return self._answer(request, held)
         if request.request_id in self._run:
             return self._answer(request, self._run[request.request_id])
         text = "the request is here already and did not come by an offer"
         return refusal(request.request_id, attempt, "invalid", text)
 
-    def _answer(self, request: Request, grant: bytes) -> OfferAnswer:
+    def _answer(self, request: Request, held: _Reservation) -> OfferAnswer:
         return OfferAnswer(
             request_id=request.request_id,
             attempt=request.submission.attempt,
-            grant=grant,
+            grant=held.grant,
+            num_held_blocks=held.num_held,
             num_blocks=self._blocks.blocks_for(request.num_submitted),
             expires_s=self._ttl_s,
         )
@@ -100,7 +116,8 @@ class Reservations:
     def ran_by(self, first: FirstToken) -> bool:
         """Whether a request that runs or has ended came by this grant: its first token was told twice."""
         past = self._past.get((first.request_id, first.attempt))
-        return first.grant in (past, self._run.get(first.request_id))
+        running = self._run.get(first.request_id)
+        return first.grant in (past, running.grant if running is not None else None)
 
     def has_run(self, request_id: str, attempt: int) -> bool:
         """Whether a request came by a grant and ended lately."""
@@ -112,14 +129,14 @@ class Reservations:
         if not held.landed or held.first is None:
             return None
         del self._open[request.request_id]
-        self._run[request.request_id] = held.grant
+        self._run[request.request_id] = held
         return held.first
 
     def ran(self, request: Request) -> None:
         """A running request has ended; its grant is remembered for a while, when it came by one."""
-        grant = self._run.pop(request.request_id, None)
-        if grant is not None:
-            self._past[request.request_id, request.submission.attempt] = grant
+        held = self._run.pop(request.request_id, None)
+        if held is not None:
+            self._past[request.request_id, request.submission.attempt] = held.grant
             if len(self._past) > _MAX_PAST:
                 self._past.popitem(last=False)
 
@@ -128,11 +145,13 @@ class Reservations:
         _, held = self._open.pop(request.request_id)
         key = (request.request_id, request.submission.attempt)
         self._ended.append((*key, b"" if held.released else held.grant))
+        shared, written = request.block_ids[: held.num_held], request.block_ids[held.num_held :]
+        self._blocks.free(shared, Holding.STAGED)
         if held.released:
-            self._blocks.free(request.block_ids, Holding.STAGED)
+            self._blocks.free(written, Holding.STAGED)
         else:
-            self._blocks.move(request.block_ids, Holding.STAGED, Holding.QUARANTINED)
-            self._quarantine[key] = request.block_ids
+            self._blocks.move(written, Holding.STAGED, Holding.QUARANTINED)
+            self._quarantine[key] = written
         request.block_ids = []
 
     def take_ended(self) -> list[tuple[str, int, bytes]]:
@@ -159,14 +178,12 @@ class Reservations:
         assert not self._open and not self._run and not self._quarantine
 
 
-def refusal(
-    request_id: str, attempt: int, reason: str, text: str, retry_after_s: float = 0.0
-) -> OfferAnswer:
-    """D says no, with a reason of SPEC 6.4."""
+def refusal(request_id: str, attempt: int, reason: str, text: str) -> OfferAnswer:
+    """D says no, with a reason of SPEC 6.4; one that is only full for now is worth asking again soon."""
     return OfferAnswer(
         request_id=request_id,
         attempt=attempt,
         refusal=reason,
         text=text,
-        retry_after_s=retry_after_s,
+        retry_after_s=_FULL_RETRY_S if reason == "full_now" else 0.0,
     )

@@ -24,6 +24,7 @@ from xllm_py.core.plan import (
     StepPlan,
     StepResult,
 )
+from xllm_py.core.prefix_cache import PrefixCache
 from xllm_py.core.request import (
     HOLDS_BLOCKS,
     FirstToken,
@@ -42,13 +43,20 @@ class Scheduler:
     """All requests of one engine."""
 
     def __init__(
-        self, config: SchedulerConfig, facts: ModelFacts, num_blocks: int, block_size: int
+        self,
+        config: SchedulerConfig,
+        facts: ModelFacts,
+        num_blocks: int,
+        block_size: int,
+        prefix_root: bytes = b"",
     ) -> None:
+        """prefix_root: the parent of all block hashes; empty: no prefix cache."""
         self._config = config
         self._admission = Admission(config, facts, num_blocks, block_size)
         self._blocks = BlockManager(num_blocks, block_size)
-        self._batch = Batch(config, self._blocks)
-        self._reservations = Reservations(config.grant_ttl_s, self._blocks)
+        self._prefix = PrefixCache(self._blocks, prefix_root)
+        self._batch = Batch(config, self._blocks, self._prefix)
+        self._reservations = Reservations(config.grant_ttl_s, self._blocks, self._prefix)
         self._tombstones = Tombstones()
         self._requests: dict[str, Request] = {}
         self._outputs = Outputs()
@@ -110,8 +118,7 @@ class Scheduler:
             return self._reservations.repeat(known, submission.attempt, now)
         reason, text = self._refusal(submission, now)
         if reason:
-            again_s = 0.05 if reason == "full_now" else 0.0
-            return refusal(submission.request_id, submission.attempt, reason, text, again_s)
+            return refusal(submission.request_id, submission.attempt, reason, text)
         if known is not None:
             self._finish(known, FINISH_ABORT, now)
         request = self._make(submission, State.RESERVED, now)
@@ -133,7 +140,7 @@ class Scheduler:
             return "never_fits", error.message
         except RequestError as error:
             return "invalid", error.message
-        need = self._blocks.blocks_for(len(submission.prompt_ids) + len(submission.generated_ids))
+        need = self._reservations.need(submission)
         if not self._batch.has_room(need) or self._batch.preempted:
             return "full_now", f"{need} blocks wanted, {self._blocks.num_free} free"
         taken = len(self._batch.running) + len(self._batch.waiting) + self._reservations.num_open
@@ -179,6 +186,9 @@ class Scheduler:
         self._blocks.move(request.block_ids, Holding.STAGED, Holding.ACTIVE)
         request.num_computed = len(request.tokens)
         request.num_cached = first.cached_tokens
+        self._prefix.publish(
+            request
+        )  # before the first token is appended: the prompt alone is computed
         request.tokens.append(first.token_id)
         request.move(State.RUNNING)
         request.stamp(Moment.DECODING, now)
@@ -292,6 +302,8 @@ class Scheduler:
                 self._finish(request, "internal_error", now, failed[row])
                 continue
             request.num_computed += count
+            if request.num_computed >= request.publish_at:
+                self._prefix.publish(request)
             if not sampled:
                 continue
             known = request.tokens
@@ -310,7 +322,7 @@ class Scheduler:
                 outputs.finish_reasons.append(FINISH_STOP if stopped else FINISH_LENGTH)
                 request.stamp(Moment.FIRST_TOKEN, now)
                 self._close(request, now)
-                self._describe(request)
+                self._outputs.describe(request.journey_s(), request.num_cached)
 
     def _on_first(self, request: Request, now: float) -> None:
         request.stamp(Moment.FIRST_TOKEN, now)
@@ -319,7 +331,7 @@ class Scheduler:
             request.move(State.GIVING)
         else:
             request.stamp(Moment.DECODING, now)
-        self._describe(request)
+        self._outputs.describe(request.journey_s(), request.num_cached)
 
     # ---- endings ----
 
@@ -337,22 +349,13 @@ class Scheduler:
         if reserved:
             return
         self._put_finish(request.submission, reason, message, request.num_generated)
-        self._describe(request)
+        self._outputs.describe(request.journey_s(), request.num_cached)
 
     def _put_finish(
         self, submission: Submission, reason: str, message: str = "", position: int = 0
     ) -> None:
-        index = self._outputs.add(
-            submission.request_id, submission.attempt, position=position, finish_reason=reason
-        )
-        if message:
-            self._outputs.messages[index] = message
-
-    def _describe(self, request: Request) -> None:
-        """Journey and cached tokens go with the entry just added."""
-        index = len(self._outputs.request_ids) - 1
-        self._outputs.journeys[index] = request.journey_s()
-        self._outputs.cached_tokens[index] = request.num_cached
+        key = (submission.request_id, submission.attempt)
+        self._outputs.add(*key, position=position, finish_reason=reason, message=message)
 
     def _close(self, request: Request, now: float) -> None:
         """Leave every queue, give everything back, be forgotten."""
@@ -385,6 +388,7 @@ class Scheduler:
             **self._blocks.counts(),
             **{f"requests_{state.value}": count for state, count in counts.items()},
             "requests_open": len(self._requests),
+            **self._prefix.counts(),
             "rows": self._batch.num_rows,
         }
 

@@ -17,6 +17,7 @@ import sys
 from xllm_py.base import log
 from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import PeerUnavailable, StartError
+from xllm_py.base.hashing import chain_root
 from xllm_py.core.config import EngineConfig
 from xllm_py.core.executor import Executor
 from xllm_py.core.scheduler import Scheduler
@@ -79,6 +80,12 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
     )
 
 
+def _prefix_root(config: EngineConfig, model_fingerprint: str) -> bytes:
+    if not config.cache.enable_prefix_cache:
+        return b""
+    return chain_root(key=config.cluster_key, model_fingerprint=model_fingerprint)
+
+
 def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
     capacity, layout = executor.capacity(), executor.kv_memory().layout
     return Ready(
@@ -106,7 +113,11 @@ def serve(pipe: EnginePipe, config: EngineConfig) -> None:
         transport = _open_transport(config, executor)
         capacity = executor.capacity()
         scheduler = Scheduler(
-            config.scheduler, capacity.facts, capacity.num_blocks, capacity.block_size
+            config.scheduler,
+            capacity.facts,
+            capacity.num_blocks,
+            capacity.block_size,
+            _prefix_root(config, capacity.model_fingerprint),
         )
         clock = RealClock()
         agent = HandoffAgent(

@@ -127,7 +127,7 @@ class Parts:
             waiting_requests=progress.waiting,
             running_requests=progress.running,
             total_blocks=blocks.get("total", self.engine_ready.num_blocks),
-            free_blocks=blocks.get("free", self.engine_ready.num_blocks),
+            free_blocks=blocks.get("free", self.engine_ready.num_blocks) + blocks.get("cached", 0),
             reserved_blocks=blocks.get("staged", 0),
         )
 
@@ -236,7 +236,7 @@ def make_card(parts: Parts, identity: Identity, control_port: int, state: str) -
         layout_fingerprint=ready.layout_fingerprint,
         layout=ready.layout,
         device_type=ready.device.partition(":")[0],
-        enable_prefix_cache=False,
+        enable_prefix_cache=config.engine.cache.enable_prefix_cache,
         enable_chunked_prefill=config.engine.scheduler.enable_chunked_prefill,
         max_seqs=config.engine.scheduler.max_seqs_per_batch,
         numerics_fingerprint=ready.numerics_fingerprint,

@@ -208,7 +208,7 @@ class App:
                 async with exchange.attended(self._tasks, self.settings.keepalive_s):
                     left_s = timeout_s - (self._clock.now() - exchange.arrived)
                     take = self._intake.chat if chat else self._intake.completion
-                    order = await take(data, left_s)
+                    order = await take(data, left_s, self._tenant(exchange))
                     if order.label is not None and "x-request-id" not in exchange.headers:
                         exchange.label = ids.label_or_new(order.label, "req")
                     generation = Generation(
@@ -223,6 +223,9 @@ class App:
             self._open.discard(exchange)
             if not self._open:
                 self._idle.set()
+
+    def _tenant(self, exchange: Exchange) -> str:
+        return self._keys.holder(exchange.headers.get("authorization")) or ""
 
     def _admit(self) -> None:
         if self._draining:

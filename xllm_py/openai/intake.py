@@ -89,8 +89,11 @@ class Intake:
         """Let the threads end; what they work on is nobody's any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def completion(self, data: bytes, timeout_s: float) -> Order:
-        """The order of a /v1/completions body; raises RequestError leaves of status 400, 404 or 503."""
+    async def completion(self, data: bytes, timeout_s: float, tenant: str = "") -> Order:
+        """The order of a /v1/completions body; raises RequestError leaves of status 400, 404 or 503.
+
+        tenant: the id of the caller's API key; cached prefixes are not shared between tenants.
+        """
         body = await self.read(data, CompletionBody)
         model = self._checked_model(body)
         special = body.add_special_tokens is not False
@@ -99,9 +102,9 @@ class Intake:
             lambda: _split_prompts(body.prompt, self._settings.max_prompts, model.vocab_size),
         )
         prompts += await self.encode(texts, special=special, param="prompt")
-        return self._order(body, model, prompts, timeout_s)
+        return self._order(body, model, prompts, timeout_s, tenant)
 
-    async def chat(self, data: bytes, timeout_s: float) -> Order:
+    async def chat(self, data: bytes, timeout_s: float, tenant: str = "") -> Order:
         """The order of a /v1/chat/completions body; raises as `completion` does."""
         body = await self.read(data, ChatBody)
         model = self._checked_model(body)
@@ -118,7 +121,7 @@ class Intake:
         text = await self.do(True, lambda: template.render(messages, variables))
         special = body.add_special_tokens is True
         prompts = await self.encode([text], special=special, param="messages")
-        return self._order(body, model, prompts, timeout_s)
+        return self._order(body, model, prompts, timeout_s, tenant)
 
     async def read(self, data: bytes, kind: type[B]) -> B:
         """Parse one body; fields nobody knows are dropped, counted and logged by name."""
@@ -177,7 +180,12 @@ class Intake:
         return self.find_model(body.model)
 
     def _order(
-        self, body: Common, model: ServedModel, prompts: Sequence[tuple[int, ...]], timeout_s: float
+        self,
+        body: Common,
+        model: ServedModel,
+        prompts: Sequence[tuple[int, ...]],
+        timeout_s: float,
+        tenant: str,
     ) -> Order:
         chat = isinstance(body, ChatBody)
         response_id = ids.request_id("chatcmpl" if chat else "cmpl")
@@ -201,10 +209,16 @@ class Intake:
                         **fields,
                     ),
                     timeout_s=timeout_s,
+                    cache_salt=_salt(tenant, body.cache_salt),
                 )
                 for index, prompt in enumerate(prompts)
             ),
         )
+
+
+def _salt(tenant: str, salt: str | None) -> str:
+    """Who may share cached prefixes: nobody but this tenant, and of it only those who name the same salt."""
+    return f"{tenant}\0{salt or ''}" if tenant or salt else ""
 
 
 def _seeds(base: int) -> Callable[[], int]:

@@ -1,0 +1,82 @@
+"""Which leading blocks of a request are there already, and which of its own others may share: hashes over core/block_manager.
+
+Used by the batch (admission), the reservations (offers) and the scheduler (publishing). Without a root there is no prefix cache:
+nothing is found and nothing is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xllm_py.base.hashing import block_hashes, next_hash, salted
+from xllm_py.core.block_manager import BlockManager
+from xllm_py.core.request import Request
+
+
+class PrefixCache:
+    """One engine's. The counters are in tokens."""
+
+    def __init__(self, blocks: BlockManager, root: bytes) -> None:
+        """root: the parent of every first block's hash (model, seed, key); empty: no prefix cache."""
+        self._blocks = blocks
+        self._root = root
+        self.num_queried = 0
+        self.num_hit = 0
+
+    def find(self, request: Request, num_tokens: int) -> list[int]:
+        """Blocks with the request's leading `num_tokens` tokens, full blocks only; the caller acquires them."""
+        if not self._root:
+            return []
+        size = self._blocks.block_size
+        count = num_tokens // size
+        self._extend(request, count)
+        return self._blocks.match(request.hashes[:count], request.tokens)
+
+    def find_ids(self, ids: Sequence[int], salt: str) -> list[int]:
+        """As `find`, for tokens that are no request yet."""
+        if not self._root:
+            return []
+        hashes = block_hashes(salted(self._root, salt), ids, self._blocks.block_size)
+        return self._blocks.match(hashes, ids)
+
+    def note(self, queried: int, hit: int) -> None:
+        """Count an admission: tokens that were looked for and tokens that were there."""
+        if self._root:
+            self.num_queried += queried
+            self.num_hit += hit
+
+    def publish(self, request: Request) -> None:
+        """Let others share every full block of the request that is computed."""
+        if not self._root:
+            return
+        size = self._blocks.block_size
+        count = request.num_computed // size
+        self._extend(request, count)
+        first = request.publish_at // size - 1
+        for index in range(first, count):
+            ids = request.tokens[index * size : (index + 1) * size]
+            self._blocks.publish(request.block_ids[index], request.hashes[index], ids)
+        request.publish_at = (count + 1) * size
+
+    def begin(self, request: Request, num_found: int) -> None:
+        """The request holds its blocks; so many leading ones are published already."""
+        request.publish_at = (num_found + 1) * self._blocks.block_size if self._root else _NEVER
+
+    def counts(self) -> dict[str, int]:
+        """For the ledger: since the start."""
+        return {
+            "prefix_queried_tokens": self.num_queried,
+            "prefix_hit_tokens": self.num_hit,
+            "prefix_evicted_blocks": self._blocks.num_evicted,
+        }
+
+    def _extend(self, request: Request, count: int) -> None:
+        """Hash the first `count` blocks, each once in a request's life: its tokens never change."""
+        size, hashes = self._blocks.block_size, request.hashes
+        while len(hashes) < count:
+            at = len(hashes) * size
+            parent = hashes[-1] if hashes else salted(self._root, request.submission.cache_salt)
+            hashes.append(next_hash(parent, request.tokens[at : at + size]))
+
+
+_NEVER = 1 << 62
