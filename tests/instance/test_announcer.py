@@ -217,7 +217,25 @@ async def test_a_master_that_goes_is_told_no_more(house: House) -> None:
     await beating.put("one", "one:1")
     client = await beating.beaten("one:1")
     await beating.registry.delete(f"{keys.SERVICES}one")
+    client.away = True
     await until("the client to be closed", lambda: client.closed)
+
+
+async def test_a_master_that_answers_is_told_on_though_etcd_lost_its_record(house: House) -> None:
+    """An etcd that was away longer than the lease returns without the record, until the master has put it again."""
+    beating = Beating(house)
+    await beating.put("one", "one:1")
+    client = await beating.beaten("one:1")
+    await beating.registry.delete(f"{keys.SERVICES}one")
+    await settle()
+    await beating.beaten("one:1", len(client.beats) + 3)
+    await beating.put("one", "one:1")
+    await settle()
+    client.away = True
+    await beating.beaten("one:1", len(client.beats) + 3)
+    numbers = [beat.sequence for beat in client.beats]
+    assert numbers == list(range(len(numbers)))
+    assert not client.closed
 
 
 async def test_a_master_that_moves_is_told_at_its_new_address(house: House) -> None:

@@ -1,6 +1,7 @@
 """The masters this instance works for: found in the registry, told every heartbeat, given one Generations stream each.
 
-A master that does not answer is told again at the next beat; its requests end in instance/generations when it stays away.
+A master that does not answer is told again at the next beat; its requests end in instance/generations when it stays away. One whose
+record is gone is told as long as it answers: an etcd that was away comes back without the records of masters that live.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Masters:
         self._tasks = tasks
         self._beating: dict[str, asyncio.Task[None]] = {}  # key in the registry -> its heartbeat
         self._addresses: dict[str, str] = {}
+        self._unlisted: set[str] = set()  # keys of _beating whose record is gone
 
     async def follow(self, registry: Registry) -> None:
         """List, then watch, for ever."""
@@ -69,23 +71,28 @@ class Masters:
             if entry.key in (keys.ELECTED_MASTER, keys.TERM):
                 continue
             address = _address(entry, self._cluster_key)
+            if not address:
+                if entry.key in self._beating:
+                    self._unlisted.add(entry.key)
+                continue
+            self._unlisted.discard(entry.key)
             if address == self._addresses.get(entry.key):
                 continue
-            self._stop(entry.key)
-            if address:
-                _log.info("master found", master=address)
-                self._addresses[entry.key] = address
-                name = f"heartbeat {address}"
-                self._beating[entry.key] = self._tasks.start(self._tell(address), name=name)
+            task = self._forget(entry.key)
+            if task is not None:
+                task.cancel()
+            _log.info("master found", master=address)
+            self._addresses[entry.key] = address
+            name = f"heartbeat {address}"
+            self._beating[entry.key] = self._tasks.start(self._tell(entry.key, address), name=name)
 
-    def _stop(self, key: str) -> None:
+    def _forget(self, key: str) -> asyncio.Task[None] | None:
+        self._unlisted.discard(key)
         self._addresses.pop(key, None)
-        task = self._beating.pop(key, None)
-        if task is not None:
-            task.cancel()
+        return self._beating.pop(key, None)
 
-    async def _tell(self, address: str) -> None:
-        """One master's heartbeats, until its record is gone."""
+    async def _tell(self, key: str, address: str) -> None:
+        """One master's heartbeats, until its record is gone and it does not answer."""
         client = self._client(address)
         sequence = 0
         answered = True
@@ -101,6 +108,9 @@ class Masters:
                     if answered:
                         _log.warning("master does not answer", master=address, reason=error.message)
                     answered = False
+                    if key in self._unlisted:
+                        self._forget(key)
+                        return
                 sequence += 1
                 await asyncio.sleep(self._interval_s)
         finally:
