@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -71,6 +72,30 @@ def test_a_launcher_runs_from_another_folder_and_through_a_symlink(name, tmp_pat
     ended = child(f"./{link.name}", "--help", cwd=link.parent, PYTHONPATH="")
     assert ended.returncode == 0
     assert ended.stdout.startswith(f"{program}: ")
+
+
+@pytest.mark.parametrize("name", [*LAUNCHERS, "etcd"])
+def test_a_launcher_of_a_checkout_without_its_environment_says_what_to_run(name, tmp_path):
+    launcher = tmp_path / "bin" / name
+    launcher.parent.mkdir()
+    launcher.write_bytes((ROOT / "bin" / name).read_bytes())
+    bare = tmp_path / "python3"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    for tool in ("bash", "dirname", "readlink"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    bash = str(tmp_path / "bash")
+    ended = subprocess.run(
+        [bash, launcher],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert "Run scripts/setup_env.sh" in ended.stderr
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
