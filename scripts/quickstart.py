@@ -89,7 +89,9 @@ class Processes:
     def start(self, name: str, *words: str) -> None:
         """Start one program of this checkout; its output goes to run/quickstart/<name>.log."""
         LOGS.mkdir(parents=True, exist_ok=True)
-        with (LOGS / f"{name}.log").open("wb") as log:
+        path = LOGS / f"{name}.log"
+        path.unlink(missing_ok=True)  # an older quickstart that still runs writes on into its own
+        with path.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", *words],
                 stdout=log,

@@ -37,6 +37,18 @@ def test_the_cache_takes_what_it_was_given_and_says_so(folder: Path) -> None:
     executor.close()
 
 
+def test_a_cache_larger_than_the_memory_is_cut_and_the_flag_that_did_it_is_named(
+    folder: Path,
+) -> None:
+    cache = CacheConfig(block_size=16, max_cache_bytes=1 << 50, max_memory_utilization=1e-4)
+    executor = open_executor(EngineConfig(model_path=str(folder), cpu_threads=1, cache=cache))
+    assert executor.capacity().num_blocks < (1 << 50) // BLOCK_BYTES
+    assert "cut to 0.0001 of the free memory by --max_memory_utilization" in " ".join(
+        executor.capacity().summary
+    )
+    executor.close()
+
+
 def test_a_cache_of_less_than_two_blocks_is_refused_with_the_flag_to_raise(folder: Path) -> None:
     with pytest.raises(DeviceUnavailable, match="raise --max_cache_size or lower --block_size"):
         opened(folder, 2 * BLOCK_BYTES - 1)

@@ -14,7 +14,7 @@ def etcd(default_addr: str) -> list[Flag]:
             default_addr,
             "etcd: host:port[,host:port], optionally http(s)://",
         ),
-        b("etcd_namespace", "string", "", "prefix of all keys"),
+        b("etcd_namespace", "string", "", "all keys lie under /NAME/"),
         a("etcd_timeout_s", "double", 5.0, "limit of one etcd call"),
         a("etcd_start_timeout_s", "double", 60.0, "patience with etcd at the start, then exit 6"),
     ]

@@ -143,6 +143,8 @@ def _size_cache(
             "a quarter of the free memory, at most 4 GiB",
         )
     budget = min(wanted, usable)
+    if budget < wanted:
+        why += f", cut to {cache.max_memory_utilization:g} of the free memory by --max_memory_utilization"
     num_blocks = budget // block_bytes
     if num_blocks < 2:
         raise DeviceUnavailable(
