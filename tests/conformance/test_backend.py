@@ -103,7 +103,8 @@ async def local() -> AsyncIterator[Subject]:
 
     async def open_requests() -> int:
         counts = await link.ledger()
-        return outlets.num_open + counts["requests_open"] + NUM_BLOCKS - counts["free"]
+        held = NUM_BLOCKS - counts["free"] - counts["cached"]
+        return outlets.num_open + counts["requests_open"] + held
 
     def spoil(given: Submission) -> Submission:
         return order(given.request_id, prompt=(1, VOCAB_SIZE))
