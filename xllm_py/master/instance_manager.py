@@ -233,7 +233,8 @@ class InstanceManager:
 
     def _on_change(self, member: Member, change: Changed, now: float) -> None:
         card = member.card
-        say = _log.warning if change.after is InstanceState.GONE else _log.info
+        lost = change.after is InstanceState.GONE and change.before is not InstanceState.DRAINING
+        say = _log.warning if lost else _log.info
         say(
             f"instance {change.after.value.lower()}",
             name=card.name,
