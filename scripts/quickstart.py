@@ -178,14 +178,14 @@ def get(port: int, path: str) -> tuple[int, Any]:
 
 
 def wait_ready(processes: Processes, port: int) -> None:
-    """Until the master says that requests can be served."""
+    """Until the master says that requests can be served by both; a lone instance would serve alone after a while."""
     deadline = time.monotonic() + START_TIMEOUT_S
     body: Any = "no answer yet"
     while time.monotonic() < deadline:
         processes.check()
         with contextlib.suppress(OSError, ValueError):
             status, body = get(port, "/ready")
-            if status == 200:
+            if status == 200 and body.get("mode") == "pd":
                 return
         time.sleep(0.1)
     raise QuickstartError(

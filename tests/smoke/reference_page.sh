@@ -84,7 +84,9 @@ else
 fi
 pids+=($!)
 
-await 90 "/ready of the master" curl -sf http://127.0.0.1:28888/ready
+# on a slow machine a lone P serves alone (mode degraded) until D has loaded
+pair_is_ready() { curl -sf http://127.0.0.1:28888/ready | grep -q '"mode":"pd"'; }
+await 90 "a linked pair at the master" pair_is_ready
 
 name=$(basename "$MODEL")
 completion=$(curl -sS --max-time 60 http://127.0.0.1:28888/v1/completions \
