@@ -1,9 +1,10 @@
 """The batch: who waits, who runs in which row, and what the next step computes.
 
 Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones, oldest first,
-until tokens, rows or blocks run out. A request that needs a block when none is free preempts the youngest running one, whose
-blocks are freed and whose tokens are computed again later; the youngest itself waits with what it has. A request that is to be given away gets all its blocks when it is
-admitted and is never preempted, because the transport may be reading them.
+until tokens, rows or blocks run out. A waiting one begins behind the blocks that the prefix cache has of it. A request that needs a
+block when none is free preempts the youngest running one, whose blocks are freed and whose tokens are computed again later; the
+youngest itself waits with what it has. A request that is to be given away gets all its blocks when it is admitted and is never
+preempted, because the transport may be reading them.
 
 Used by the scheduler alone. Victims are younger than the request they give way to, so what is already in a plan stays.
 """

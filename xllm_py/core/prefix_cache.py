@@ -12,6 +12,8 @@ from xllm_py.base.hashing import block_hashes, next_hash, salted
 from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.request import Request
 
+_NEVER = 1 << 62  # tokens: nothing of this request is ever shared
+
 
 class PrefixCache:
     """One engine's. The counters are in tokens."""
@@ -77,6 +79,3 @@ class PrefixCache:
             at = len(hashes) * size
             parent = hashes[-1] if hashes else salted(self._root, request.submission.cache_salt)
             hashes.append(next_hash(parent, request.tokens[at : at + size]))
-
-
-_NEVER = 1 << 62

@@ -186,9 +186,7 @@ class Scheduler:
         self._blocks.move(request.block_ids, Holding.STAGED, Holding.ACTIVE)
         request.num_computed = len(request.tokens)
         request.num_cached = first.cached_tokens
-        self._prefix.publish(
-            request
-        )  # before the first token is appended: the prompt alone is computed
+        self._prefix.publish(request)
         request.tokens.append(first.token_id)
         request.move(State.RUNNING)
         request.stamp(Moment.DECODING, now)
