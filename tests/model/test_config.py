@@ -11,8 +11,7 @@ import torch
 
 from tests.checkpoints import make_checkpoint
 from xllm_py.base.errors import ModelLoadError
-from xllm_py.model import pick_dtype
-from xllm_py.model.config import read_config
+from xllm_py.model import pick_dtype, read_config
 
 
 @pytest.fixture
@@ -34,14 +33,14 @@ def test_a_whole_config_is_read(folder: Path) -> None:
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (6, 3, 8)
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (320, 48, 2)
     assert (config.intermediate_size, config.max_position) == (128, 2048)
-    assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 10000.0)
+    assert (config.rms_norm_eps, config.rope.theta) == (1e-6, 10000.0)
     assert (config.tied, config.dtype, config.eos_token_ids) == (False, "bfloat16", (2,))
 
 
 def test_missing_fields_with_a_usual_value_have_it(folder: Path) -> None:
     change(folder, num_key_value_heads=None, rms_norm_eps=None, rope_theta=None, torch_dtype=None)
     config = read_config(folder)
-    assert (config.num_kv_heads, config.rope_theta, config.rms_norm_eps) == (6, 10000.0, 1e-6)
+    assert (config.num_kv_heads, config.rope.theta, config.rms_norm_eps) == (6, 10000.0, 1e-6)
     assert config.dtype == "float32"
 
 
@@ -55,7 +54,7 @@ def test_the_words_of_newer_files_are_understood(folder: Path) -> None:
         head_dim=16,
     )
     config = read_config(folder)
-    assert (config.rope_theta, config.dtype, config.head_dim) == (1e6, "bfloat16", 16)
+    assert (config.rope.theta, config.dtype, config.head_dim) == (1e6, "bfloat16", 16)
 
 
 @pytest.mark.parametrize(
@@ -81,33 +80,75 @@ def test_end_tokens_come_from_the_generation_config_first(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "llama9"}, "model_type llama9 is not supported; known: qwen2"),
+        (
+            {"model_type": "llama9"},
+            "model_type is 'llama9', which is not supported; known: llama, mistral, qwen2, qwen3, qwen3_moe",
+        ),
         ({"model_type": None}, "model_type is missing"),
         ({"model_type": 4}, "model_type is missing or no text"),
-        ({"vocab_size": None}, "vocab_size is None"),
+        ({"vocab_size": None}, "vocab_size is null; a positive integer"),
         ({"hidden_size": 0}, "hidden_size is 0; a positive integer"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers is two"),
-        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"num_attention_heads": True}, "num_attention_heads is true"),
         ({"num_attention_heads": 2.5}, "num_attention_heads is 2.5"),
         ({"num_key_value_heads": 4}, "6 heads cannot share 4 KV heads"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is small"),
         ({"rope_theta": 0}, "rope_theta is 0"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is null; a number of at least 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.type is longrope, which is not"),
+        (
+            {"rope_parameters": {"rope_type": ["yarn"]}},
+            "known: default, linear, dynamic, yarn, llama3",
+        ),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling.rope_type is missing beside a factor"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is yarn, not a JSON object"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
+            "rope_scaling.high_freq_factor is 4; more than low_freq_factor 4",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+            "rope_scaling.low_freq_factor is null",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}},
+            "rope_scaling.beta_slow is 2",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "truncate": 1}}, "truncate is 1; true or"),
+        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "factor is Infinity"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2},
+            "head_dim is 2; dynamic rope scaling needs at least 4",
+        ),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta is big"),
         ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta is -1.0"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True}, "sliding_window is null; a positive integer"),
+        ({"use_sliding_window": 1}, "use_sliding_window is 1; true or false"),
+        ({"use_sliding_window": True, "sliding_window": -4}, "sliding_window is -4"),
+        ({"use_sliding_window": True, "sliding_window": True}, "sliding_window is true"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is no; true or false"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu, which is not supported; known: silu"),
+        ({"head_dim": None, "hidden_size": 50}, "hidden_size is 50; 6 heads cannot divide it"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"layer_types": "full_attention"}, "layer_types is not a list"),
+        ({"layer_types": "full_attention"}, "layer_types is full_attention, not a list"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries; 2 layers need 2"),
+        ({"layer_types": ["mamba", "mamba"]}, "layer_types names 'mamba'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"rope_parameters": 3}, "rope_parameters is not a JSON object"),
+        ({"rope_parameters": 3}, "rope_parameters is 3, not a JSON object"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"head_dim": 7}, "heads of 7 have no halves to rotate"),
-        ({"eos_token_id": "end"}, "eos_token_id end is no token id"),
-        ({"eos_token_id": [1, -2]}, "is no token id"),
-        ({"eos_token_id": True}, "eos_token_id True is no token id"),
+        ({"eos_token_id": "end"}, "eos_token_id is end, no token id"),
+        ({"eos_token_id": [1, -2]}, "is [1, -2], no token id"),
+        ({"eos_token_id": True}, "eos_token_id is True, no token id"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_with_file_and_field(

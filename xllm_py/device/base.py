@@ -77,9 +77,12 @@ class Device(Protocol):
         """Store one step's keys and values. keys, values: [tokens, kv_heads, head_dim]; slots: [tokens] int64, unique."""
         ...
 
-    def attend(self, queries: Tensor, layer: int, batch: AttentionBatch) -> Tensor:
+    def attend(
+        self, queries: Tensor, layer: int, batch: AttentionBatch, sliding_window: int = 0
+    ) -> Tensor:
         """Causal attention of this step's tokens over the paged cache of one layer.
 
+        sliding_window: how many tokens a token sees, itself and the ones just before it; 0: all.
         queries: [tokens, heads, head_dim], cache dtype; the result has the same shape and dtype; rows of padding are zero.
         Scale is head_dim ** -0.5; the softmax runs in float32 whatever the cache dtype. The result of a token depends, to the
         bit, only on its query and its context: not on chunking, other sequences, or block size.

@@ -3,7 +3,7 @@
 Exactness (PERF section 4, repeated on AVX2): oneDNN's packed linears give each row the same bits for any number of rows; MKL's
 do not. Attention goes over fixed, absolute windows of 512 keys in ascending order with an online softmax in float32, so that a
 token sees the same sums whether it is prefilled whole, in chunks, or decoded. Windows a token cannot see add nothing: a
-probability of exp(-inf) is exactly 0 and a rescale by exp(0) exactly 1.
+probability of exp(-inf) is exactly 0 and a rescale by exp(0) exactly 1. A model's sliding window is a mask over them and moves none.
 
 A CPU without bfloat16 instructions computes bfloat16 models in float32 and rounds results to bfloat16; products with
 emulated bfloat16 were 7 times slower there.
@@ -39,7 +39,7 @@ class _DecodeWindow:
     rows: Tensor  # [sequences * kv_heads * WINDOW] int64
     hidden: (
         Tensor | None
-    )  # [sequences * kv_heads, 1, WINDOW] bool, true past the end; None: nothing is
+    )  # [sequences * kv_heads, 1, WINDOW] bool, true for what is not seen; None: all is
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,9 @@ class _Tile:
 
     start: int
     end: int
+    first: (
+        int  # the first window that one of the tokens reaches into, counted from the prompt's first
+    )
     hidden: list[Tensor | None]  # one per window up to the last token's, [tokens, 1, WINDOW] bool
 
 
@@ -61,7 +64,7 @@ class _Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Lookup:
-    """Where a step's keys and values lie; the same for every layer, so it is made once per step."""
+    """Where a step's keys and values lie; the same for every layer of one sliding window, so it is made once per step."""
 
     decoding: Tensor | None  # places of the decoding sequences' tokens in the step
     windows: list[_DecodeWindow]
@@ -81,7 +84,7 @@ class CpuDevice:
         self._values: list[Tensor] = []
         self._memory: KvMemory | None = None
         self._block_size = self._kv_heads = 0
-        self._lookup: tuple[AttentionBatch, _Lookup] | None = None
+        self._lookups: tuple[AttentionBatch, dict[int, _Lookup]] | None = None
 
     def memory(self) -> tuple[int, int]:
         """See Device."""
@@ -142,43 +145,53 @@ class CpuDevice:
         self._keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
         self._values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
-    def attend(self, queries: Tensor, layer: int, batch: AttentionBatch) -> Tensor:
+    def attend(
+        self, queries: Tensor, layer: int, batch: AttentionBatch, sliding_window: int = 0
+    ) -> Tensor:
         """See Device. Decoding sequences are computed together, prompts one after the other."""
-        if self._lookup is None or self._lookup[0] is not batch:
-            self._lookup = (batch, self._look_up(batch))
-        lookup = self._lookup[1]
+        if self._lookups is None or self._lookups[0] is not batch:
+            self._lookups = (batch, {})
+        lookup = self._lookups[1].get(sliding_window)
+        if lookup is None:
+            lookup = self._lookups[1][sliding_window] = self._look_up(batch, sliding_window)
         out = torch.zeros_like(queries)
         if lookup.decoding is not None:
             out[lookup.decoding] = self._decode(queries[lookup.decoding], layer, lookup.windows)
         for prompt in lookup.prompts:
             keys, values = self._gather(layer, prompt.rows)
             for tile in prompt.tiles:
-                done = self._prefill(queries[tile.start : tile.end], keys, values, tile.hidden)
+                done = self._prefill(queries[tile.start : tile.end], keys, values, tile)
                 out[tile.start : tile.end] = done
         return out
 
-    def _look_up(self, batch: AttentionBatch) -> _Lookup:
+    def _look_up(self, batch: AttentionBatch, sliding: int) -> _Lookup:
         decoding = [i for i, count in enumerate(batch.num_tokens) if count == 1]
         prompts = [i for i, count in enumerate(batch.num_tokens) if count > 1]
         return _Lookup(
             torch.tensor([batch.first_tokens[i] for i in decoding]) if decoding else None,
-            self._decode_windows(batch, decoding),
-            [self._prompt(batch, i) for i in prompts],
+            self._decode_windows(batch, decoding, sliding),
+            [self._prompt(batch, i, sliding) for i in prompts],
         )
 
-    def _decode_windows(self, batch: AttentionBatch, decoding: list[int]) -> list[_DecodeWindow]:
+    def _decode_windows(
+        self, batch: AttentionBatch, decoding: list[int], sliding: int
+    ) -> list[_DecodeWindow]:
         if not decoding:
             return []
         tables = batch.block_tables[torch.tensor(decoding)]
         ends = torch.tensor([batch.context_tokens[i] for i in decoding])
+        starts = (ends - sliding).clamp(min=0) if sliding else torch.zeros_like(ends)
         found = []
-        for window in range(-(-int(ends.max()) // WINDOW)):
-            # sequences that end before this window take no part; a row's bits do not depend on the others
-            active = (ends > window * WINDOW).nonzero().flatten()
+        for window in range(int(starts.min()) // WINDOW, -(-int(ends.max()) // WINDOW)):
+            # sequences that see nothing of this window take no part; a row's bits do not depend on the others
+            reach = (ends > window * WINDOW) & (starts < (window + 1) * WINDOW)
+            active = reach.nonzero().flatten()
+            if not len(active):
+                continue
             every = len(active) == len(decoding)
             state = (active[:, None] * self._kv_heads + torch.arange(self._kv_heads)).flatten()
             positions = torch.arange(window * WINDOW, (window + 1) * WINDOW)
-            outside = positions >= ends[active][:, None]
+            outside = (positions >= ends[active][:, None]) | (positions < starts[active][:, None])
             hidden = outside.repeat_interleave(self._kv_heads, 0)[:, None]
             found.append(
                 _DecodeWindow(
@@ -190,18 +203,23 @@ class CpuDevice:
             )
         return found
 
-    def _prompt(self, batch: AttentionBatch, i: int) -> _Prompt:
+    def _prompt(self, batch: AttentionBatch, i: int, sliding: int) -> _Prompt:
         first, count, context = batch.first_tokens[i], batch.num_tokens[i], batch.context_tokens[i]
-        positions = torch.arange(-(-context // WINDOW) * WINDOW).view(-1, WINDOW)
+        seen = max(0, context - count - sliding + 1) if sliding else 0  # from here on
+        skipped = seen // WINDOW
+        positions = torch.arange(skipped * WINDOW, -(-context // WINDOW) * WINDOW).view(-1, WINDOW)
         table = batch.block_tables[i].expand(positions.shape[0], -1)
         tiles = []
         for start, end in pairwise([*range(0, count, QUERY_TILE), count]):
             where = torch.arange(context - count + start, context - count + end)
+            nearest = max(0, int(where[0]) - sliding + 1) // WINDOW - skipped if sliding else 0
             hidden = []
-            for keys in positions[: int(where[-1]) // WINDOW + 1]:
+            for keys in positions[nearest : int(where[-1]) // WINDOW + 1 - skipped]:
                 masked = keys > where[:, None]
+                if sliding:
+                    masked |= keys <= where[:, None] - sliding
                 hidden.append(masked[:, None] if bool(masked.any()) else None)
-            tiles.append(_Tile(first + start, first + end, hidden))
+            tiles.append(_Tile(first + start, first + end, nearest, hidden))
         return _Prompt(self._rows(table, positions, positions >= context), tiles)
 
     def _rows(self, tables: Tensor, positions: Tensor, outside: Tensor) -> Tensor:
@@ -243,9 +261,7 @@ class CpuDevice:
         result = state.result().view(count, self._kv_heads, rows, dim)[:, :, :group]
         return result.reshape(count, heads, dim).to(queries.dtype)
 
-    def _prefill(
-        self, queries: Tensor, keys: Tensor, values: Tensor, hidden: list[Tensor | None]
-    ) -> Tensor:
+    def _prefill(self, queries: Tensor, keys: Tensor, values: Tensor, tile: _Tile) -> Tensor:
         """One tile; queries [tokens, heads, head_dim], keys and values [windows x kv_heads, WINDOW, head_dim]."""
         count, heads, dim = queries.shape
         kv_heads = self._kv_heads
@@ -257,7 +273,7 @@ class CpuDevice:
         if padding:
             grouped = torch.nn.functional.pad(grouped, (0, 0, 0, padding))
         state = _Softmax(kv_heads, count * group + padding, dim)
-        for window, masked in enumerate(hidden):
+        for window, masked in enumerate(tile.hidden, tile.first):
             at = slice(window * kv_heads, (window + 1) * kv_heads)
             scores = state.scores(grouped, keys[at])
             if masked is not None:
@@ -269,7 +285,7 @@ class CpuDevice:
 
     def close(self) -> None:
         """See Device."""
-        self._keys, self._values, self._memory, self._lookup = [], [], None, None
+        self._keys, self._values, self._memory, self._lookups = [], [], None, None
 
 
 class _Softmax:
@@ -280,7 +296,8 @@ class _Softmax:
 
     def __init__(self, batch: int, rows: int, dim: int) -> None:
         self._scale = dim**-0.5
-        self._highest = torch.full((batch, rows, 1), -torch.inf)
+        # finite, so that a row which sees nothing of its first window keeps zeros; a real score outweighs it without a trace
+        self._highest = torch.full((batch, rows, 1), torch.finfo(torch.float32).min)
         self._sum = torch.zeros(batch, rows, 1)
         self._values = torch.zeros(batch, rows, dim)
 
@@ -291,7 +308,7 @@ class _Softmax:
     def add(self, scores: Tensor, values: Tensor, at: Tensor | None = None) -> None:
         """scores [n, rows, WINDOW], used up; values [n, WINDOW, dim]; at: [n] places in the state, None: all of it.
 
-        -inf hides a key. Every real row sees a key in its first window, because position 0 is always seen.
+        -inf hides a key. A window of which a row sees nothing adds nothing to it: its weights are exactly 0, the rescale exactly 1.
         """
         if at is None:
             before, total, sums = self._highest, self._sum, self._values

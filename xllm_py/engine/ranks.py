@@ -23,8 +23,8 @@ from xllm_py.device import open_device
 from xllm_py.device.base import Device, KvShape
 from xllm_py.engine.self_test import numerics_fingerprint
 from xllm_py.engine.worker import Worker
-from xllm_py.model import load_model, pick_dtype
-from xllm_py.model.config import ModelConfig, read_config
+from xllm_py.model import load_model, pick_dtype, read_config
+from xllm_py.model.config import ModelConfig
 
 _CPU_CACHE_BYTES = 4 << 30
 _MIB = 1 << 20
@@ -43,9 +43,9 @@ def open_executor(config: EngineConfig) -> Executor:
     folder = Path(config.model_path)
     model_config = read_config(folder)
     max_len = config.max_model_len or model_config.max_position
-    if max_len > model_config.max_position:
+    if max_len > model_config.longest:
         raise UsageError(
-            f"--max_model_len={max_len} is more than the model's {model_config.max_position}; lower it"
+            f"--max_model_len={max_len} is more than the model's {model_config.longest}; lower it"
         )
     device = open_device(config.devices[0], threads=config.cpu_threads)
     dtype = pick_dtype(config.dtype, model_config)
@@ -86,7 +86,7 @@ def open_executor(config: EngineConfig) -> Executor:
         ),
         dtype=str(dtype).removeprefix("torch."),
         device=device.name,
-        model_fingerprint=model_fingerprint(folder, dtype),
+        model_fingerprint=model_fingerprint(folder, dtype, model_config.rope.variant(max_len)),
         numerics_fingerprint=numerics_fingerprint(
             worker, model_config.vocab_size, max_len, sizing.num_blocks, config.cache.block_size
         ),
@@ -165,12 +165,14 @@ def _size_cache(
     return _Sizing(num_blocks, tuple(lines))
 
 
-def model_fingerprint(folder: Path, dtype: torch.dtype) -> str:
+def model_fingerprint(folder: Path, dtype: torch.dtype, variant: str = "") -> str:
     """Hash of config, weight files by name, size and samples, tokenizer and template (SPEC 4.2).
+
+    variant: what the flags make of the files beyond the dtype; instances that differ in it share no KV.
 
     The samples tell a fine-tuned checkpoint from its base, whose files have the same names and sizes.
     """
-    parts = [str(dtype)]
+    parts = [f"{dtype} {variant}".rstrip()]
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         path = folder / name
         parts.append(hashlib.blake2b(path.read_bytes()).hexdigest() if path.exists() else "")

@@ -15,7 +15,7 @@ from xllm_py.core.executor import LayerDone
 from xllm_py.core.plan import RowStart, StepPlan, StepResult
 from xllm_py.device.base import AttentionBatch, Device
 from xllm_py.engine.sampler import sample
-from xllm_py.model import Qwen2
+from xllm_py.model import Model
 
 Observer = Callable[[list[str], list[int], Tensor], None]
 
@@ -24,7 +24,7 @@ class Worker:
     """Owns the row tables."""
 
     def __init__(
-        self, model: Qwen2, device: Device, *, max_seqs: int, max_blocks: int, block_size: int
+        self, model: Model, device: Device, *, max_seqs: int, max_blocks: int, block_size: int
     ) -> None:
         self._model = model
         self._device = device

@@ -1,4 +1,4 @@
-"""Floor 4: layers, weights and one file per architecture family. `load_model` is the only door."""
+"""Floor 4: layers, weights and one file per family. `read_config` and `load_model` are the only doors; FAMILIES is the only list."""
 
 from __future__ import annotations
 
@@ -8,13 +8,36 @@ import torch
 
 from xllm_py.base.errors import ModelLoadError
 from xllm_py.device.base import Device
-from xllm_py.model.config import ModelConfig
+from xllm_py.model.base import Model
+from xllm_py.model.config import ModelConfig, read_fields
+from xllm_py.model.decoder import Decoder
+from xllm_py.model.llama import Llama
+from xllm_py.model.mistral import Mistral
 from xllm_py.model.qwen2 import Qwen2
+from xllm_py.model.qwen3 import Qwen3
+from xllm_py.model.qwen3_moe import Qwen3Moe
 from xllm_py.model.weights import DummyWeights, Weights, WeightSource
 
-__all__ = ["Qwen2", "load_model", "pick_dtype"]
+__all__ = ["FAMILIES", "Model", "load_model", "pick_dtype", "read_config"]
 
+FAMILIES: dict[str, type[Decoder]] = {  # by config.json's model_type
+    "llama": Llama,
+    "mistral": Mistral,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "qwen3_moe": Qwen3Moe,
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read a model folder's config.json and generation_config.json. Raises ModelLoadError."""
+    fields = read_fields(folder)
+    kind = fields.text("model_type")
+    if kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        fields.refuse("model_type", f"is {kind[:80]!r}, which is not supported; known: {known}")
+    return FAMILIES[kind].read(fields)
 
 
 def pick_dtype(wanted: str, config: ModelConfig) -> torch.dtype:
@@ -40,9 +63,9 @@ def load_model(
     dtype: torch.dtype,
     load_format: str,
     max_position: int,
-) -> Qwen2:
+) -> Model:
     """Read the weights onto the device. load_format: `auto` (safetensors) or `dummy` (seeded random)."""
     weights: WeightSource = (
         DummyWeights(dtype) if load_format == "dummy" else Weights(folder, dtype)
     )
-    return Qwen2(config, device, weights, max_position)
+    return FAMILIES[config.model_type](config, device, weights, max_position)

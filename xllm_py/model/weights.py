@@ -42,8 +42,11 @@ class Weights:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._file_of = _index(folder)
+        files = set(self._file_of.values())
+        index = folder / INDEX
+        # where a tensor is named that is not there
+        self._origin = index if index.exists() else files.pop() if len(files) == 1 else folder
         self._taken: set[str] = set()
-        self._open: dict[Path, object] = {}
 
     def has(self, name: str) -> bool:
         """See WeightSource."""
@@ -54,16 +57,18 @@ class Weights:
         path = self._file_of.get(name)
         if path is None:
             raise ModelLoadError(
-                f"the checkpoint has no tensor {name}; copy the model folder again, it is not complete"
+                f"{self._origin}: has no tensor {name}; copy the model folder again, it is not complete"
             )
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{path}: tensor {name} cannot be read ({error})") from error
+            raise ModelLoadError(
+                f"{path}: tensor {name} cannot be read ({error}); copy it again"
+            ) from error
         if tuple(tensor.shape) != shape:
             raise ModelLoadError(
-                f"{path}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies {shape}"
+                f"{path}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies {shape}; one of the two is of another model"
             )
         if not tensor.is_floating_point():
             raise ModelLoadError(
@@ -81,7 +86,7 @@ class Weights:
         )
         if left:
             raise ModelLoadError(
-                f"the checkpoint has tensors this model does not know: {', '.join(left[:5])}"
+                f"{self._origin}: has tensors that this model does not know: {', '.join(left[:5])}; is config.json of another model?"
             )
 
 
@@ -93,10 +98,14 @@ def _index(folder: Path) -> dict[str, Path]:
             names = json.loads(index.read_text())["weight_map"]
             files = {str(name): folder / Path(str(file)).name for name, file in names.items()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelLoadError(f"{index}: is broken ({error})") from error
+            raise ModelLoadError(
+                f"{index}: field weight_map is broken ({error}); copy it again"
+            ) from error
         missing = sorted({file.name for file in files.values() if not file.exists()})
         if missing:
-            raise ModelLoadError(f"{index}: names files that are not there: {', '.join(missing)}")
+            raise ModelLoadError(
+                f"{index}: names files that are not there: {', '.join(missing)}; copy them too"
+            )
         return files
     found = sorted(folder.glob("*.safetensors"))
     if not found:

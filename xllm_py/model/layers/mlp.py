@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xllm_py.device.base import Device, Linear
+from xllm_py.model.layers.parts import Parts
 
 
 def silu(x: Tensor) -> Tensor:
@@ -21,13 +21,20 @@ def silu(x: Tensor) -> Tensor:
 
 
 class GatedMlp:
-    """weights: gate and up [intermediate, hidden], down [hidden, intermediate]."""
+    """at: where its three linears stand in the checkpoint; wide: rows of gate and of up."""
 
-    def __init__(self, device: Device, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        self._gate_up: Linear = device.pack_linear(torch.cat((gate, up)), None)
-        self._down: Linear = device.pack_linear(down, None)
+    def __init__(self, parts: Parts, at: str, wide: int, *, bias: bool = False) -> None:
+        hidden = parts.config.hidden_size
+        self._gate_up = parts.linear(
+            {f"{at}.gate_proj": wide, f"{at}.up_proj": wide}, hidden, bias=bias
+        )
+        self._down = parts.linear({f"{at}.down_proj": hidden}, wide, bias=bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [tokens, hidden]; the result has the same shape and dtype."""
+    def __call__(self, x: Tensor, real: int) -> Tensor:
+        """x: [tokens, hidden], padded, of which the first `real` are tokens; the result has the same shape and dtype.
+
+        All rows are computed: a product has its exact bits only with the padding.
+        """
+        assert real <= x.shape[0]
         gate, up = self._gate_up(x).chunk(2, dim=-1)
         return self._down(silu(gate.contiguous()) * up)

@@ -1,0 +1,93 @@
+"""A stack of decoder layers between an embedding and a head: what the families share. A family says how its config is read and what
+stands in a layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional
+
+from xllm_py.device.base import AttentionBatch, Device
+from xllm_py.model.base import Stored
+from xllm_py.model.config import ModelConfig
+from xllm_py.model.fields import Fields
+from xllm_py.model.layers.attention import Attention
+from xllm_py.model.layers.parts import Parts
+from xllm_py.model.layers.rope import Rope
+from xllm_py.model.weights import WeightSource
+
+FeedForward = Callable[[Tensor, int], Tensor]  # GatedMlp or Experts
+
+
+class Layer:
+    """Attention and a feed-forward part, each behind a norm and added to what it was given."""
+
+    def __init__(self, parts: Parts, index: int, attention: Attention, feed: FeedForward) -> None:
+        at = f"model.layers.{index}"
+        self._norm = parts.norm(f"{at}.input_layernorm")
+        self._norm_after = parts.norm(f"{at}.post_attention_layernorm")
+        self._attention = attention
+        self._feed = feed
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch, stored: Stored | None
+    ) -> Tensor:
+        """x: [tokens, hidden]. `stored` is called when this layer's keys and values are in the cache."""
+        x = x + self._attention(self._norm(x), cos, sin, batch, stored)
+        return x + self._feed(self._norm_after(x), batch.slots.shape[0])
+
+
+class Decoder(ABC):
+    """Implements model.base.Model."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, fields: Fields) -> ModelConfig:
+        """The family's config. Raises ModelLoadError that names file and field."""
+
+    @abstractmethod
+    def layer(self, parts: Parts, index: int) -> Layer:
+        """Build one layer from the tensors it takes."""
+
+    def __init__(
+        self, config: ModelConfig, device: Device, weights: WeightSource, max_position: int
+    ) -> None:
+        self.config = config
+        parts = Parts(config, device, weights)
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self._embedding = weights.take("model.embed_tokens.weight", vocabulary)
+        self.dtype = self._embedding.dtype
+        self._layers = [self.layer(parts, index) for index in range(config.num_layers)]
+        self._norm = parts.norm("model.norm")
+        head = self._embedding if config.tied else weights.take("lm_head.weight", vocabulary)
+        self._head = device.pack_linear(head, None)
+        weights.finish(
+            ("lm_head.weight", "rotary_emb.inv_freq") if config.tied else ("rotary_emb.inv_freq",)
+        )
+        self._padding = device.row_padding()
+        self._rope = Rope(
+            config.rope, head_dim=config.head_dim, max_position=max_position, dtype=self.dtype
+        )
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        batch: AttentionBatch,
+        stored: Stored | None = None,
+    ) -> Tensor:
+        """See Model."""
+        x = functional.embedding(token_ids, self._embedding)
+        cos, sin = self._rope.at(positions)
+        for layer in self._layers:
+            x = layer(x, cos, sin, batch, stored)
+        return self._norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See Model."""
+        rows = hidden.shape[0]
+        padded = functional.pad(hidden, (0, 0, 0, -rows % self._padding))
+        return self._head(padded)[:rows].float()

@@ -1,0 +1,69 @@
+"""Grouped-query attention with rotary positions over the paged cache. Source: Ainslie et al. 2023, GQA; names of the Hugging Face files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xllm_py.device.base import AttentionBatch
+from xllm_py.model.base import Stored
+from xllm_py.model.layers.norm import RmsNorm
+from xllm_py.model.layers.parts import Parts
+from xllm_py.model.layers.rope import rotate
+
+
+class Attention:
+    """One layer's attention.
+
+    qkv_bias, out_bias: whether the projections in and out have offsets. head_norms: queries and keys are normed, head by head,
+    before they are rotated. The layer's sliding window stands in config.windows.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        index: int,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        head_norms: bool = False,
+    ) -> None:
+        config = parts.config
+        self._index = index
+        self._device = parts.device
+        self._heads, self._kv_heads = config.num_heads, config.num_kv_heads
+        self._dim, self._window = config.head_dim, config.windows[index]
+        at, dim, hidden = f"model.layers.{index}.self_attn", config.head_dim, config.hidden_size
+        inner, inner_kv = config.num_heads * dim, config.num_kv_heads * dim
+        sizes = {f"{at}.q_proj": inner, f"{at}.k_proj": inner_kv, f"{at}.v_proj": inner_kv}
+        self._qkv = parts.linear(sizes, hidden, bias=qkv_bias)
+        self._out = parts.linear({f"{at}.o_proj": hidden}, inner, bias=out_bias)
+        self._norm = _head_norm(parts, at) if head_norms else None
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch, stored: Stored | None
+    ) -> Tensor:
+        """x: [tokens, hidden], normed; the result has the same shape and dtype."""
+        tokens, real = x.shape[0], batch.slots.shape[0]
+        heads, kv_heads = self._heads, self._kv_heads
+        mixed = self._qkv(x).view(tokens, heads + 2 * kv_heads, self._dim)
+        turning = mixed[:, : heads + kv_heads]
+        if self._norm is not None:
+            turning = self._norm(turning)
+        turned = rotate(turning, cos, sin)
+        keys, values = turned[:real, heads:], mixed[:real, heads + kv_heads :]
+        self._device.write_kv(self._index, keys, values, batch.slots)
+        if stored is not None:
+            stored(self._index)
+        queries = turned[:, :heads].contiguous()
+        attended = self._device.attend(queries, self._index, batch, self._window)
+        return self._out(attended.view(tokens, heads * self._dim))
+
+
+def _head_norm(parts: Parts, at: str) -> RmsNorm:
+    """One norm for the heads of queries and keys, [heads + KV heads, head_dim]; they lie side by side."""
+    config, shape = parts.config, (parts.config.head_dim,)
+    queries = parts.weights.take(f"{at}.q_norm.weight", shape)
+    keys = parts.weights.take(f"{at}.k_norm.weight", shape)
+    both = (queries.expand(config.num_heads, -1), keys.expand(config.num_kv_heads, -1))
+    return RmsNorm(torch.cat(both), config.rms_norm_eps)

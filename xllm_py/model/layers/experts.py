@@ -1,0 +1,75 @@
+"""Mixture of experts: a router chooses some of many MLPs for each token, and their results are summed by its weights.
+
+Exact like the rest: the tokens of a step are sorted by expert, each expert computes its tokens in one product of padded rows, whose
+bits do not depend on each other, and the results of a token are summed in ascending order of expert, not in the order they were made.
+Source: Shazeer et al. 2017, Outrageously large neural networks; Fedus et al. 2021 for the router's softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xllm_py.model.config import ExpertsConfig
+from xllm_py.model.layers.mlp import GatedMlp
+from xllm_py.model.layers.parts import Parts
+
+
+class Router:
+    """Which experts a token goes to, and with what weight."""
+
+    def __init__(self, parts: Parts, at: str, config: ExpertsConfig) -> None:
+        self._config = config
+        self._scores = parts.linear({at: config.count}, parts.config.hidden_size)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [tokens, hidden], padded -> experts [tokens, per_token] int64, ascending, and their weights, dtype of x.
+
+        Of two experts with equal scores the lower number is chosen.
+        """
+        shares = torch.softmax(self._scores(x).float(), -1)
+        highest = shares.sort(stable=True, dim=-1, descending=True).indices[
+            :, : self._config.per_token
+        ]
+        if self._config.normalised:
+            # summed from the highest down, one after the other: the order is part of the result
+            total = torch.zeros(x.shape[0], 1)
+            for place in range(self._config.per_token):
+                total += shares.gather(1, highest[:, place : place + 1])
+            shares = shares / total
+        chosen = highest.sort(-1).values
+        return chosen, shares.gather(1, chosen).to(x.dtype)
+
+
+class Experts:
+    """at: where router and experts stand in the checkpoint."""
+
+    def __init__(self, parts: Parts, at: str, config: ExpertsConfig) -> None:
+        self._padding = parts.device.row_padding()
+        self._per_token = config.per_token
+        self._router = Router(parts, f"{at}.gate", config)
+        wide = config.intermediate_size
+        self._experts = [GatedMlp(parts, f"{at}.experts.{i}", wide) for i in range(config.count)]
+
+    def __call__(self, x: Tensor, real: int) -> Tensor:
+        """x: [tokens, hidden], padded, of which the first `real` are tokens; rows of padding come back as zeros."""
+        chosen, weights = self._router(x)
+        each = self._per_token
+        flat = chosen[:real].flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=len(self._experts)).tolist()
+        done = x.new_zeros(x.shape[0] * each, x.shape[1])
+        start = 0
+        for expert, count in enumerate(counts):
+            if not count:
+                continue
+            places = order[start : start + count]
+            rows = functional.pad(x[places // each], (0, 0, 0, -count % self._padding))
+            done[places] = self._experts[expert](rows, count)[:count]
+            start += count
+        weighted = done.view(x.shape[0], each, -1) * weights[:, :, None]
+        total = weighted[:, 0]
+        for place in range(1, each):
+            total = total + weighted[:, place]
+        return total
