@@ -21,6 +21,7 @@ from benchmarks.models import config_of
 from benchmarks.report import emit, summary
 from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
 from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.sampling import SamplingParams
 from xllm_py.engine.ranks import OneRank, open_executor
 
 SHAPE = config_of("0.5b")
@@ -53,11 +54,7 @@ def start(row: int, tokens: int) -> RowStart:
         row=row,
         request_id=str(row),
         block_ids=blocks,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=-1,
-        min_p=0.0,
-        seed=0,
+        sampling=SamplingParams(max_tokens=1, temperature=0.0, seed=0),
     )
 
 
@@ -81,7 +78,7 @@ def step(
         num_tokens=counts,
         num_computed=computed,
         token_ids=ids,
-        sample=[True] * len(rows),
+        sample=[1] * len(rows),
         positions=[0] * len(rows),
     )
     began = time.perf_counter()

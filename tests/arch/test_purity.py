@@ -29,7 +29,7 @@ STDLIB = {
     "typing",
     "zlib",
 }
-BASE = ("xllm_py.base.errors", "xllm_py.base.hashing")
+BASE = ("xllm_py.base.errors", "xllm_py.base.hashing", "xllm_py.base.logprob")
 # a pure place -> what of ours it may import: its own floor's package and the pure ones below
 OURS = {
     "xllm_py/base/errors.py": (),

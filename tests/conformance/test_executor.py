@@ -12,6 +12,7 @@ from tests.checkpoints import make_checkpoint
 from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
 from xllm_py.core.executor import Executor
 from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.sampling import SamplingParams
 from xllm_py.engine.ranks import open_executor
 from xllm_py.engine.toy import ToyExecutor
 
@@ -67,14 +68,19 @@ class Row:
     def __init__(
         self, prompt: Sequence[int], blocks: Sequence[int], *, row: int = 0, **sampling: Any
     ) -> None:
-        fields = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "seed": 0}
+        fields = {"max_tokens": 1000, "temperature": 0.0, "seed": 0}
+        choice = sampling.pop("choice", 0)
         self.tokens = list(prompt)
         self.num_prompt = len(prompt)
         self.num_computed = 0
         self.row = row
         self.started = False
         self.start = RowStart(
-            row=row, request_id=f"r{row}", block_ids=tuple(blocks), **{**fields, **sampling}
+            row=row,
+            request_id=f"r{row}",
+            block_ids=tuple(blocks),
+            sampling=SamplingParams(**{**fields, **sampling}),
+            choice=choice,
         )
 
     @property
@@ -97,7 +103,7 @@ def step(executor: Executor, *parts: tuple[Row, int], number: int = 1, **plan: A
                 for row, count in parts
                 for token in row.tokens[row.num_computed : row.num_computed + count]
             ],
-            sample=whole,
+            sample=[int(done) for done in whole],
             positions=[len(row.tokens) - row.num_prompt for row, _ in parts],
             **plan,
         )
@@ -218,7 +224,7 @@ def test_layers_are_told_in_ascending_order_and_are_complete_then(make: Make) ->
         num_tokens=[len(PROMPT)],
         num_computed=[0],
         token_ids=PROMPT,
-        sample=[True],
+        sample=[1],
         positions=[0],
     )
     executor.execute(plan, lambda layer: told.append((layer, content(layer))))

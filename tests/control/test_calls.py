@@ -177,9 +177,9 @@ async def test_a_submission_arrives_as_it_was_sent() -> None:
 
 async def test_offers_first_tokens_and_the_rest_keep_their_values() -> None:
     first = FirstToken(
-        request_id="cmpl-1", attempt=2, grant=b"g" * 16, token_id=3, cached_tokens=64
+        request_id="cmpl-1", attempt=2, grant=b"g" * 16, token_ids=(3,), cached_tokens=64
     )
-    other = FirstToken(request_id="cmpl-2", attempt=1, grant=b"x" * 16, token_id=3)
+    other = FirstToken(request_id="cmpl-2", attempt=1, grant=b"x" * 16, token_ids=(3,))
     async with instance() as (handlers, client):
         assert await client.add_new_requests([OFFER]) == [ANSWER]
         assert await client.first_generation([first, other]) == [True, False]

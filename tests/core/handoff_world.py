@@ -262,7 +262,7 @@ class World:
                 self.revoke_ended()
                 return True
             case "first":
-                told = FirstToken(request_id=NAME, attempt=1, grant=GRANT, token_id=FIRST)
+                told = FirstToken(request_id=NAME, attempt=1, grant=GRANT, token_ids=(FIRST,))
                 good = self.taker.on_first_token(told, self.now)
                 self.taken = self.taken or good
                 self.note_run()

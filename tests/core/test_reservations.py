@@ -23,7 +23,7 @@ def reserve(rig: ToyRig, one: Submission, grant: bytes = GRANT) -> OfferAnswer:
 
 
 def first(token: int = 5, *, grant: bytes = GRANT, attempt: int = 1) -> FirstToken:
-    return FirstToken(request_id="a", attempt=attempt, grant=grant, token_id=token)
+    return FirstToken(request_id="a", attempt=attempt, grant=grant, token_ids=(token,))
 
 
 def computed(giver: ToyRig, one: Submission) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ def test_it_runs_when_landed_and_told_in_any_order_and_the_text_goes_on(
     blocks = computed(giver, one)
     answer = reserve(taker, one)
     told = take(giver, taker, one, answer, blocks)
-    taker.tokens["a"] = [told.token_id]
+    taker.tokens["a"] = [*told.token_ids]
     if landed_first:
         taker.scheduler.on_landed("a", 1, taker.now)
         assert taker.scheduler.ledger()["requests_reserved"] == 1
@@ -82,7 +82,7 @@ def test_what_was_taken_may_be_preempted_and_keeps_its_text() -> None:
     one = given(12)
     blocks = computed(giver, one)
     told = take(giver, taker, one, reserve(taker, one), blocks)
-    taker.tokens["a"] = [told.token_id]
+    taker.tokens["a"] = [*told.token_ids]
     taker.scheduler.on_landed("a", 1, taker.now)
     taker.scheduler.on_first_token(told, taker.now)
     taker.run()
@@ -96,7 +96,7 @@ def test_landed_requests_beyond_the_rows_wait_for_one() -> None:
     one = given()
     blocks = computed(giver, one)
     told = take(giver, taker, one, reserve(taker, one), blocks)
-    taker.tokens["a"] = [told.token_id]
+    taker.tokens["a"] = [*told.token_ids]
     others = [
         taker.add(submission(name, [index], 5, ignore_eos=True))
         for index, name in enumerate("xy", start=1)
@@ -119,7 +119,7 @@ def test_a_row_given_in_a_step_that_computes_nothing_is_told_later() -> None:
     told = take(giver, taker, one, reserve(taker, one), blocks)
     other = dataclasses.replace(given(), request_id="other")
     assert reserve(taker, other, b"h" * 16).grant  # now no block is free
-    taker.tokens["a"] = [told.token_id]
+    taker.tokens["a"] = [*told.token_ids]
     taker.scheduler.on_landed("a", 1, taker.now)
     taker.scheduler.on_first_token(told, taker.now)
     assert taker.step().empty  # it has a row and needs a third block

@@ -53,14 +53,18 @@ def offer_of(given: Submission) -> Offer:
     )
 
 
-def expected(given: Submission, *, block_size: int = 4, limit: int = 200) -> tuple[list[int], str]:
+def expected(
+    given: Submission, *, block_size: int = 4, limit: int = 200, choice: int = 0
+) -> tuple[list[int], str]:
     """The oracle: tokens and finish reason of a lone run, whatever happened to the request elsewhere."""
     config = EngineConfig(
         toy_num_blocks=limit // block_size + 2, cache=CacheConfig(block_size=block_size)
     )
     sampling = given.sampling
     count = min(sampling.max_tokens, limit - len(given.prompt_ids))
-    answer = lone_answer(ToyExecutor(config), list(given.prompt_ids), count, seed=sampling.seed)
+    answer = lone_answer(
+        ToyExecutor(config), list(given.prompt_ids), count, seed=sampling.seed, choice=choice
+    )
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
     for index, token in enumerate(answer):
         if token in stops:
@@ -122,6 +126,8 @@ class ToyRig:
         self.outputs.append(outputs)
         for index, name in enumerate(outputs.request_ids):
             token, reason = outputs.token_ids[index], outputs.finish_reasons[index]
+            if outputs.choices[index]:
+                name = f"{name}#{outputs.choices[index]}"
             known = self.tokens.setdefault(name, [])
             if token >= 0:
                 assert outputs.positions[index] == len(known), (name, outputs.positions[index])
@@ -172,5 +178,8 @@ def take(
         request_id=given.request_id,
         attempt=given.attempt,
         grant=answer.grant,
-        token_id=giver.tokens[given.request_id][-1],
+        token_ids=tuple(
+            giver.tokens[given.request_id if not choice else f"{given.request_id}#{choice}"][0]
+            for choice in range(given.sampling.best_of)
+        ),
     )

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from xllm_py.core.plan import RowStart
+from xllm_py.core.sampling import SamplingParams
 from xllm_py.device.base import AttentionBatch, KvShape
 from xllm_py.device.cpu import CpuDevice
 from xllm_py.engine.sampler import sample
@@ -141,11 +142,7 @@ def test_top_p_cuts_at_the_same_token_alone_and_together(device: CpuDevice) -> N
                 row=seed,
                 request_id="",
                 block_ids=(),
-                temperature=1.0,
-                top_p=top_p,
-                top_k=-1,
-                min_p=0.0,
-                seed=seed,
+                sampling=SamplingParams(max_tokens=1, top_p=top_p, seed=seed),
             )
             for seed in (0, 2)
         ]

@@ -12,6 +12,7 @@ from xllm_py.base.errors import DeviceUnavailable, ModelLoadError, UsageError
 from xllm_py.core.config import CacheConfig, EngineConfig
 from xllm_py.core.executor import Executor
 from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.sampling import SamplingParams
 from xllm_py.engine.ranks import model_fingerprint, open_executor
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # parts, layers, KV heads, head_dim, float32, tokens
@@ -79,11 +80,9 @@ def plan(step: int, rows: dict[int, list[int]], *, started: bool, temperature: f
             row=row,
             request_id=f"r{row}",
             block_ids=tuple(range(4 * row, 4 * row + 4)),
-            temperature=temperature,
-            top_p=0.9,
-            top_k=5,
-            min_p=0.0,
-            seed=1,
+            sampling=SamplingParams(
+                max_tokens=9, temperature=temperature, top_p=0.9, top_k=5, seed=1
+            ),
         )
         for row in rows
     ]
@@ -99,7 +98,7 @@ def plan(step: int, rows: dict[int, list[int]], *, started: bool, temperature: f
             for ids, count in zip(rows.values(), counts, strict=True)
             for token in ids[len(ids) - count :]
         ],
-        sample=[True] * len(rows),
+        sample=[1] * len(rows),
         positions=[0] * len(rows),
     )
 

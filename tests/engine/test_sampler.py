@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm_py.core.plan import RowStart
+from xllm_py.core.sampling import SamplingParams
 from xllm_py.engine.sampler import philox, sample, uniform
 
 ONES = 0xFFFFFFFF
@@ -29,11 +30,14 @@ def row(
         row=0,
         request_id="r",
         block_ids=(),
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        seed=seed,
+        sampling=SamplingParams(
+            max_tokens=1000,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+        ),
         choice=choice,
     )
 

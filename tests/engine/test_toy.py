@@ -4,6 +4,7 @@ import pytest
 
 from xllm_py.core.config import CacheConfig, EngineConfig
 from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.sampling import SamplingParams
 from xllm_py.engine.toy import EOS, VOCAB_SIZE, ToyExecutor, lone_answer
 
 PROMPT = [7, 8, 9, 10, 11, 12, 13]
@@ -20,11 +21,7 @@ def start(blocks: tuple[int, ...], *, row: int = 0, seed: int = 0) -> RowStart:
         row=row,
         request_id=f"row {row}",
         block_ids=blocks,
-        temperature=1.0 if seed else 0.0,
-        top_p=1.0,
-        top_k=-1,
-        min_p=0.0,
-        seed=seed,
+        sampling=SamplingParams(max_tokens=1, temperature=1.0 if seed else 0.0, seed=seed),
     )
 
 
@@ -37,7 +34,7 @@ def prompt_plan(blocks: tuple[int, ...], ids: list[int] = PROMPT, first: int = 0
         num_tokens=[len(ids) - first],
         num_computed=[first],
         token_ids=ids[first:],
-        sample=[True],
+        sample=[1],
         positions=[0],
     )
 
@@ -69,7 +66,7 @@ def test_a_prompt_in_chunks_gives_the_token_of_the_whole_prompt() -> None:
         num_tokens=[3],
         num_computed=[0],
         token_ids=PROMPT[:3],
-        sample=[False],
+        sample=[0],
         positions=[0],
     )
     assert executor.execute(chunk).token_ids == []
@@ -79,7 +76,7 @@ def test_a_prompt_in_chunks_gives_the_token_of_the_whole_prompt() -> None:
         num_tokens=[4],
         num_computed=[3],
         token_ids=PROMPT[3:],
-        sample=[True],
+        sample=[1],
         positions=[0],
     )
     assert executor.execute(rest).token_ids == [whole]
@@ -109,7 +106,7 @@ def test_blocks_read_in_the_wrong_order_change_the_token() -> None:
         num_tokens=[1],
         num_computed=[8],
         token_ids=[4],
-        sample=[True],
+        sample=[1],
         positions=[0],
     )
     assert executor.execute(swapped).token_ids != whole
@@ -133,7 +130,7 @@ def test_a_grown_row_writes_into_its_new_block() -> None:
         num_tokens=[1],
         num_computed=[4],
         token_ids=[token],
-        sample=[True],
+        sample=[1],
         positions=[1],
     )
     assert executor.execute(grown).token_ids == lone_answer(make(), ids, 2)[1:]

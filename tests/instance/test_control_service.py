@@ -293,7 +293,7 @@ async def test_an_engine_that_never_answers_takes_the_offers_back(house: House) 
 
 async def test_first_tokens_are_answered_by_the_engine(house: House) -> None:
     firsts = [
-        FirstToken(request_id=name, attempt=1, grant=grant, token_id=1)
+        FirstToken(request_id=name, attempt=1, grant=grant, token_ids=(1,))
         for name, grant in (("a", b"g" * 16), ("b", b"x" * 16))
     ]
     assert await house.service.first_generation(firsts) == [True, False]

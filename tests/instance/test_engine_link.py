@@ -100,7 +100,7 @@ def offer(request_id: str, attempt: int = 1) -> Offer:
 
 
 def first(request_id: str) -> FirstToken:
-    return FirstToken(request_id=request_id, attempt=1, grant=b"g" * 16, token_id=3)
+    return FirstToken(request_id=request_id, attempt=1, grant=b"g" * 16, token_ids=(3,))
 
 
 async def test_a_submission_gives_the_text_of_a_lone_run_and_the_ledger_is_empty_after(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.instance.support import outputs
+from tests.instance.support import outputs, submission
 from xllm_py.base.errors import EngineDown, QueueFull
 from xllm_py.core.plan import Outputs
 from xllm_py.instance.outlets import Destination, Outlets, copy_entry
@@ -29,7 +29,7 @@ def box() -> Sent:
 
 def test_one_step_is_one_message_per_destination_in_the_steps_order(box: Sent) -> None:
     for name, to in (("a", ONE), ("b", TWO), ("c", ONE)):
-        box.outlets.open_remote(name, 1, to)
+        box.outlets.open_remote(submission(name, attempt=1), to)
     box.outlets.on_outputs(outputs(("c", 0, 1), ("b", 4, 2), ("a", 2, 3), ("nobody", 0, 9)))
     assert box.sent == [
         (ONE, outputs(("c", 0, 1), ("a", 2, 3))),
@@ -38,7 +38,7 @@ def test_one_step_is_one_message_per_destination_in_the_steps_order(box: Sent) -
 
 
 def test_sparse_columns_follow_their_entry(box: Sent) -> None:
-    box.outlets.open_remote("b", 1, ONE)
+    box.outlets.open_remote(submission("b", attempt=1), ONE)
     step = outputs(("gone", 0, 1), ("b", 3, -1, "deadline_exceeded"))
     step.messages.update({0: "not ours", 1: "late"})
     step.cached_tokens.update({0: 1, 1: 32})
@@ -60,14 +60,14 @@ def test_copied_entries_are_equal_in_every_column() -> None:
 
 
 def test_a_remote_outlet_ends_with_the_finish(box: Sent) -> None:
-    box.outlets.open_remote("a", 1, ONE)
+    box.outlets.open_remote(submission("a", attempt=1), ONE)
     box.outlets.on_outputs(outputs(("a", 0, 1, "stop"), ("a", 1, 2)))
     assert box.outlets.num_open == 0
     assert box.sent == [(ONE, outputs(("a", 0, 1, "stop")))]
 
 
 def test_a_closed_request_is_heard_no_more(box: Sent) -> None:
-    box.outlets.open_remote("a", 1, ONE)
+    box.outlets.open_remote(submission("a", attempt=1), ONE)
     local = box.outlets.open_local("b")
     for name in ("a", "b", "unknown"):
         box.outlets.close(name)
@@ -111,7 +111,7 @@ def test_an_abort_nobody_asked_for_is_an_error_too(box: Sent) -> None:
 
 def test_when_the_engine_is_down_every_local_reader_hears_it(box: Sent) -> None:
     readers = [box.outlets.open_local(name) for name in "ab"]
-    box.outlets.open_remote("c", 1, ONE)
+    box.outlets.open_remote(submission("c", attempt=1), ONE)
     box.outlets.fail_all(EngineDown("it died"))
     assert all(isinstance(reader.error, EngineDown) for reader in readers)
     assert all(reader.news.is_set() for reader in readers)
@@ -119,8 +119,8 @@ def test_when_the_engine_is_down_every_local_reader_hears_it(box: Sent) -> None:
 
 
 def test_a_reservation_that_ended_closes_the_outlet_of_its_own_attempt_only(box: Sent) -> None:
-    box.outlets.open_remote("a", 1, ONE)
-    box.outlets.open_remote("b", 2, ONE)
+    box.outlets.open_remote(submission("a", attempt=1), ONE)
+    box.outlets.open_remote(submission("b", attempt=2), ONE)
     box.outlets.on_reservations_ended(
         m.ReservationsEnded(request_ids=["a", "b", "unknown"], attempts=[1, 1, 1])
     )
@@ -129,7 +129,7 @@ def test_a_reservation_that_ended_closes_the_outlet_of_its_own_attempt_only(box:
 
 
 def test_what_an_earlier_attempt_still_says_goes_nowhere_and_closes_nothing(box: Sent) -> None:
-    box.outlets.open_remote("a", 2, ONE)
+    box.outlets.open_remote(submission("a", attempt=2), ONE)
     box.outlets.on_outputs(outputs(("a", 0, 5, "abort")))  # of attempt 1
     assert box.sent == []
     assert box.outlets.awaits("a", 1)

@@ -29,7 +29,7 @@ OFFER = Offer(
     layout_fingerprint="l",
 )
 ANSWER = OfferAnswer(request_id="cmpl-1", attempt=1, grant=b"g" * 16, endpoints=("127.0.0.1:3",))
-FIRST = FirstToken(request_id="cmpl-1", attempt=1, grant=b"g" * 16, token_id=7)
+FIRST = FirstToken(request_id="cmpl-1", attempt=1, grant=b"g" * 16, token_ids=(7,))
 
 
 def outputs() -> Outputs:

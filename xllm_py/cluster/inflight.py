@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from xllm_py.base.logprob import TokenLogprob
+
 GOOD_FINISHES = frozenset({"stop", "length"})
 MAX_HELD = 4096  # entries of one choice that may wait for a gap before them
 
@@ -55,6 +57,8 @@ class Entry:
     token_id: int
     finish_reason: str = ""
     message: str = ""
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,8 @@ class News:
     position: int
     token_ids: tuple[int, ...]
     finish_reason: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, when the request asked for them
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the first news of choice 0
 
 
 @dataclass(slots=True)
@@ -72,6 +78,8 @@ class ChoiceLog:
     """One answer."""
 
     ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # as long as ids, or empty
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_read: int = 0
     finish_reason: str = ""
     finish_read: bool = False
@@ -96,6 +104,9 @@ class ChoiceLog:
     def _append_one(self, entry: Entry) -> None:
         if entry.token_id >= 0:
             self.ids.append(entry.token_id)
+            if entry.logprob is not None:
+                self.logprobs.append(entry.logprob)
+            self.prompt_logprobs = self.prompt_logprobs or entry.prompt_logprobs
         self.finish_reason = entry.finish_reason
 
 
@@ -131,6 +142,8 @@ class RequestLog:
                     position=choice.num_read,
                     token_ids=tuple(choice.ids[choice.num_read :]),
                     finish_reason=choice.finish_reason,
+                    logprobs=tuple(choice.logprobs[choice.num_read :]),
+                    prompt_logprobs=() if choice.num_read else choice.prompt_logprobs,
                 )
             )
             choice.num_read = len(choice.ids)
@@ -266,8 +279,8 @@ def _is_current(log: RequestLog, entry: Entry) -> bool:
 
 
 def _let_giver_go(log: RequestLog) -> None:
-    """Handed over, and what the giver had to say is here: nobody else can say its first token again."""
-    if log.landed and log.choices[0].ids:
+    """Handed over, and what the giver had to say is here: nobody else can say the first tokens again."""
+    if log.landed and all(choice.ids for choice in log.choices):
         log.needed.discard(log.first)
 
 

@@ -12,6 +12,8 @@ MAX_ENTRIES = 1 << 16  # of one message
 MAX_OFFERS = 4096
 MAX_LABEL = 512  # characters of an id, a name or an address
 MAX_TEXT = 4096
+MAX_GRAMMAR = 256 * 1024
+MAX_TOP = 2000  # most likely tokens told beside one
 MAX_CARD_BYTES = 64 * 1024
 MAX_MOMENTS = 16
 

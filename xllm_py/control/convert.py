@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from xllm_py.control.bounds import (
     MAX_CARD_BYTES,
+    MAX_GRAMMAR,
     MAX_IDS,
     MAX_OFFERS,
     MAX_TEXT,
@@ -22,7 +23,7 @@ from xllm_py.control.bounds import (
 )
 from xllm_py.control.pb import xllm_pb2 as pb
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Receiver, Submission
-from xllm_py.core.sampling import SamplingParams
+from xllm_py.core.sampling import MAX_BEST_OF, SamplingParams
 
 # --- submissions
 
@@ -48,6 +49,16 @@ def from_submission(submission: Submission) -> pb.Submission:
             include_stop_str_in_output=sampling.include_stop_str_in_output,
             ignore_eos=sampling.ignore_eos,
             skip_special_tokens=sampling.skip_special_tokens,
+            best_of=sampling.best_of,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            bias_ids=[token for token, _ in sampling.logit_bias],
+            biases=[bias for _, bias in sampling.logit_bias],
+            min_tokens=sampling.min_tokens,
+            logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.prompt_logprobs,
+            grammar=sampling.grammar,
         ),
         timeout_s=submission.timeout_s,
         receiver=None
@@ -59,6 +70,10 @@ def from_submission(submission: Submission) -> pb.Submission:
         relay=submission.relay,
         model=submission.model,
         cache_salt=submission.cache_salt,
+        priority=submission.priority,
+        offline=submission.offline,
+        ttft_slo_ms=submission.ttft_slo_ms,
+        tpot_slo_ms=submission.tpot_slo_ms,
     )
 
 
@@ -88,10 +103,16 @@ def to_submission(message: pb.Submission) -> Submission:
         relay=message.relay,
         model=label(message.model),
         cache_salt=label(message.cache_salt),
+        priority=message.priority,
+        offline=message.offline,
+        ttft_slo_ms=message.ttft_slo_ms,
+        tpot_slo_ms=message.tpot_slo_ms,
     )
 
 
 def _to_sampling(message: pb.Sampling) -> SamplingParams:
+    check(len(message.grammar) <= MAX_GRAMMAR, "a grammar is too long")
+    biases = column(message.biases, len(message.bias_ids), "biases")
     return SamplingParams(
         max_tokens=message.max_tokens,
         seed=message.seed,
@@ -104,6 +125,15 @@ def _to_sampling(message: pb.Sampling) -> SamplingParams:
         include_stop_str_in_output=message.include_stop_str_in_output,
         ignore_eos=message.ignore_eos,
         skip_special_tokens=message.skip_special_tokens,
+        best_of=message.best_of,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        repetition_penalty=message.repetition_penalty,
+        logit_bias=tuple(zip(message.bias_ids, biases, strict=True)),
+        min_tokens=message.min_tokens,
+        logprobs=message.logprobs,
+        prompt_logprobs=message.prompt_logprobs,
+        grammar=message.grammar,
     )
 
 
@@ -196,7 +226,7 @@ def from_firsts(firsts: Sequence[FirstToken]) -> pb.FirstGenerationRequest:
             request_id=first.request_id,
             attempt=first.attempt,
             grant=first.grant,
-            token_id=first.token_id,
+            token_ids=first.token_ids,
             cached_tokens=first.cached_tokens,
         )
         for first in firsts
@@ -207,12 +237,14 @@ def from_firsts(firsts: Sequence[FirstToken]) -> pb.FirstGenerationRequest:
 def to_firsts(message: pb.FirstGenerationRequest) -> list[FirstToken]:
     """From protobuf."""
     check(len(message.firsts) <= MAX_OFFERS, "too many first tokens")
+    for row in message.firsts:
+        check(0 < len(row.token_ids) <= MAX_BEST_OF, f"{len(row.token_ids)} first tokens")
     return [
         FirstToken(
             request_id=label(row.request_id),
             attempt=row.attempt,
             grant=_grant(row.grant),
-            token_id=row.token_id,
+            token_ids=tuple(row.token_ids),
             cached_tokens=row.cached_tokens,
         )
         for row in message.firsts

@@ -5,12 +5,17 @@ The columns of an up-message are the hot path: one message per engine step with 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from xllm_py.base.logprob import TokenLogprob
 from xllm_py.cluster.instance_info import Role
 from xllm_py.cluster.load import Load, Progress
 from xllm_py.control.bounds import (
     MAX_ENTRIES,
+    MAX_IDS,
     MAX_MOMENTS,
     MAX_TEXT,
+    MAX_TOP,
     check,
     column,
     label,
@@ -43,6 +48,11 @@ def from_up(up: cm.GenerationsUp) -> pb.GenerationsUp:
             messages=outputs.messages,
             cached_tokens=outputs.cached_tokens,
             journeys=journeys,
+            scored=list(outputs.logprobs),
+            logprobs=_from_logprobs(outputs.logprobs.values()),
+            prompt_logprobs={
+                entry: _from_logprobs(each) for entry, each in outputs.prompt_logprobs.items()
+            },
         ),
         verdicts=pb.Verdicts(
             request_ids=verdicts.request_ids,
@@ -74,6 +84,10 @@ def _to_outputs(message: pb.Outputs) -> Outputs:
         finish_reasons[entry] = label(reason)
     messages = sparse(message.messages, length, "messages")
     journeys = sparse(message.journeys, length, "journeys")
+    logprobs = _to_logprobs(message.logprobs)
+    check(len(logprobs) == len(message.scored), "logprobs of other entries")
+    scored = dict(zip(message.scored, logprobs, strict=True))
+    prompts = sparse(message.prompt_logprobs, length, "prompt_logprobs")
     return Outputs(
         step=message.step,
         request_ids=request_ids,
@@ -85,7 +99,39 @@ def _to_outputs(message: pb.Outputs) -> Outputs:
         messages={entry: text[:MAX_TEXT] for entry, text in messages.items()},
         cached_tokens=sparse(message.cached_tokens, length, "cached_tokens"),
         journeys={entry: _to_moments(journey) for entry, journey in journeys.items()},
+        logprobs=sparse(scored, length, "logprobs"),
+        prompt_logprobs={entry: _to_logprobs(each) for entry, each in prompts.items()},
     )
+
+
+def _from_logprobs(rows: Iterable[TokenLogprob]) -> pb.Logprobs:
+    message = pb.Logprobs()
+    for row in rows:
+        message.logprobs.append(row.logprob)
+        message.num_top.append(len(row.top_ids))
+        message.top_ids.extend(row.top_ids)
+        message.top_logprobs.extend(row.top_logprobs)
+    return message
+
+
+def _to_logprobs(message: pb.Logprobs) -> list[TokenLogprob]:
+    length = len(message.logprobs)
+    check(length <= MAX_IDS, f"logprobs of {length} tokens")
+    counts = column(message.num_top, length, "num_top")
+    check(all(count <= MAX_TOP for count in counts), "too many likely tokens")
+    ids = column(message.top_ids, sum(counts), "top_ids")
+    values = column(message.top_logprobs, len(ids), "top_logprobs")
+    rows, at = [], 0
+    for logprob, count in zip(message.logprobs, counts, strict=True):
+        rows.append(
+            TokenLogprob(
+                logprob=logprob,
+                top_ids=tuple(ids[at : at + count]),
+                top_logprobs=tuple(values[at : at + count]),
+            )
+        )
+        at += count
+    return rows
 
 
 def _to_moments(message: pb.Journey) -> dict[str, float]:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from xllm_py.base.errors import ContextLengthExceeded, InvalidValue
+from xllm_py.base.errors import ContextLengthExceeded, InvalidValue, RequestError
 from xllm_py.core.config import ModelFacts, SchedulerConfig
-from xllm_py.core.request import Submission
+from xllm_py.core.journey import Moment
+from xllm_py.core.request import Request, State, Submission
 
+BEST_OF_NEEDS_PREFIX_CACHE = (
+    "n or best_of above 1 through prefill and decode instances needs a decode instance with "
+    "--enable_prefix_cache=true"
+)
 TOMBSTONE_S = 10.0  # an abort for an id not yet known kills a late arrival for so long
 _MAX_TOMBSTONES = 10_000
 
@@ -53,6 +58,38 @@ class Admission:
                 f"the prompt has {num_prompt} tokens; without chunked prefill at most {limit} "
                 "are computed in one step"
             )
+
+    def make(self, submission: Submission, state: State, now: float) -> Request:
+        """The request of a checked submission."""
+        tokens = [*submission.prompt_ids, *submission.generated_ids]
+        request = Request(
+            submission=submission,
+            state=state,
+            deadline=now + submission.timeout_s,
+            tokens=tokens,
+            num_prompt=len(submission.prompt_ids),
+            num_submitted=len(tokens),
+            max_len=self.max_len(submission),
+            stop_ids=self.stop_ids(submission),
+            taken=state is State.RESERVED,
+            num_draws=1 if submission.generated_ids else submission.sampling.best_of,
+        )
+        request.stamp(Moment.RECEIVED, now)
+        return request
+
+    def refusal(self, submission: Submission, *, shares_prompts: bool) -> tuple[str, str]:
+        """Why an offer can never be taken, as reason (SPEC 6.4) and text; both empty when it can."""
+        if submission.sampling.best_of > 1 and not shares_prompts:
+            return "best_of_needs_prefix_cache", BEST_OF_NEEDS_PREFIX_CACHE
+        if submission.timeout_s <= 0:
+            return "deadline_passed", "no time is left"
+        try:
+            self.check(submission, decode_here=True)
+        except ContextLengthExceeded as error:
+            return "never_fits", error.message
+        except RequestError as error:
+            return "invalid", error.message
+        return "", ""
 
     def in_vocabulary(self, token_id: int) -> bool:
         """Whether the model knows this token; an id from a peer may lie anywhere."""

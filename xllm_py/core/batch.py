@@ -32,6 +32,7 @@ class Batch:
         self._started: list[Request] = []  # rows assigned since the last plan
         self._planned: list[Request] = []
         self._step = 0
+        self.num_copied = 0  # blocks, since the start
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.admitted: list[Request] = []  # to be given away, since the scheduler last looked
@@ -90,7 +91,7 @@ class Batch:
                 counts.append(1)
                 computed.append(start)
                 token_ids.append(request.tokens[start])
-                sample.append(True)
+                sample.append(request.num_draws)
                 positions.append(known - request.num_prompt)
                 planned.append(request)
                 budget -= 1
@@ -105,7 +106,12 @@ class Batch:
         if request.row < 0 and self._free_rows:
             self._assign_row(request)
         count = self._tokens_now(request, budget) if request.row >= 0 else 0
-        if not count or not self._grow(request, count, plan):
+        if not count:
+            return 0
+        if request.shares_tail and not self._copy_tail(request, plan):
+            self._release_row(request)  # with a row it would count as ready to write
+            return 0
+        if not self._grow(request, count, plan):
             return 0
         self._plan_row(request, count, plan)
         return count
@@ -125,15 +131,38 @@ class Batch:
         missing = self._blocks.blocks_for(request.num_computed + count) - have
         if missing <= 0:
             return True
+        if not self._make_room(request, missing):
+            return False
+        fresh = self._blocks.allocate(missing)
+        request.block_ids += fresh
+        plan.grown_rows.extend([request.row] * missing)
+        plan.grown_blocks.extend(fresh)
+        return True
+
+    def _make_room(self, request: Request, missing: int) -> bool:
         while missing > self._blocks.num_free:
             victim = self._victim(request)
             if victim is None:
                 return False
             self._preempt(victim)
-        fresh = self._blocks.allocate(missing)
-        request.block_ids += fresh
-        plan.grown_rows.extend([request.row] * missing)
-        plan.grown_blocks.extend(fresh)
+        return True
+
+    def _copy_tail(self, request: Request, plan: StepPlan) -> bool:
+        """Copy on write: a choice that began in another's half full block gets its own. False: it must wait for room.
+
+        What it computes now goes into that block, so that it is planned in this very step and the copy is carried out.
+        """
+        tail = request.block_ids[-1]
+        if not self._blocks.is_sole(tail):
+            if not self._make_room(request, 1):
+                return False
+            (fresh,) = self._blocks.allocate(1)
+            plan.copied_from.append(tail)
+            plan.copied_to.append(fresh)
+            request.block_ids[-1] = fresh
+            self._blocks.free([tail])
+            self.num_copied += 1
+        request.shares_tail = False
         return True
 
     def _victim(self, needy: Request) -> Request | None:
@@ -150,6 +179,8 @@ class Batch:
         self._blocks.free(request.block_ids)
         request.block_ids = []
         request.num_computed = 0
+        request.shares_tail = False
+        request.prompt_logprobs = []
         request.num_preemptions += 1
         request.move(State.WAITING)
         self.waiting.appendleft(request)
@@ -158,7 +189,8 @@ class Batch:
         while self.waiting and self._free_rows and budget > 0:
             request = self.waiting[0]
             # matched before the budget is spent: what is there already costs none; one token at least is computed
-            found = self._prefix.find(request, len(request.tokens) - 1)
+            known = 0 if request.to_score else len(request.tokens) - 1
+            found = self._prefix.find(request, known)
             request.num_computed = len(found) * self._blocks.block_size
             count = self._tokens_now(request, budget)
             need = self._blocks.blocks_for(len(request.tokens)) - len(found)
@@ -194,6 +226,14 @@ class Batch:
             return True
         return total - free + need <= self._config.prefill_usage_threshold * total
 
+    def crowded(self, promised: int, best_of: int) -> tuple[str, str]:
+        """Why no offer of so many choices is taken now, as reason and text; both empty when there are rows enough."""
+        taken = len(self.running) + len(self.waiting) + promised
+        wanted = best_of - 1 if taken else 0  # alone, its choices may wait for each other
+        if taken + wanted >= self._config.max_seqs_per_batch:
+            return "full_now", f"{taken} requests run or are promised already"
+        return "", ""
+
     def _assign_row(self, request: Request) -> None:
         request.row = self._free_rows.pop()
         self._started.append(request)
@@ -212,7 +252,9 @@ class Batch:
         plan.num_tokens.append(count)
         plan.num_computed.append(start)
         plan.token_ids.extend(request.tokens[start:end])
-        plan.sample.append(end == len(request.tokens))
+        plan.sample.append(request.num_draws if end == len(request.tokens) else 0)
+        if request.to_score:
+            plan.targets[len(plan.rows) - 1] = request.tokens[start + 1 : end + 1]
         plan.positions.append(len(request.tokens) - request.num_prompt)
         self._planned.append(request)
 
@@ -225,6 +267,8 @@ class Batch:
         kept = [(row, block) for row, block in grown if row not in fresh]
         return StepPlan(
             step=plan.step,
+            copied_from=plan.copied_from,
+            copied_to=plan.copied_to,
             started=starts,
             grown_rows=[row for row, _ in kept],
             grown_blocks=[block for _, block in kept],
@@ -234,6 +278,7 @@ class Batch:
             token_ids=plan.token_ids,
             sample=plan.sample,
             positions=plan.positions,
+            targets=plan.targets,
         )
 
     def assert_empty(self) -> None:
@@ -245,13 +290,14 @@ class Batch:
 
 def _row_start(request: Request) -> RowStart:
     sampling = request.submission.sampling
+    history = request.tokens if sampling.has_history else []
     return RowStart(
         row=request.row,
         request_id=request.request_id,
         block_ids=tuple(request.block_ids),
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
+        sampling=sampling,
+        stop_ids=request.stop_ids,
+        choice=request.choice,
+        prompt_ids=tuple(history[: request.num_prompt]),
+        generated_ids=tuple(history[request.num_prompt :]),
     )

@@ -168,6 +168,17 @@ class BlockManager:
             holders[0 if holding is Holding.ACTIVE else 1] += 1
             self._hold(block, Holding.ACTIVE if holders[0] else Holding.STAGED)
 
+    def share(self, blocks: Sequence[int]) -> None:
+        """One more active holder of active blocks, published or not; who writes where is the holders' business."""
+        for block in blocks:
+            if self._holding[block] is not Holding.ACTIVE:
+                raise ValueError(f"block {block} is {self._holding[block].name}, not ACTIVE")
+            self._shared.setdefault(block, [1, 0])[0] += 1
+
+    def is_sole(self, block: int) -> bool:
+        """Whether its one holder may write it: nobody else holds it, and nobody can come to."""
+        return block not in self._shared and block not in self._published
+
     def publish(self, block: int, digest: bytes, ids: Sequence[int]) -> None:
         """This block is full, computed, and never changes again. The first one with these tokens counts."""
         if digest not in self._by_hash and block not in self._published:

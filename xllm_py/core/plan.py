@@ -7,13 +7,16 @@ blocks appended and the tokens to compute.
     row          0        3        7          rows of this step, any order
     num_tokens   1        1        512        tokens to compute for it now
     num_computed 130      77       1024       tokens of it already in the cache
-    sample       True     True     False      False: an unfinished prompt chunk, no token is due
+    sample       1        4        0          tokens to draw: 0 for an unfinished prompt chunk, best_of for a first token
     token_ids    [t]      [t]      [512 ids]  flat, in row order
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from xllm_py.base.logprob import TokenLogprob as TokenLogprob
+from xllm_py.core.sampling import SamplingParams
 
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
@@ -22,35 +25,41 @@ FINISH_ABORT = "abort"  # asked for from outside; nobody waits for it any more
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStart:
-    """A row gets a new owner; complete, so that nothing of the last owner can be seen."""
+    """A row gets a new owner; complete, so that nothing of the last owner can be seen.
+
+    prompt_ids and generated_ids are told only when choosing a token depends on them (`SamplingParams.has_history`).
+    """
 
     row: int
     request_id: str
     block_ids: tuple[int, ...]
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
+    sampling: SamplingParams
+    stop_ids: frozenset[int] = frozenset()  # any of these ends the answer
     choice: int = 0
+    prompt_ids: tuple[int, ...] = ()
+    generated_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One forward pass."""
+    """One forward pass. The draws of row i are for choices `choice`, `choice` + 1, ... of its request."""
 
     step: int
-    started: tuple[RowStart, ...] = ()  # applied before anything else
+    copied_from: list[int] = field(default_factory=list)  # blocks to copy before anything else,
+    copied_to: list[int] = field(default_factory=list)  # each onto the one of the same index
+    started: tuple[RowStart, ...] = ()  # applied before rows are read
     grown_rows: list[int] = field(default_factory=list)  # row i gets block grown_blocks[i] appended
     grown_blocks: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     num_computed: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    sample: list[bool] = field(default_factory=list)
+    sample: list[int] = field(default_factory=list)
     positions: list[int] = field(
         default_factory=list
     )  # of the token to sample, 0 = first generated
+    # index in `rows` -> prompt tokens whose logprobs are due: target j is judged by the output at token j
+    targets: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
@@ -60,10 +69,13 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the executor found: one token per row of the plan with `sample`, in the plan's order."""
+    """What the executor found: `sample[i]` tokens per row of the plan, in the plan's order."""
 
     token_ids: list[int]
-    failed_rows: dict[int, str] = field(default_factory=dict)  # row -> cause; its token is -1
+    failed_rows: dict[int, str] = field(default_factory=dict)  # row -> cause; its tokens are -1
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # index in token_ids
+    # index in the plan's rows -> one per target
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +100,9 @@ class Outputs:
     journeys: dict[int, dict[str, float]] = field(
         default_factory=dict
     )  # entry -> moment -> seconds
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # entry -> of its token
+    # entry -> of the prompt's tokens from the second on; with the first entry of choice 0
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
     def add(
         self,

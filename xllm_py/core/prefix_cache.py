@@ -25,6 +25,11 @@ class PrefixCache:
         self.num_queried = 0
         self.num_hit = 0
 
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a prefix cache."""
+        return bool(self._root)
+
     def find(self, request: Request, num_tokens: int) -> list[int]:
         """Blocks with the request's leading `num_tokens` tokens, full blocks only; the caller acquires them."""
         if not self._root:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from xllm_py.base.errors import IllegalTransition
+from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.journey import Moment
+from xllm_py.core.plan import FINISH_LENGTH, FINISH_STOP
 from xllm_py.core.sampling import SamplingParams
 
 
@@ -42,6 +44,10 @@ class Submission:
     relay: bool = False  # tokens go D -> P -> master instead of D -> master
     model: str = ""  # the served name the client asked for; empty: any
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    priority: int = 0  # 1 high, 2 normal, 3 low; 0: normal
+    offline: bool = False  # may wait, and gives way to those that are not
+    ttft_slo_ms: float = 0.0  # what the client hopes for; 0: nothing in particular
+    tpot_slo_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +80,12 @@ class OfferAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstToken:
-    """P tells D the token it sampled, beside the KV."""
+    """P tells D the token it sampled for each choice, beside the KV."""
 
     request_id: str
     attempt: int
     grant: bytes
-    token_id: int
+    token_ids: tuple[int, ...]
     cached_tokens: int = 0
 
 
@@ -111,7 +117,10 @@ HOLDS_BLOCKS = frozenset({State.RUNNING, State.GIVING, State.RESERVED})
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """A submission inside an engine. Owned and changed by the scheduler alone."""
+    """One choice of a submission inside an engine. Owned and changed by the scheduler alone.
+
+    Only choice 0 waits, is given or is reserved; the others begin when the first tokens are known, sharing its blocks.
+    """
 
     submission: Submission
     state: State
@@ -121,6 +130,7 @@ class Request:
     num_submitted: (
         int  # tokens that came with the submission: prompt, and what an earlier attempt generated
     )
+    choice: int = 0
     max_len: int  # prompt and answer end here
     stop_ids: frozenset[int]  # any of these ends the answer
     num_computed: int = 0  # leading tokens whose KV is in the cache
@@ -128,6 +138,10 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as far as known
     publish_at: int = 0  # with so many tokens computed, another block can be shared
+    shares_tail: bool = False  # its last block, half full, is another choice's: copy before writing
+    num_draws: int = 1  # tokens to draw at once for the next position: best_of for the first one
+    first_ids: tuple[int, ...] = ()  # first token of each choice, from then on
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # until the first token
     row: int = -1  # batch row, -1 when it has none
     num_preemptions: int = 0
     taken: bool = False  # it came by an offer: the receiver is this instance
@@ -150,6 +164,11 @@ class Request:
         return len(self.tokens) - self.num_computed
 
     @property
+    def to_score(self) -> bool:
+        """Whether the logprobs of its prompt are still due, so that all of the prompt has to be computed."""
+        return self.submission.sampling.prompt_logprobs >= 0 and not self.num_generated
+
+    @property
     def to_give(self) -> bool:
         """Whether it is to be handed to another instance after its first token."""
         return self.submission.receiver is not None and not self.kept and not self.taken
@@ -159,6 +178,39 @@ class Request:
         """Whether the answer has come to its own end, by length or by a stop token."""
         grown = len(self.tokens) > self.num_submitted
         return grown and (len(self.tokens) >= self.max_len or self.tokens[-1] in self.stop_ids)
+
+    def finish_by(self, token_id: int) -> str:
+        """How the answer ends when this is its next token; empty: it goes on."""
+        if token_id in self.stop_ids:
+            return FINISH_STOP
+        return FINISH_LENGTH if len(self.tokens) + 1 >= self.max_len else ""
+
+    def fork(self, choice: int, token_id: int) -> Request:
+        """Another choice behind the same prompt, with its own first token; the caller sees to the blocks.
+
+        self: choice 0 behind its own first token, with all of the prompt computed and nothing more.
+        """
+        prompt = self.tokens[: self.num_submitted]
+        return Request(
+            submission=self.submission,
+            state=State.RUNNING,
+            deadline=self.deadline,
+            tokens=[*prompt, token_id],
+            num_prompt=self.num_prompt,
+            num_submitted=self.num_submitted,
+            choice=choice,
+            max_len=self.max_len,
+            stop_ids=self.stop_ids,
+            num_computed=self.num_submitted,
+            num_cached=self.num_cached,
+            block_ids=list(self.block_ids),
+            hashes=list(self.hashes),
+            publish_at=self.publish_at,
+            first_ids=self.first_ids,
+            taken=self.taken,
+            kept=self.kept,
+            journey=dict(self.journey),
+        )
 
     def move(self, to: State) -> None:
         """Change state along the table, or raise IllegalTransition."""

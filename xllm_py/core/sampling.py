@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 from xllm_py.base.errors import InvalidValue
 
+MAX_BEST_OF = (
+    128  # what the wire takes; --max_best_of and --max_logprobs are the doors' lower bounds
+)
+MAX_LOGPROBS = 2000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -27,6 +32,17 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    best_of: int = (
+        1  # candidates that are generated; which of them are shown is the door's business
+    )
+    frequency_penalty: float = 0.0  # off a logit for every time its token was generated
+    presence_penalty: float = 0.0  # off the logit of every generated token
+    repetition_penalty: float = 1.0  # divides the logits of tokens of prompt and answer
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    min_tokens: int = 0  # no stop token before so many tokens
+    logprobs: int = -1  # -1: none; 0: of the token alone; k: also of the k most likely
+    prompt_logprobs: int = -1  # the same for the tokens of the prompt
+    grammar: str = ""  # what the answer must match, in the guide's own form; empty: anything
 
     def __post_init__(self) -> None:
         """Check every range of SPEC section 7.3."""
@@ -44,6 +60,35 @@ class SamplingParams:
         )
         for token in self.stop_token_ids:
             _check(0 <= token < 2**31, "stop_token_ids", token, "token ids")
+        _check(1 <= self.best_of <= MAX_BEST_OF, "best_of", self.best_of, f"in [1, {MAX_BEST_OF}]")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _check(_within(value, -2, 2), name, value, "in [-2, 2]")
+        repetition = self.repetition_penalty
+        good = _within(repetition, 0, 2) and repetition > 0
+        _check(good, "repetition_penalty", repetition, "in (0, 2]")
+        _check(
+            len(self.logit_bias) <= 300, "logit_bias", len(self.logit_bias), "at most 300 entries"
+        )
+        for token, bias in self.logit_bias:
+            _check(0 <= token < 2**31, "logit_bias", token, "token ids")
+            _check(_within(bias, -100, 100), "logit_bias", bias, "in [-100, 100]")
+        limit = self.max_tokens
+        _check(0 <= self.min_tokens <= limit, "min_tokens", self.min_tokens, f"in [0, {limit}]")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(-1 <= value <= MAX_LOGPROBS, name, value, f"in [0, {MAX_LOGPROBS}]")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens seen before are more or less likely than others."""
+        penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty)
+        return penalties != (0.0, 0.0, 1.0)
+
+    @property
+    def has_history(self) -> bool:
+        """Whether choosing a token depends on tokens before it, beyond what the model makes of them."""
+        return self.penalised or bool(self.grammar)
 
     @property
     def greedy(self) -> bool:

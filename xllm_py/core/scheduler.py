@@ -16,6 +16,8 @@ from xllm_py.core.batch import Batch
 from xllm_py.core.block_manager import BlockManager, Holding
 from xllm_py.core.config import ModelFacts, SchedulerConfig
 from xllm_py.core.journey import Moment
+from xllm_py.core.open_requests import NEVER, OpenRequests
+from xllm_py.core.outbox import Outbox
 from xllm_py.core.plan import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -35,8 +37,6 @@ from xllm_py.core.request import (
     Submission,
 )
 from xllm_py.core.reservations import Reservations, refusal
-
-_NEVER = float("inf")
 
 
 class Scheduler:
@@ -58,16 +58,16 @@ class Scheduler:
         self._batch = Batch(config, self._blocks, self._prefix)
         self._reservations = Reservations(config.grant_ttl_s, self._blocks, self._prefix)
         self._tombstones = Tombstones()
-        self._requests: dict[str, Request] = {}
-        self._outputs = Outputs()
-        self._next_deadline = _NEVER
+        self._open = OpenRequests()
+        self._outbox = Outbox()
+        self._num_forked = 0
         self.draining = False
 
     # ---- requests come in ----
 
     def add(self, submission: Submission, now: float) -> None:
         """Queue a request. Raises the RequestError leaf that says why not; a repeat is ignored."""
-        known = self._requests.get(submission.request_id)
+        known = self._open.get(submission.request_id)
         if known is not None and known.submission.attempt >= submission.attempt:
             return
         if self.draining:
@@ -76,33 +76,16 @@ class Scheduler:
             raise QueueFull(f"{self._config.max_queue} requests wait already", retry_after_s=1.0)
         self._admission.check(submission, decode_here=submission.receiver is None)
         if self._tombstones.has(submission.request_id, submission.attempt, now):
-            self._put_finish(submission, FINISH_ABORT)
+            self._outbox.put_end(submission, FINISH_ABORT)
             return
         if known is not None:
             self._finish(known, FINISH_ABORT, now)
-        self._batch.waiting.append(self._make(submission, State.WAITING, now))
-
-    def _make(self, submission: Submission, state: State, now: float) -> Request:
-        tokens = [*submission.prompt_ids, *submission.generated_ids]
-        request = Request(
-            submission=submission,
-            state=state,
-            deadline=now + submission.timeout_s,
-            tokens=tokens,
-            num_prompt=len(submission.prompt_ids),
-            num_submitted=len(tokens),
-            max_len=self._admission.max_len(submission),
-            stop_ids=self._admission.stop_ids(submission),
-            taken=state is State.RESERVED,
-        )
-        request.stamp(Moment.RECEIVED, now)
-        self._requests[request.request_id] = request
-        self._next_deadline = min(self._next_deadline, request.deadline)
-        return request
+        request = self._open.add(self._admission.make(submission, State.WAITING, now))
+        self._batch.waiting.append(request)
 
     def refuse(self, submission: Submission, error: RequestError) -> None:
         """Put the refusal of `add` on the road a token takes."""
-        self._put_finish(submission, error.code, error.message)
+        self._outbox.put_end(submission, error.code, error.message)
 
     # ---- D: reservations ----
 
@@ -113,7 +96,7 @@ class Scheduler:
         with a new expiry.
         """
         submission = offer.submission
-        known = self._requests.get(submission.request_id)
+        known = self._open.get(submission.request_id)
         if known is not None and known.submission.attempt >= submission.attempt:
             return self._reservations.repeat(known, submission.attempt, now)
         reason, text = self._refusal(submission, now)
@@ -121,7 +104,7 @@ class Scheduler:
             return refusal(submission.request_id, submission.attempt, reason, text)
         if known is not None:
             self._finish(known, FINISH_ABORT, now)
-        request = self._make(submission, State.RESERVED, now)
+        request = self._open.add(self._admission.make(submission, State.RESERVED, now))
         return self._reservations.open(request, grant, now)
 
     def _refusal(self, submission: Submission, now: float) -> tuple[str, str]:
@@ -132,35 +115,29 @@ class Scheduler:
             return "cancelled", "the request was cancelled before it was offered"
         if self._reservations.has_run(submission.request_id, submission.attempt):
             return "cancelled", "the request was taken before and has ended"
-        if submission.timeout_s <= 0:
-            return "deadline_passed", "no time is left"
-        try:
-            self._admission.check(submission, decode_here=True)
-        except ContextLengthExceeded as error:
-            return "never_fits", error.message
-        except RequestError as error:
-            return "invalid", error.message
+        reason, text = self._admission.refusal(submission, shares_prompts=self._prefix.enabled)
+        if reason:
+            return reason, text
         need = self._reservations.need(submission)
         if not self._batch.has_room(need) or self._batch.preempted:
             return "full_now", f"{need} blocks wanted, {self._blocks.num_free} free"
-        taken = len(self._batch.running) + len(self._batch.waiting) + self._reservations.num_open
-        if taken >= self._config.max_seqs_per_batch:
-            return "full_now", f"{taken} requests run or are promised already"
-        return "", ""
+        promised = self._reservations.num_open
+        return self._batch.crowded(promised, submission.sampling.best_of)
 
     def reserved_blocks(self, request_id: str) -> tuple[int, ...]:
         """Blocks of a reservation, relative block i at index i."""
-        return tuple(self._requests[request_id].block_ids)
+        (request,) = self._open.choices(request_id)
+        return tuple(request.block_ids)
 
     def on_receiving(self, request_id: str, attempt: int, now: float) -> None:
         """Blocks of the reservation keep coming: its time begins anew."""
-        request = self._find(request_id, attempt)
+        request = self._open.find(request_id, attempt)
         if request is not None and request.state is State.RESERVED:
             self._reservations.renew(request, now)
 
     def on_landed(self, request_id: str, attempt: int, now: float) -> None:
         """Every block of the reservation is written and verified."""
-        request = self._find(request_id, attempt)
+        request = self._open.find(request_id, attempt)
         if request is None or request.state is not State.RESERVED:
             return
         request.stamp(Moment.LANDED, now)
@@ -169,10 +146,11 @@ class Scheduler:
 
     def on_first_token(self, first: FirstToken, now: float) -> bool:
         """P's first token. False: the grant is unknown or ended. A repeat is accepted again."""
-        request = self._find(first.request_id, first.attempt)
+        request = self._open.find(first.request_id, first.attempt)
         if request is None or request.state is not State.RESERVED:
             return self._reservations.ran_by(first)
-        if not self._admission.in_vocabulary(first.token_id):
+        ids = first.token_ids
+        if len(ids) != request.num_draws or not all(map(self._admission.in_vocabulary, ids)):
             return False
         if not self._reservations.on_first_token(request, first, now):
             return False
@@ -187,14 +165,38 @@ class Scheduler:
         request.num_computed = len(request.tokens)
         request.num_cached = first.cached_tokens
         self._prefix.publish(request)
-        request.tokens.append(first.token_id)
+        request.tokens.append(first.token_ids[0])
+        request.first_ids, request.num_draws = first.token_ids, 1
         request.move(State.RUNNING)
-        request.stamp(Moment.DECODING, now)
-        self._batch.run(request)
+        self._decode(request, now)
+
+    def _decode(self, request: Request, now: float) -> None:
+        """The first tokens are known and it goes on here: every choice whose first token was not its last begins to decode.
+
+        They share the blocks of the prompt, of which nothing is computed or stored again.
+        """
+        if request not in self._batch.running:
+            self._batch.run(request)
+        for choice, token in enumerate(request.first_ids[1:], start=1):
+            sibling = request.fork(choice, token)
+            sibling.shares_tail = request.num_submitted % self._blocks.block_size != 0
+            if sibling.complete:
+                self._outbox.put_taken(request, choice)
+            else:
+                self._blocks.share(sibling.block_ids)
+                self._open.add(sibling)
+                sibling.stamp(Moment.DECODING, now)
+                self._batch.run(sibling)
+                self._num_forked += 1
+        if request.complete:
+            self._outbox.put_taken(request, 0)
+            self._close(request, now)
+        else:
+            request.stamp(Moment.DECODING, now)
 
     def on_reservation_lost(self, request_id: str, attempt: int, now: float) -> None:
         """The link failed or the giver is gone: P owns the story, so nothing is put out."""
-        request = self._find(request_id, attempt)
+        request = self._open.find(request_id, attempt)
         if request is not None and request.state is State.RESERVED:
             self._close(request, now)
 
@@ -215,13 +217,13 @@ class Scheduler:
 
     def on_given(self, request_id: str, attempt: int, now: float) -> None:
         """D has everything: our blocks are free, the request goes on there."""
-        request = self._find(request_id, attempt)
+        request = self._open.find(request_id, attempt)
         if request is not None and request.state is State.GIVING:
             self._close(request, now)
 
     def keep(self, request_id: str, attempt: int, now: float) -> None:
         """Nobody took it: decode here from now on, when this cache can hold it at all."""
-        request = self._find(request_id, attempt)
+        request = self._open.find(request_id, attempt)
         if request is None:
             return
         try:
@@ -233,12 +235,11 @@ class Scheduler:
         request.kept = True
         if request.state is State.GIVING:
             request.move(State.RUNNING)
-            request.stamp(Moment.DECODING, now)
-            self._batch.run(request)
+            self._decode(request, now)
 
     def fail(self, request_id: str, attempt: int, code: str, message: str, now: float) -> None:
         """End a request with an error that goes to its client."""
-        request = self._find(request_id, attempt)
+        request = self._open.find(request_id, attempt)
         if request is not None:
             self._finish(request, code, now, message)
 
@@ -247,7 +248,7 @@ class Scheduler:
 
         It leaves a tombstone, so that a submission that arrives later, or once more, dies at once.
         """
-        request = self._requests.get(request_id)
+        request = self._open.get(request_id)
         if request is None or attempt not in (0, request.submission.attempt):
             self._tombstones.bury(request_id, attempt, now)
             return ""
@@ -255,10 +256,6 @@ class Scheduler:
         found = request.state.value
         self._finish(request, FINISH_ABORT, now)
         return found
-
-    def _find(self, request_id: str, attempt: int) -> Request | None:
-        request = self._requests.get(request_id)
-        return request if request is not None and request.submission.attempt == attempt else None
 
     # ---- a step ----
 
@@ -268,8 +265,8 @@ class Scheduler:
 
     def next_deadline(self) -> float | None:
         """The earliest moment at which something expires; may be early, never late."""
-        nearest = min(self._next_deadline, self._reservations.next_expiry)
-        return None if nearest == _NEVER else nearest
+        nearest = min(self._open.next_deadline, self._reservations.next_expiry)
+        return None if nearest == NEVER else nearest
 
     def begin_drain(self) -> None:
         """Refuse new work from now on."""
@@ -280,20 +277,22 @@ class Scheduler:
         if now >= self._reservations.next_expiry:
             for request in self._reservations.expired(now):
                 self._close(request, now)
-        if now >= self._next_deadline:
-            self._expire(now)
+        if now >= self._open.next_deadline:
+            for request in self._open.late(now):
+                self._finish(request, "deadline_exceeded", now, "the request's deadline passed")
+            self._open.look_ahead()
         return self._batch.plan(now)
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what a step computed. Requests that ended meanwhile are passed over."""
-        tokens = iter(result.token_ids)
-        outputs = self._outputs
-        failed = result.failed_rows
+        tokens, logprobs, failed = result.token_ids, result.logprobs, result.failed_rows
+        outputs = self._outbox.outputs
+        at = 0
         columns = zip(
             self._batch.take_planned(), plan.rows, plan.num_tokens, plan.sample, strict=True
         )
-        for request, row, count, sampled in columns:
-            token = next(tokens) if sampled else -1
+        for index, (request, row, count, draws) in enumerate(columns):
+            first, at = at, at + draws
             if request.state is not State.RUNNING or request.row != row:
                 continue
             if failed and row in failed:
@@ -302,61 +301,67 @@ class Scheduler:
             request.num_computed += count
             if request.num_computed >= request.publish_at:
                 self._prefix.publish(request)
-            if not sampled:
+            if index in result.prompt_logprobs:
+                request.prompt_logprobs += result.prompt_logprobs[index]
+            if not draws:
                 continue
+            if not request.first_ids:
+                self._on_first(request, result, first, draws, now)
+                continue
+            token = tokens[first]
             known = request.tokens
+            if logprobs and first in logprobs:
+                outputs.logprobs[len(outputs.request_ids)] = logprobs[first]
             known.append(token)
             outputs.request_ids.append(request.submission.request_id)
             outputs.attempts.append(request.submission.attempt)
-            outputs.choices.append(0)
+            outputs.choices.append(request.choice)
             outputs.positions.append(len(known) - request.num_prompt - 1)
             outputs.token_ids.append(token)
             if len(known) < request.max_len and token not in request.stop_ids:
                 outputs.finish_reasons.append("")
-                if len(known) == request.num_submitted + 1:
-                    self._on_first(request, now)
             else:
                 stopped = token in request.stop_ids
                 outputs.finish_reasons.append(FINISH_STOP if stopped else FINISH_LENGTH)
-                request.stamp(Moment.FIRST_TOKEN, now)
                 self._close(request, now)
-                self._outputs.describe(request.journey_s(), request.num_cached)
+                self._outbox.describe(request)
 
-    def _on_first(self, request: Request, now: float) -> None:
+    def _on_first(
+        self, request: Request, result: StepResult, at: int, draws: int, now: float
+    ) -> None:
+        """The first token of each choice, drawn from the same logits; what follows is decided for all together."""
         request.stamp(Moment.FIRST_TOKEN, now)
-        if request.to_give:
+        request.first_ids, request.num_draws = tuple(result.token_ids[at : at + draws]), 1
+        if not request.to_give:
+            request.stamp(Moment.DECODING, now)
+        self._outbox.put_first(request, result, at)
+        all_ended = all(map(request.finish_by, request.first_ids))
+        request.tokens.append(request.first_ids[0])
+        if all_ended:
+            self._close(request, now)
+        elif request.to_give:
             self._batch.remove(request)
             request.move(State.GIVING)
         else:
-            request.stamp(Moment.DECODING, now)
-        self._outputs.describe(request.journey_s(), request.num_cached)
+            self._decode(request, now)
 
     # ---- endings ----
 
-    def _expire(self, now: float) -> None:
-        late = [request for request in self._requests.values() if request.deadline <= now]
-        for request in late:
-            self._finish(request, "deadline_exceeded", now, "the request's deadline passed")
-        deadlines = (request.deadline for request in self._requests.values())
-        self._next_deadline = min(deadlines, default=_NEVER)
-
     def _finish(self, request: Request, reason: str, now: float, message: str = "") -> None:
-        """End a request with an entry that carries no token; a reservation ends in silence, P owns its story."""
+        """End a request, all its choices, with an entry that carries no token.
+
+        A reservation ends in silence, P owns its story.
+        """
         reserved = request.state is State.RESERVED
-        self._close(request, now)
+        for choice in self._open.choices(request.request_id):
+            self._close(choice, now)
         if reserved:
             return
-        self._put_finish(request.submission, reason, message, request.num_generated)
-        self._outputs.describe(request.journey_s(), request.num_cached)
-
-    def _put_finish(
-        self, submission: Submission, reason: str, message: str = "", position: int = 0
-    ) -> None:
-        key = (submission.request_id, submission.attempt)
-        self._outputs.add(*key, position=position, finish_reason=reason, message=message)
+        self._outbox.put_end(request.submission, reason, message, request.num_generated)
+        self._outbox.describe(request)
 
     def _close(self, request: Request, now: float) -> None:
-        """Leave every queue, give everything back, be forgotten."""
+        """One choice leaves every queue, gives everything back, and is forgotten."""
         if request.state is State.RESERVED:
             self._reservations.end(request)
             self._tombstones.bury(request.request_id, request.submission.attempt, now)
@@ -365,34 +370,31 @@ class Scheduler:
             if request.state in HOLDS_BLOCKS:
                 self._blocks.free(request.block_ids)
                 request.block_ids = []
-            self._reservations.ran(request)
         request.stamp(Moment.FINISHED, now)
         request.move(State.FINISHED)
-        del self._requests[request.request_id]
+        if self._open.remove(request):
+            self._reservations.ran(request)
 
     # ---- what others see ----
 
     def take_outputs(self) -> Outputs:
         """All entries since the last call."""
-        outputs, self._outputs = self._outputs, Outputs()
-        return outputs
+        return self._outbox.take()
 
     def ledger(self) -> dict[str, int]:
         """Blocks by holding, requests by state, rows in use (SPEC 7.7)."""
-        counts = dict.fromkeys(State, 0)
-        for request in self._requests.values():
-            counts[request.state] += 1
         return {
             **self._blocks.counts(),
-            **{f"requests_{state.value}": count for state, count in counts.items()},
-            "requests_open": len(self._requests),
+            **self._open.counts(),
             **self._prefix.counts(),
             "rows": self._batch.num_rows,
+            "forked_choices": self._num_forked,
+            "copied_blocks": self._batch.num_copied,
         }
 
     def assert_empty(self) -> None:
         """Every block and row is free and nothing is remembered; closes every test."""
-        assert not self._requests, list(self._requests)
+        assert not len(self._open), self._open.counts()
         assert self._blocks.num_free == self._blocks.num_blocks, self._blocks.counts()
         self._batch.assert_empty()
         self._reservations.assert_empty()

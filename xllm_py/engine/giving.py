@@ -303,7 +303,7 @@ class GivingAgent:
             request_id=submission.request_id,
             attempt=submission.attempt,
             grant=giving.grant,
-            token_id=giving.request.tokens[giving.request.num_submitted],
+            token_ids=giving.request.first_ids,
             cached_tokens=giving.request.num_cached,
         )
         self._send(m.FirstTokensOut(receivers=[submission.receiver.address], firsts=[first]))

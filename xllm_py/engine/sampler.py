@@ -47,7 +47,7 @@ def uniform(seed: int, choice: int, position: int) -> float:
 def sample(logits: Tensor, rows: Sequence[RowStart], positions: Sequence[int]) -> list[int]:
     """One token per row. logits: [rows, vocabulary] float32."""
     tokens: list[int] = logits.argmax(-1).tolist()
-    drawn = [index for index, row in enumerate(rows) if row.temperature > 0]
+    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         chosen = logits if len(drawn) == len(rows) else logits[torch.tensor(drawn)]
         picked = _draw(chosen, [rows[i] for i in drawn], [positions[i] for i in drawn])
@@ -57,18 +57,20 @@ def sample(logits: Tensor, rows: Sequence[RowStart], positions: Sequence[int]) -
 
 
 def _draw(logits: Tensor, rows: list[RowStart], positions: list[int]) -> list[int]:
-    temperatures = torch.tensor([[row.temperature] for row in rows])
+    temperatures = torch.tensor([[row.sampling.temperature] for row in rows])
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures
     weights = scaled.double().exp_()  # unnormalised: the highest is 1
-    lowest = torch.tensor([[row.min_p] for row in rows], dtype=torch.float64)
+    lowest = torch.tensor([[row.sampling.min_p] for row in rows], dtype=torch.float64)
     weights.masked_fill_(weights < lowest, 0.0)
-    cut = [i for i, row in enumerate(rows) if row.top_p < 1 or 0 < row.top_k < logits.shape[1]]
+    size = logits.shape[1]
+    params = [row.sampling for row in rows]
+    cut = [i for i, each in enumerate(params) if each.top_p < 1 or 0 < each.top_k < size]
     if cut:
         at = torch.tensor(cut)
         weights[at] = _cut(weights[at], [rows[i] for i in cut])
     ladder = weights.cumsum(-1)
     totals = ladder[:, -1:].contiguous()
-    drawn = [uniform(row.seed, row.choice, at) for row, at in zip(rows, positions, strict=True)]
+    drawn = [uniform(row.sampling.seed, row.choice, at) for row, at in zip(rows, positions, strict=True)]
     targets = torch.tensor(drawn, dtype=torch.float64).unsqueeze(1) * totals
     picked = torch.searchsorted(ladder, targets, right=True).squeeze(1)
     # rounding could point past the last token with weight; it is the last step of the ladder
@@ -81,11 +83,11 @@ def _cut(weights: Tensor, rows: list[RowStart]) -> Tensor:
     """Zero what top-k and top-p leave out. weights: [rows, vocabulary] float64; order is (weight descending, id)."""
     ordered, ids = torch.sort(weights, dim=-1, descending=True, stable=True)
     size = weights.shape[1]
-    most = torch.tensor([[row.top_k if row.top_k > 0 else size] for row in rows])
+    most = torch.tensor([[row.sampling.top_k if row.sampling.top_k > 0 else size] for row in rows])
     ordered.masked_fill_(torch.arange(size).unsqueeze(0) >= most, 0.0)
     ladder = ordered.cumsum(-1)
     before = ladder - ordered  # the mass ahead of each; the first is always kept
-    share = torch.tensor([[row.top_p] for row in rows], dtype=torch.float64)
+    share = torch.tensor([[row.sampling.top_p] for row in rows], dtype=torch.float64)
     # the last step of the ladder, because sum() splits a single long row between threads
     ordered.masked_fill_(before >= share * ladder[:, -1:], 0.0)
     return torch.zeros_like(weights).scatter_(-1, ids, ordered)

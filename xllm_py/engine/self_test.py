@@ -16,6 +16,7 @@ from torch import Tensor
 from xllm_py.base import log
 from xllm_py.base.hashing import APPROXIMATE
 from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.sampling import SamplingParams
 from xllm_py.engine.worker import Worker
 
 _LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34)
@@ -75,11 +76,7 @@ def _run(
         row=0,
         request_id="self-test",
         block_ids=blocks,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=-1,
-        min_p=0.0,
-        seed=0,
+        sampling=SamplingParams(max_tokens=1, temperature=0.0, seed=0),
     )
     computed = 0
     for step, count in enumerate(pieces):
@@ -91,7 +88,7 @@ def _run(
             num_tokens=[count],
             num_computed=[context + computed],
             token_ids=ids[computed : computed + count],
-            sample=[done],
+            sample=[int(done)],
             positions=[0],
         )
         worker.execute(plan, None)

@@ -16,6 +16,7 @@ from xllm_py.core.config import EngineConfig, ModelFacts
 from xllm_py.core.executor import Capacity, LayerDone
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.core.plan import RowStart, StepPlan, StepResult
+from xllm_py.core.sampling import SamplingParams
 
 VOCAB_SIZE = 320  # the bytes and room for special tokens
 EOS = 319
@@ -65,6 +66,7 @@ class ToyExecutor:
         """See Executor."""
         if self._config.toy_step_s:
             time.sleep(self._config.toy_step_s)
+        self._copy_blocks(plan)
         for start in plan.started:
             self._rows[start.row] = (start, list(start.block_ids))
         for row, block in zip(plan.grown_rows, plan.grown_blocks, strict=True):
@@ -75,10 +77,17 @@ class ToyExecutor:
                 layer_done(layer)
         tokens = []
         for index, row in enumerate(plan.rows):
-            if plan.sample[index]:
+            for draw in range(plan.sample[index]):
                 context = plan.num_computed[index] + plan.num_tokens[index]
-                tokens.append(self._next(row, context, plan.positions[index]))
+                tokens.append(self._next(row, context, plan.positions[index], draw))
         return StepResult(token_ids=tokens)
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        for source, target in zip(plan.copied_from, plan.copied_to, strict=True):
+            for layer in range(_LAYERS):
+                for part in range(PARTS):
+                    span = self._memory.span(layer, part, target)
+                    span[:] = self._memory.span(layer, part, source)
 
     def _write(self, plan: StepPlan, layer: int) -> None:
         taken = 0
@@ -95,9 +104,10 @@ class ToyExecutor:
                     slots[at] = token
                     slots[at + 1] = position * 4 + layer * 2 + part
 
-    def _next(self, row: int, context: int, position: int) -> int:
+    def _next(self, row: int, context: int, position: int, draw: int) -> int:
         """A hash of the whole context as the cache holds it, mixed with the seed unless greedy."""
         start, table = self._rows[row]
+        choice = start.choice + draw
         crc = 0
         full, rest = divmod(context, self._block_size)
         for layer in range(_LAYERS):
@@ -107,8 +117,8 @@ class ToyExecutor:
                 if rest:
                     tail = self._memory.span(layer, part, table[full])[: rest * _SLOT_BYTES]
                     crc = zlib.crc32(tail, crc)
-        if start.temperature > 0:
-            crc = zlib.crc32(_MIX.pack(start.seed, position, start.choice), crc)
+        if not start.sampling.greedy:
+            crc = zlib.crc32(_MIX.pack(start.sampling.seed, position, choice), crc)
         return crc % VOCAB_SIZE
 
     def close(self) -> None:
@@ -116,18 +126,17 @@ class ToyExecutor:
         self._rows.clear()
 
 
-def lone_answer(executor: ToyExecutor, prompt: list[int], count: int, seed: int = 0) -> list[int]:
+def lone_answer(
+    executor: ToyExecutor, prompt: list[int], count: int, seed: int = 0, choice: int = 0
+) -> list[int]:
     """The oracle: what the toy says to a prompt computed alone and whole, greedy when seed is 0."""
     blocks = -(-(len(prompt) + count) // executor.kv_memory().layout.block_size)
     start = RowStart(
         row=0,
         request_id="oracle",
         block_ids=tuple(range(blocks)),
-        temperature=1.0 if seed else 0.0,
-        top_p=1.0,
-        top_k=-1,
-        min_p=0.0,
-        seed=seed,
+        sampling=SamplingParams(max_tokens=count, temperature=1.0 if seed else 0.0, seed=seed),
+        choice=choice,
     )
     known = list(prompt)
     computed = 0
@@ -140,7 +149,7 @@ def lone_answer(executor: ToyExecutor, prompt: list[int], count: int, seed: int 
             num_tokens=[len(fresh)],
             num_computed=[computed],
             token_ids=fresh,
-            sample=[True],
+            sample=[1],
             positions=[position],
         )
         computed = len(known)

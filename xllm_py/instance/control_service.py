@@ -74,7 +74,7 @@ class ControlService:
         destination = Destination(submission.master)
         if submission.relay and submission.receiver is not None:
             self._relay.open(submission.request_id, destination)
-        self._outlets.open_remote(submission.request_id, submission.attempt, destination)
+        self._outlets.open_remote(submission, destination)
         self._engine.submit(submission)
 
     async def add_new_requests(self, offers: list[Offer]) -> list[OfferAnswer]:
@@ -93,7 +93,7 @@ class ControlService:
         for offer in offers:
             request_id, attempt = _key(offer.submission)
             if not self._outlets.awaits(request_id, attempt):
-                self._outlets.open_remote(request_id, attempt, _destination(offer))
+                self._outlets.open_remote(offer.submission, _destination(offer))
                 fresh[request_id] = attempt
         try:
             answers = await self._engine.offer(offers, timeout_s=_ENGINE_TIMEOUT_S)

@@ -43,12 +43,14 @@ class LocalBackend:
         """See Backend.generate."""
         outlet = self._outlets.open_local(submission.request_id)
         state = "cancelled"
+        num_going_on = submission.sampling.best_of
         try:
             self._engine.submit(submission)
             deadline = self._clock.now() + submission.timeout_s + _GRACE_S
-            while state != "finished":
+            while num_going_on:
                 for delta in await self._next(outlet, deadline):
-                    state = "finished" if delta.finish_reason else state
+                    num_going_on -= bool(delta.finish_reason)
+                    state = "cancelled" if num_going_on else "finished"
                     yield delta
         except RequestError as error:
             state = error.code
@@ -97,5 +99,7 @@ def _coalesce(deltas: list[Delta]) -> list[Delta]:
             token_ids=last.token_ids + delta.token_ids,
             finish_reason=delta.finish_reason,
             cached_tokens=max(last.cached_tokens, delta.cached_tokens),
+            logprobs=last.logprobs + delta.logprobs,
+            prompt_logprobs=last.prompt_logprobs or delta.prompt_logprobs,
         )
     return joined

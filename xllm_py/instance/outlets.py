@@ -7,12 +7,14 @@ Called by the engine link with each step's columns; hands whole columns on, one 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from xllm_py.base.errors import RequestError, request_error
 from xllm_py.core.plan import FINISH_LENGTH, FINISH_STOP, Outputs
+from xllm_py.core.request import Submission
 from xllm_py.openai.backend import Delta
 from xllm_py.wire import messages as m
 
@@ -30,10 +32,11 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class RemoteOutlet:
-    """Where the outputs of one attempt go."""
+    """Where the outputs of one attempt go, and how many of its choices have not ended."""
 
     destination: Destination
     attempt: int
+    num_going_on: int
 
 
 @dataclass(slots=True)
@@ -69,9 +72,11 @@ class Outlets:
         outlet = self._local[request_id] = LocalOutlet()
         return outlet
 
-    def open_remote(self, request_id: str, attempt: int, destination: Destination) -> None:
+    def open_remote(self, submission: Submission, destination: Destination) -> None:
         """For a request a master or a giver sent us; a later attempt takes the place of an earlier one."""
-        self._remote[request_id] = RemoteOutlet(destination, attempt)
+        self._remote[submission.request_id] = RemoteOutlet(
+            destination, submission.attempt, submission.sampling.best_of
+        )
 
     def close(self, request_id: str) -> None:
         """Forget a request; what the engine still says of it goes nowhere."""
@@ -98,17 +103,27 @@ class Outlets:
                 continue
             column = columns.setdefault(remote.destination, Outputs(step=outputs.step))
             copy_entry(outputs, index, column)
-            if outputs.finish_reasons[index]:
+            reason = outputs.finish_reasons[index]
+            if reason and reason not in GOOD_FINISHES:
                 del self._remote[request_id]
+            elif reason:
+                self._choice_ended(request_id, remote)
         for destination, column in columns.items():
             self._send(destination, column)
+
+    def _choice_ended(self, request_id: str, remote: RemoteOutlet) -> None:
+        left = dataclasses.replace(remote, num_going_on=remote.num_going_on - 1)
+        if left.num_going_on:
+            self._remote[request_id] = left
+        else:
+            del self._remote[request_id]
 
     def reroute(self, request_ids: list[str], destination: Destination) -> None:
         """What these say from now on goes elsewhere; those that have ended meanwhile are passed over."""
         for request_id in request_ids:
             outlet = self._remote.get(request_id)
             if outlet is not None:
-                self._remote[request_id] = RemoteOutlet(destination, outlet.attempt)
+                self._remote[request_id] = dataclasses.replace(outlet, destination=destination)
 
     def destination(self, request_id: str) -> Destination | None:
         """Where the outputs of a master's request go."""
@@ -150,6 +165,8 @@ def _put_local(outlet: LocalOutlet, outputs: Outputs, index: int) -> None:
             token_ids=(token_id,) if token_id >= 0 else (),
             finish_reason=reason,
             cached_tokens=outputs.cached_tokens.get(index, 0),
+            logprobs=(outputs.logprobs[index],) if index in outputs.logprobs else (),
+            prompt_logprobs=tuple(outputs.prompt_logprobs.get(index, ())),
         )
     )
 
@@ -170,3 +187,7 @@ def copy_entry(source: Outputs, index: int, target: Outputs) -> None:
         target.cached_tokens[at] = source.cached_tokens[index]
     if index in source.journeys:
         target.journeys[at] = source.journeys[index]
+    if index in source.logprobs:
+        target.logprobs[at] = source.logprobs[index]
+    if index in source.prompt_logprobs:
+        target.prompt_logprobs[at] = source.prompt_logprobs[index]

@@ -83,18 +83,18 @@ class ClusterBackend:
         except RequestError as error:
             record.state = error.code
             raise
-        finished = False
+        num_going_on = submission.sampling.best_of
         try:
             await self._submit(submission, route, record, deadline)
-            while not finished:
+            while num_going_on:
                 for delta in await self._next(opened, deadline):
-                    finished = finished or bool(delta.finish_reason)
+                    num_going_on -= bool(delta.finish_reason)
                     yield delta
         except RequestError as error:
             record.state = error.code
             raise
         finally:
-            self._close(opened, route, finished)
+            self._close(opened, route, finished=not num_going_on)
 
     def models(self) -> tuple[ServedModel, ...]:
         """Every name that routable instances serve, with the limits all of them keep."""
@@ -151,6 +151,8 @@ class ClusterBackend:
                         token_ids=each.token_ids,
                         finish_reason=each.finish_reason,
                         cached_tokens=opened.cached_tokens if each.finish_reason else 0,
+                        logprobs=each.logprobs,
+                        prompt_logprobs=each.prompt_logprobs,
                     )
                     for each in news
                 ]
@@ -163,7 +165,7 @@ class ClusterBackend:
             except TimeoutError as error:
                 raise _late() from error
 
-    def _close(self, opened: OpenRequest, route: Route, finished: bool) -> None:
+    def _close(self, opened: OpenRequest, route: Route, *, finished: bool) -> None:
         """Forget the request; when it did not finish by itself, end it wherever it may still run."""
         entry, record = opened.log, opened.record
         record.stamp(Moment.FINISHED, self._clock.now())

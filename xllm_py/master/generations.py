@@ -88,6 +88,7 @@ class Generations:
                 first=route.first.incarnation_id,
                 decode=route.decode.incarnation_id if route.decode else "",
                 max_tokens=submission.sampling.max_tokens,
+                num_choices=submission.sampling.best_of,
             ),
             record=record,
         )
@@ -213,6 +214,8 @@ def _entry(up: GenerationsUp, index: int) -> Entry:
         token_id=outputs.token_ids[index],
         finish_reason=outputs.finish_reasons[index],
         message=outputs.messages.get(index, ""),
+        logprob=outputs.logprobs.get(index),
+        prompt_logprobs=tuple(outputs.prompt_logprobs.get(index, ())),
     )
 
 

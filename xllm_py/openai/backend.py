@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.request import Submission
 
 
@@ -25,6 +26,9 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: str = ""
     cached_tokens: int = 0  # prompt tokens that were not computed; valid in the last delta
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token when sampling.logprobs >= 0
+    # of the prompt's tokens from the second on, when asked for; in the first delta of choice 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
