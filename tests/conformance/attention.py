@@ -96,7 +96,7 @@ class Sequences:
         self.device.write_kv(self.layer, keys, values, slots)
         return slots
 
-    def step(self, pieces: list[Piece], padding: int = 0) -> list[Tensor]:
+    def step(self, pieces: list[Piece], padding: int = 0, sliding_window: int = 0) -> list[Tensor]:
         """One step: write, attend; the result of each piece. Rows of padding are checked to be zero."""
         slots = self.write(pieces)
         widest = max(-(-piece.end // self.shape.block_size) for piece in pieces)
@@ -115,13 +115,14 @@ class Sequences:
         )
         queries = torch.cat([self.queries[p.name][p.start : p.end] for p in pieces])
         noise = torch.randn(padding, *queries.shape[1:]).to(queries.dtype)
-        result = self.device.attend(torch.cat((queries, noise)), self.layer, batch)
+        asked = torch.cat((queries, noise))
+        result = self.device.attend(asked, self.layer, batch, sliding_window)
         assert result.shape == (len(queries) + padding, *queries.shape[1:])
         assert result.dtype is queries.dtype
         assert not result[len(queries) :].any()
         return [result[at : at + count] for at, count in zip(firsts, counts, strict=True)]
 
-    def expected(self, piece: Piece) -> Tensor:
+    def expected(self, piece: Piece, sliding_window: int = 0) -> Tensor:
         """Plain causal attention in float64 over the same (rounded) numbers."""
         group = self.shape.heads // self.shape.kv_heads
         queries = self.queries[piece.name][piece.start : piece.end].double()
@@ -129,5 +130,7 @@ class Sequences:
         values = self.values[piece.name][: piece.end].double().repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * self.shape.head_dim**-0.5
         where = torch.arange(piece.start, piece.end)[:, None]
-        scores.masked_fill_(torch.arange(piece.end)[None] > where, -torch.inf)
+        distance = where - torch.arange(piece.end)[None]
+        seen = sliding_window or piece.end
+        scores.masked_fill_((distance < 0) | (distance >= seen), -torch.inf)
         return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)

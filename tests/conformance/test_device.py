@@ -11,7 +11,7 @@ import torch
 from tests.conformance.attention import Piece, Sequences, Shape
 from xllm_py.base.errors import DeviceUnavailable
 from xllm_py.device import open_device
-from xllm_py.device.base import Device, KvShape
+from xllm_py.device.base import AttentionBatch, Device, KvShape
 
 DTYPES = [torch.float32, torch.bfloat16]
 # of values drawn from N(0, 1): bfloat16 keeps 8 bits of a result, and of a probability where the device computes in it
@@ -168,6 +168,68 @@ def test_the_block_size_does_not_change_a_bit(device: Device, dtype: torch.dtype
         for size in (4, 16, 128, 600)
     ]
     assert all(result.equal(results[0]) for result in results)
+
+
+# ---- sliding windows ----
+
+SLIDING = (1, 2, 100, 511, 512, 513, 700)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sliding", [*SLIDING, 1100, 5000])
+def test_a_token_sees_itself_and_so_many_before_it_as_its_window_says(
+    device: Device, dtype: torch.dtype, sliding: int
+) -> None:
+    lengths = {"whole": 1100, "chunk": 1090, "tail": 1030, "one": 1, "short": 3}
+    sequences = Sequences(device, shape_of(dtype, (6, 2, 32)), lengths)
+    sequences.write([Piece("chunk", 0, 900), Piece("tail", 0, 1029)])
+    pieces = [
+        Piece("tail", 1029, 1030),
+        Piece("whole", 0, 1100),
+        Piece("one", 0, 1),
+        Piece("chunk", 900, 1090),
+        Piece("short", 0, 3),
+    ]
+    limit = TOLERANCE[dtype]
+    for piece, got in zip(pieces, sequences.step(pieces, 2, sliding), strict=True):
+        wanted = sequences.expected(piece, sliding)
+        torch.testing.assert_close(got.double(), wanted, atol=limit, rtol=limit, msg=str(piece))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sliding", SLIDING)
+def test_with_a_sliding_window_too_a_token_has_its_bits_in_any_chunk_and_company(
+    device: Device, dtype: torch.dtype, sliding: int
+) -> None:
+    lengths = {"a": 1300, "b": 520, "c": 40}
+    sequences = Sequences(device, shape_of(dtype, (6, 2, 32)), lengths)
+    whole = {
+        name: sequences.step([Piece(name, 0, length)], sliding_window=sliding)[0]
+        for name, length in lengths.items()
+    }
+    companies = [[Piece("a", *edge)] for edge in pairwise([*range(0, 1300, 300), 1300])]
+    companies.append([Piece("a", 1299, 1300), Piece("b", 519, 520), Piece("c", 39, 40)])
+    companies.append([Piece("c", 0, 40), Piece("a", 511, 512), Piece("b", 100, 515)])
+    companies.append([Piece("a", 1023, 1024), Piece("c", 5, 6), Piece("b", 512, 513)])
+    for pieces in companies:
+        for piece, got in zip(pieces, sequences.step(pieces, 1, sliding), strict=True):
+            assert got.equal(whole[piece.name][piece.start : piece.end]), str(piece)
+
+
+def test_layers_of_one_step_may_have_windows_of_their_own(device: Device) -> None:
+    sequences = Sequences(device, shape_of(torch.float32, (4, 2, 16)), {"a": 600})
+    sequences.write([Piece("a", 0, 600)])
+    batch = AttentionBatch(
+        block_tables=torch.tensor([sequences.tables["a"]], dtype=torch.int32),
+        first_tokens=[0],
+        num_tokens=[600],
+        context_tokens=[600],
+        slots=torch.empty(0, dtype=torch.int64),
+    )
+    for sliding in (0, 20, 0, 550):
+        got = device.attend(sequences.queries["a"], sequences.layer, batch, sliding)
+        wanted = sequences.expected(Piece("a", 0, 600), sliding)
+        torch.testing.assert_close(got.double(), wanted, atol=2e-5, rtol=2e-5)
 
 
 # ---- packed linears ----
