@@ -235,3 +235,26 @@ def test_one_id_cannot_be_open_twice() -> None:
     inflight, _ = opened()
     with pytest.raises(ValueError, match="open already"):
         inflight.open("r", attempt=1, first=P, max_tokens=1)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_choices_end_each_for_itself_in_whatever_order_they_are_told(seed: int) -> None:
+    chooser = random.Random(seed)
+    inflight = Inflight()
+    log = inflight.open("r", attempt=1, first=P, decode=D, max_tokens=4, num_choices=3)
+    # choice 1 ended by its first token on P; D says of it only that nothing more comes
+    entries = [entry(0, who=P, choice=0), entry(0, who=P, choice=2)]
+    entries.append(entry(0, who=P, choice=1, finish_reason="stop"))
+    entries.append(entry(1, choice=1, token_id=-1, finish_reason="stop"))
+    entries += [entry(at, choice=choice) for choice in (0, 2) for at in (1, 2, 3)]
+    chooser.shuffle(entries)
+    got: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for each in entries:
+        assert not log.done or each.token_id < 0 or each.choice == 1
+        judged = inflight.take("r", each)
+        assert judged.judgement not in (Judgement.STALE, Judgement.DIVERGED)
+        for news in log.read():
+            got[news.choice] += news.token_ids
+    assert log.done
+    assert log.error is None
+    assert got == {0: list(ANSWER), 1: [ANSWER[0]], 2: list(ANSWER)}

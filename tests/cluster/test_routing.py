@@ -6,7 +6,12 @@ from collections import Counter
 
 import pytest
 
-from xllm_py.base.errors import ContextLengthExceeded, NoCompatibleDecode, NoInstances
+from xllm_py.base.errors import (
+    BestOfRequiresPrefixCache,
+    ContextLengthExceeded,
+    NoCompatibleDecode,
+    NoInstances,
+)
 from xllm_py.cluster.instance_info import Card, Role
 from xllm_py.cluster.routing import (
     LONE_AFTER_S,
@@ -131,3 +136,22 @@ def test_a_request_that_only_the_larger_decode_holds_goes_there() -> None:
     alone = candidate("a", Role.DEFAULT, num_blocks=1, block_size=16)
     with pytest.raises(ContextLengthExceeded, match="16 tokens"):
         round_robin(view(alone), "m", FACTS, (0, 0))
+
+
+def test_several_choices_go_to_a_decode_instance_that_keeps_prompts() -> None:
+    keeps = candidate("d2", Role.DECODE, enable_prefix_cache=True)
+    cluster = view(P1, D1, keeps, D3, links="p1-d1 p1-d2 p1-d3")
+    facts = Facts(num_prompt=10, max_tokens=10, best_of=2)
+    for turn in range(4):
+        route = round_robin(cluster, "m", facts, (turn, turn))
+        assert route.decode is not None
+        assert route.decode.name == "d2"
+
+
+def test_several_choices_without_such_a_one_go_to_an_instance_that_does_everything() -> None:
+    whole = candidate("x", Role.DEFAULT)
+    facts = Facts(num_prompt=10, max_tokens=10, best_of=2)
+    route = round_robin(view(P1, D1, whole, links="p1-d1"), "m", facts, (0, 0))
+    assert (route.first.name, route.decode) == ("x", None)
+    with pytest.raises(BestOfRequiresPrefixCache, match="--enable_prefix_cache=true"):
+        round_robin(view(P1, D1, links="p1-d1"), "m", facts, (0, 0))

@@ -312,3 +312,34 @@ def test_a_later_attempt_finds_what_an_earlier_one_computed() -> None:
     rig.add(again)
     plan = rig.step()
     assert plan.num_computed == [20]
+
+
+def test_requests_of_one_batch_share_what_the_first_of_them_computes() -> None:
+    rig = ToyRig(num_blocks=60, prefix_root=b"root", max_tokens_per_chunk=8)
+    shared = list(range(1, 17))
+    given = [
+        rig.add(submission(f"r{index}", [*shared, 100 + index], 3, ignore_eos=True))
+        for index in range(4)
+    ]
+    computed = 0
+    while rig.scheduler.has_work():
+        computed += len(rig.step().token_ids)
+    assert computed == len(shared) + 4 * (1 + 2)
+    for one in given:
+        assert rig.tokens[one.request_id] == expected(one)[0]
+    rig.scheduler.assert_empty()
+
+
+def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_gone() -> None:
+    rig = ToyRig(num_blocks=60, prefix_root=b"root", max_tokens_per_chunk=4)
+    shared = list(range(1, 17))
+    rig.add(submission("owner", [*shared, 99], 3, ignore_eos=True))
+    waiter = rig.add(submission("waiter", [*shared, 98], 3, ignore_eos=True))
+    other = rig.add(submission("other", [7, 7, 7], 3, ignore_eos=True))
+    plan = rig.step()
+    assert len(plan.rows) == 2  # the owner and the one that shares nothing
+    rig.scheduler.abort("owner", 1, rig.now)
+    rig.run()
+    assert rig.tokens["waiter"] == expected(waiter)[0]
+    assert rig.tokens["other"] == expected(other)[0]
+    rig.scheduler.assert_empty()

@@ -228,6 +228,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
             max_cache_bytes=values["max_cache_size"],
             max_memory_utilization=values["max_memory_utilization"],
             enable_prefix_cache=values["enable_prefix_cache"],
+            prefix_seed=values["xxh3_128bits_seed"],
         ),
         scheduler=SchedulerConfig(
             max_tokens_per_batch=values["max_tokens_per_batch"],

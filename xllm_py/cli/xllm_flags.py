@@ -89,7 +89,7 @@ _CACHE = in_group(
         "keep computed blocks for later requests that begin with the same tokens",
     ),
     b("kv_cache_dtype", "string", "auto", "auto: the model's dtype"),
-    b("xxh3_128bits_seed", "uint32", 1024, "enters the block-hash chain", idle=True, does=1024),
+    b("xxh3_128bits_seed", "uint32", 1024, "enters the block-hash chain; equal on P, D and master"),
     a("max_tokens_per_batch", "int32", 10240, "tokens of one step"),
     a("max_seqs_per_batch", "int32", 200, "running sequences"),
     a("enable_chunked_prefill", "bool", True, "false: a prompt is computed in one step"),

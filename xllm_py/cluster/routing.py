@@ -14,7 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xllm_py.base.errors import ContextLengthExceeded, NoCompatibleDecode, NoInstances, RequestError
+from xllm_py.base.errors import (
+    BestOfRequiresPrefixCache,
+    ContextLengthExceeded,
+    NoCompatibleDecode,
+    NoInstances,
+    RequestError,
+)
 from xllm_py.cluster.instance_info import Card, Role
 
 LONE_AFTER_S = 10.0
@@ -50,6 +56,7 @@ class Facts:
 
     num_prompt: int
     max_tokens: int
+    best_of: int = 1  # above 1, a decode instance must keep the prompt for all choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,11 +138,15 @@ def _ready_pairs(
 def round_robin(view: ClusterView, model: str, facts: Facts, turns: tuple[int, int]) -> Route:
     """The next P and the next D in turn. model "": any; turns: how many requests were placed so far, for P and for D.
 
-    Raises NoInstances, NoCompatibleDecode, or ContextLengthExceeded when no D could ever hold the request.
+    Raises NoInstances, NoCompatibleDecode, ContextLengthExceeded when no D could ever hold the request, or
+    BestOfRequiresPrefixCache when it has several choices and no D keeps prompts.
     """
-    found = options(of_model(view, model))
+    view = of_model(view, model)
+    found = options(view)
     if not found.mode:
         raise _nothing(view)
+    if facts.best_of > 1 and found.mode == "pd":
+        found = _keeping_prompts(found, view)
     if found.mode != "pd":
         able = tuple(each for each in found.alone if _holds(each.card, facts))
         if not able:
@@ -157,6 +168,26 @@ def round_robin(view: ClusterView, model: str, facts: Facts, turns: tuple[int, i
         f"decode {turns[1] % len(decodes) + 1} of {len(decodes)} in turn"
     )
     return Route(mode="pd", first=prefill.card, decode=decode.card, reason=reason)
+
+
+def _keeping_prompts(found: Options, view: ClusterView) -> Options:
+    """Only pairs whose D has a prefix cache; without any, the instances that do everything themselves (SPEC 6.8)."""
+    pairs = tuple(
+        (prefill, able)
+        for prefill, decodes in found.pairs
+        if (able := tuple(each for each in decodes if each.card.enable_prefix_cache))
+    )
+    if pairs:
+        return Options(mode="pd", pairs=pairs)
+    everyone = sorted(view.candidates, key=lambda candidate: candidate.card.name)
+    alone = _of(everyone, Role.DEFAULT)
+    if not alone:
+        raise BestOfRequiresPrefixCache(
+            "n or best_of above 1 needs a decode instance with a prefix cache and none has one; "
+            "start it with --enable_prefix_cache=true, or ask for one choice",
+            param="best_of",
+        )
+    return Options(mode="default", alone=_ready_first(alone))
 
 
 def of_model(view: ClusterView, model: str) -> ClusterView:

@@ -1,7 +1,8 @@
 """The batch: who waits, who runs in which row, and what the next step computes.
 
 Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones, oldest first,
-until tokens, rows or blocks run out. A waiting one begins behind the blocks that the prefix cache has of it. A request that needs a
+until tokens, rows or blocks run out. A waiting one begins behind the blocks that the prefix cache has of it; while another one
+computes what comes next in it, it lets others pass. A request that needs a
 block when none is free preempts the youngest running one, whose blocks are freed and whose tokens are computed again later; the
 youngest itself waits with what it has. A request that is to be given away gets all its blocks when it is admitted and is never
 preempted, because the transport may be reading them.
@@ -47,6 +48,7 @@ class Batch:
             self.waiting.remove(request)
         elif request.state is State.RUNNING:
             self.running.remove(request)
+            self._prefix.leave(request)
         self._release_row(request)
 
     def take_planned(self) -> list[Request]:
@@ -186,18 +188,22 @@ class Batch:
         self.waiting.appendleft(request)
 
     def _admit(self, plan: StepPlan, budget: int, now: float) -> None:
-        while self.waiting and self._free_rows and budget > 0:
-            request = self.waiting[0]
+        index = 0
+        while index < len(self.waiting) and self._free_rows and budget > 0:
+            request = self.waiting[index]
             # matched before the budget is spent: what is there already costs none; one token at least is computed
             known = 0 if request.to_score else len(request.tokens) - 1
             found = self._prefix.find(request, known)
+            if self._prefix.worth_waiting(request, len(found), known):
+                index += 1
+                continue
             request.num_computed = len(found) * self._blocks.block_size
             count = self._tokens_now(request, budget)
             need = self._blocks.blocks_for(len(request.tokens)) - len(found)
             if not count or not self.has_room(need + self._blocks.num_idle(found)):
                 request.num_computed = 0
                 return
-            self.waiting.popleft()
+            del self.waiting[index]
             self._hold(request, found, need)
             request.move(State.RUNNING)
             request.stamp(Moment.ADMITTED, now)

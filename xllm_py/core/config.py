@@ -17,6 +17,7 @@ class CacheConfig:
     max_cache_bytes: int = 0  # 0: computed from the memory at hand
     max_memory_utilization: float = 0.8
     enable_prefix_cache: bool = True  # keep computed blocks for requests that begin alike
+    prefix_seed: int = 1024  # enters the root of all block hashes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

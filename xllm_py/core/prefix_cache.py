@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from xllm_py.base.hashing import block_hashes, next_hash, salted
 from xllm_py.core.block_manager import BlockManager
-from xllm_py.core.request import Request
+from xllm_py.core.request import Request, State
 
 _NEVER = 1 << 62  # tokens: nothing of this request is ever shared
 
@@ -22,6 +22,7 @@ class PrefixCache:
         """root: the parent of every first block's hash (model, seed, key); empty: no prefix cache."""
         self._blocks = blocks
         self._root = root
+        self._computing: dict[bytes, Request] = {}  # blocks of prompts that somebody computes now
         self.num_queried = 0
         self.num_hit = 0
 
@@ -46,6 +47,18 @@ class PrefixCache:
         hashes = block_hashes(salted(self._root, salt), ids, self._blocks.block_size)
         return self._blocks.match(hashes, ids)
 
+    def worth_waiting(self, request: Request, num_found: int, num_tokens: int) -> bool:
+        """Whether the block behind those found is being computed for somebody else right now: soon it can be shared."""
+        if not self._root or num_found >= num_tokens // self._blocks.block_size:
+            return False
+        return request.hashes[num_found] in self._computing
+
+    def leave(self, request: Request) -> None:
+        """It ended or lost its blocks: nobody is to wait for what it was computing."""
+        for digest in request.hashes:
+            if self._computing.get(digest) is request:
+                del self._computing[digest]
+
     def note(self, queried: int, hit: int) -> None:
         """Count an admission: tokens that were looked for and tokens that were there."""
         if self._root:
@@ -63,11 +76,19 @@ class PrefixCache:
         for index in range(first, count):
             ids = request.tokens[index * size : (index + 1) * size]
             self._blocks.publish(request.block_ids[index], request.hashes[index], ids)
+            if self._computing.get(request.hashes[index]) is request:
+                del self._computing[request.hashes[index]]
         request.publish_at = (count + 1) * size
 
     def begin(self, request: Request, num_found: int) -> None:
         """The request holds its blocks; so many leading ones are published already."""
-        request.publish_at = (num_found + 1) * self._blocks.block_size if self._root else _NEVER
+        if not self._root:
+            request.publish_at = _NEVER
+            return
+        request.publish_at = (num_found + 1) * self._blocks.block_size
+        if request.state is State.WAITING:  # it is about to compute the rest of them
+            for digest in request.hashes[num_found:]:
+                self._computing.setdefault(digest, request)
 
     def counts(self) -> dict[str, int]:
         """For the ledger: since the start."""

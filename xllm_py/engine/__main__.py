@@ -83,7 +83,11 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
 def _prefix_root(config: EngineConfig, model_fingerprint: str) -> bytes:
     if not config.cache.enable_prefix_cache:
         return b""
-    return chain_root(key=config.cluster_key, model_fingerprint=model_fingerprint)
+    return chain_root(
+        key=config.cluster_key,
+        model_fingerprint=model_fingerprint,
+        seed=config.cache.prefix_seed,
+    )
 
 
 def _ready(executor: Executor, transport: KvTransport | None) -> Ready:

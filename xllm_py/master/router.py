@@ -39,9 +39,11 @@ class Router:
         )
 
     def place(self, submission: Submission) -> Route:
-        """Choose. Raises NoInstances, NoCompatibleDecode or ContextLengthExceeded."""
+        """Choose. Raises what `round_robin` raises."""
         facts = Facts(
-            num_prompt=len(submission.prompt_ids), max_tokens=submission.sampling.max_tokens
+            num_prompt=len(submission.prompt_ids),
+            max_tokens=submission.sampling.max_tokens,
+            best_of=submission.sampling.best_of,
         )
         turns = (self._turns[0], self._turns[1])
         route = round_robin(self.view(), submission.model, facts, turns)
