@@ -19,7 +19,16 @@ from xllm_py.model.layers.mlp import silu
 
 DTYPES = (torch.float32, torch.bfloat16)
 # KV heads, query heads of each, head size
-HEADS = ((1, 1, 96), (1, 3, 64), (1, 5, 40), (1, 7, 24), (2, 7, 64), (3, 2, 80), (5, 1, 16))
+HEADS = (
+    (1, 1, 96),
+    (1, 3, 64),
+    (1, 5, 40),
+    (1, 7, 24),
+    (2, 7, 64),
+    (3, 2, 80),
+    (5, 1, 16),
+    (2, 4, 128),
+)
 LENGTHS = (1, 2, 130, 513, 1111)
 
 

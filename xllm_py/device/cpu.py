@@ -28,6 +28,8 @@ QUERY_TILE = 128  # tokens whose scores are held at once
 # MKL gives the rows of a float32 product the same bits when there are 4, 8, 12, ... of them; the last one to three rows of an
 # odd number, or of a thread's share of it, take another kernel (measured with 1 to 32 threads, 4 to 1,800 rows, AVX2 and AVX-512)
 _ROWS = 4
+# ... and on CPUs with AMX just four rows of 96 or more numbers take one of their own (all of 4 to 256 rows, heads of 64, 96 and 128)
+_LEAST_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +248,7 @@ class CpuDevice:
         """One token of each sequence; queries [sequences, heads, head_dim]."""
         count, heads, dim = queries.shape
         group = heads // self._kv_heads
-        rows = group + -group % _ROWS
+        rows = _padded(group)
         math = self._math_dtype(queries.dtype)
         grouped = queries.new_zeros(count, self._kv_heads, rows, dim, dtype=math)
         grouped[:, :, :group] = queries.view(count, self._kv_heads, group, dim)
@@ -269,7 +271,7 @@ class CpuDevice:
         # [kv_heads, tokens * group, dim]: the query heads of a KV head are rows of one product
         grouped = queries.view(count, kv_heads, group, dim).transpose(0, 1).to(keys.dtype)
         grouped = grouped.reshape(kv_heads, count * group, dim)
-        padding = -count * group % _ROWS
+        padding = _padded(count * group) - count * group
         if padding:
             grouped = torch.nn.functional.pad(grouped, (0, 0, 0, padding))
         state = _Softmax(kv_heads, count * group + padding, dim)
@@ -286,6 +288,11 @@ class CpuDevice:
     def close(self) -> None:
         """See Device."""
         self._keys, self._values, self._memory, self._lookups = [], [], None, None
+
+
+def _padded(rows: int) -> int:
+    """So many rows that a float32 product gives each the bits it has among any others."""
+    return max(_LEAST_ROWS, rows + -rows % _ROWS)
 
 
 class _Softmax:
