@@ -79,7 +79,9 @@ def test_a_sparse_column_that_names_an_unknown_entry_is_refused() -> None:
 
 def test_a_grant_of_another_length_and_an_unknown_role_are_refused() -> None:
     with pytest.raises(ProtocolViolation, match="grant"):
-        convert.to_firsts(pb.FirstGenerationRequest(firsts=[pb.FirstToken(grant=b"short", token_ids=[1])]))
+        convert.to_firsts(
+            pb.FirstGenerationRequest(firsts=[pb.FirstToken(grant=b"short", token_ids=[1])])
+        )
     with pytest.raises(ProtocolViolation, match="endpoint"):
         answer = pb.OfferAnswer(request_id="r", grant=b"g" * 16)
         convert.to_answers(pb.AddNewRequestsReply(answers=[answer]))

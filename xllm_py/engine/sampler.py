@@ -70,7 +70,9 @@ def _draw(logits: Tensor, rows: list[RowStart], positions: list[int]) -> list[in
         weights[at] = _cut(weights[at], [rows[i] for i in cut])
     ladder = weights.cumsum(-1)
     totals = ladder[:, -1:].contiguous()
-    drawn = [uniform(row.sampling.seed, row.choice, at) for row, at in zip(rows, positions, strict=True)]
+    drawn = [
+        uniform(row.sampling.seed, row.choice, at) for row, at in zip(rows, positions, strict=True)
+    ]
     targets = torch.tensor(drawn, dtype=torch.float64).unsqueeze(1) * totals
     picked = torch.searchsorted(ladder, targets, right=True).squeeze(1)
     # rounding could point past the last token with weight; it is the last step of the ladder
