@@ -28,7 +28,7 @@ COMMON: dict[str, Any] = {
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
-    "low_freq_factor": 1.0,
+    "low_freq_factor": 2.0,  # not the usual 1, which would hide its place in the formula
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
