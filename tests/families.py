@@ -30,7 +30,7 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 2.0,  # not the usual 1, which would hide its place in the formula
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
+    "original_max_position_embeddings": 256,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 EXPERTS = {
