@@ -97,11 +97,13 @@ def test_help_comes_before_errors_of_the_same_line():
 
 
 def test_flags_without_effect_are_named_in_one_line(model):
-    said = say("xllm", model, "--max_logprobs=3", "--max_best_of=4", "--priority_strategy=deadline")
+    said = say(
+        "xllm", model, "--max_logprobs=3", "--max_best_of=4", "--max_tokens_for_graph_mode=9"
+    )
     assert said.code == 0
     assert said.config.warnings == (
         "accepted but without effect in this version: "
-        "--max_best_of, --max_logprobs, --priority_strategy",
+        "--max_tokens_for_graph_mode, --max_best_of, --max_logprobs",
     )
 
 

@@ -236,6 +236,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
             enable_chunked_prefill=values["enable_chunked_prefill"],
             max_tokens_per_chunk=values["max_tokens_per_batch"] if chunk == -1 else chunk,
             max_queue=values["request_queue_size"],
+            priority_strategy=values["priority_strategy"],
             prefill_usage_threshold=values["prefill_scheduling_memory_usage_threshold"],
             grant_ttl_s=values["grant_ttl_s"],
             handoff_hold_s=values["handoff_hold_s"],

@@ -121,7 +121,7 @@ _CACHE = in_group(
         idle=True,
         does=True,
     ),
-    b("priority_strategy", "string", "fcfs", "fcfs, priority, deadline", idle=True, does="fcfs"),
+    b("priority_strategy", "string", "fcfs", "who goes first: fcfs, priority or deadline"),
     b(
         "enable_online_preempt_offline",
         "bool",

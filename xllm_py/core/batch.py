@@ -1,6 +1,6 @@
 """The batch: who waits, who runs in which row, and what the next step computes.
 
-Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones, oldest first,
+Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones in the order of core/waiting,
 until tokens, rows or blocks run out. A waiting one begins behind the blocks that the prefix cache has of it; while another one
 computes what comes next in it, it lets others pass. A request that needs a
 block when none is free preempts the youngest running one, whose blocks are freed and whose tokens are computed again later; the
@@ -12,14 +12,13 @@ Used by the scheduler alone. Victims are younger than the request they give way 
 
 from __future__ import annotations
 
-from collections import deque
-
 from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.config import SchedulerConfig
 from xllm_py.core.journey import Moment
 from xllm_py.core.plan import RowStart, StepPlan
 from xllm_py.core.prefix_cache import PrefixCache
 from xllm_py.core.request import Request, State
+from xllm_py.core.waiting import Waiting
 
 
 class Batch:
@@ -34,7 +33,7 @@ class Batch:
         self._planned: list[Request] = []
         self._step = 0
         self.num_copied = 0  # blocks, since the start
-        self.waiting: deque[Request] = deque()
+        self.waiting = Waiting(config.priority_strategy)
         self.running: list[Request] = []  # in order of admission
         self.admitted: list[Request] = []  # to be given away, since the scheduler last looked
 
@@ -185,7 +184,7 @@ class Batch:
         request.prompt_logprobs = []
         request.num_preemptions += 1
         request.move(State.WAITING)
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
 
     def _admit(self, plan: StepPlan, budget: int, now: float) -> None:
         index = 0
@@ -203,7 +202,7 @@ class Batch:
             if not count or not self.has_room(need + self._blocks.num_idle(found)):
                 request.num_computed = 0
                 return
-            del self.waiting[index]
+            self.waiting.remove(request)
             self._hold(request, found, need)
             request.move(State.RUNNING)
             request.stamp(Moment.ADMITTED, now)

@@ -81,7 +81,7 @@ class Scheduler:
         if known is not None:
             self._finish(known, FINISH_ABORT, now)
         request = self._open.add(self._admission.make(submission, State.WAITING, now))
-        self._batch.waiting.append(request)
+        self._batch.waiting.add(request)
 
     def refuse(self, submission: Submission, error: RequestError) -> None:
         """Put the refusal of `add` on the road a token takes."""
