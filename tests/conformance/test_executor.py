@@ -244,6 +244,40 @@ def test_a_seed_gives_its_own_answer_and_gives_it_again(make: Make) -> None:
     assert seeded(2, range(16, 24)) == answers[1]
 
 
+def test_draws_from_one_computation_are_what_each_choice_draws_alone(make: Make) -> None:
+    executor = make()
+    alone = [
+        answer(executor, Row(PROMPT, range(8), temperature=1.0, seed=5, choice=choice), count=1)
+        for choice in range(4)
+    ]
+    row = Row(PROMPT, range(8), temperature=1.0, seed=5)
+    neighbour = Row(PROMPT, range(8, 16), row=1)
+    plan = StepPlan(
+        step=1,
+        started=(row.start, neighbour.start),
+        rows=[0, 1],
+        num_tokens=[len(PROMPT)] * 2,
+        num_computed=[0, 0],
+        token_ids=PROMPT * 2,
+        sample=[4, 1],
+        positions=[0, 0],
+    )
+    drawn = executor.execute(plan).token_ids
+    assert [[token] for token in drawn[:4]] == alone
+    assert drawn[4:] == answer(executor, Row(PROMPT, range(8)), count=1)
+
+
+def test_a_copied_block_serves_as_its_source_does(make: Make) -> None:
+    executor = make()
+    row = Row(PROMPT, range(8))
+    whole = list(answer(executor, row))
+    last = len(PROMPT) // BLOCK_SIZE  # the block that the answer goes on in
+    copied = Row([*PROMPT, whole[0]], [*range(last), 20, *range(21, 28)])
+    copied.num_prompt, copied.num_computed = len(PROMPT), len(PROMPT)
+    token = step(executor, (copied, 1), copied_from=[last], copied_to=[20])[0]
+    assert [token, *answer(executor, copied)[2:]] == whole[1:]
+
+
 def test_capacity_and_memory_agree(make: Make) -> None:
     executor = make()
     capacity, memory = executor.capacity(), executor.kv_memory()

@@ -6,7 +6,7 @@ slots; it knows nothing of requests. Conformance: tests/conformance/test_device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +75,10 @@ class Device(Protocol):
 
     def write_kv(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Store one step's keys and values. keys, values: [tokens, kv_heads, head_dim]; slots: [tokens] int64, unique."""
+        ...
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole blocks, keys and values, in every layer. No block is both a source and a target."""
         ...
 
     def attend(

@@ -12,6 +12,7 @@ emulated bfloat16 were 7 times slower there.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,6 +31,9 @@ QUERY_TILE = 128  # tokens whose scores are held at once
 _ROWS = 4
 # ... and on CPUs with AMX just four rows of 96 or more numbers take one of their own (all of 4 to 256 rows, heads of 64, 96 and 128)
 _LEAST_ROWS = 8
+# oneDNN's AMX kernels give a row of a bfloat16 product other bits with other numbers of rows (27 of 54 shapes); those of AVX-512
+# never did. Read when the first product is made; who sets it by hand knows better.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,12 @@ class CpuDevice:
         """See Device."""
         self._keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
         self._values[layer].flatten(0, 1).index_copy_(0, slots, values)
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See Device."""
+        here, there = torch.tensor(sources), torch.tensor(targets)
+        for cache in (*self._keys, *self._values):
+            cache[there] = cache[here]
 
     def attend(
         self, queries: Tensor, layer: int, batch: AttentionBatch, sliding_window: int = 0

@@ -5,6 +5,7 @@ Made by engine/ranks. Row tables are written in place as plans tell what changed
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -40,10 +41,12 @@ class Worker:
     @torch.inference_mode()
     def execute(self, plan: StepPlan, layer_done: LayerDone | None) -> StepResult:
         """See core.executor.Executor.execute."""
+        if plan.copied_to:
+            self._device.copy_blocks(plan.copied_from, plan.copied_to)
         self._update_rows(plan)
         token_ids, positions, batch = self._inputs(plan)
         hidden = self._model.forward(token_ids, positions, batch, layer_done)
-        due = [index for index, sampled in enumerate(plan.sample) if sampled]
+        due = [index for index, draws in enumerate(plan.sample) if draws]
         if not due:
             return StepResult(token_ids=[])
         last = [batch.first_tokens[i] + batch.num_tokens[i] - 1 for i in due]
@@ -63,12 +66,19 @@ class Worker:
         places: list[int],
     ) -> StepResult:
         """A row whose logits are no numbers fails alone."""
+        broken = (~torch.isfinite(logits).all(-1)).tolist()
+        cause = "the model's output is not finite"
+        failed = {plan.rows[due[i]]: cause for i, bad in enumerate(broken) if bad}
+        drawn = [i for i, index in enumerate(due) for _ in range(plan.sample[index])]
+        if len(drawn) > len(due):
+            logits = logits[torch.tensor(drawn)]
+            starts = [
+                each for i, start in enumerate(starts) for each in _draws(start, plan, due[i])
+            ]
+            places = [places[i] for i in drawn]
         tokens = sample(logits, starts, places)
-        broken = (~torch.isfinite(logits).all(-1)).nonzero().flatten().tolist()
-        failed = {}
-        for index in broken:
-            tokens[index] = -1
-            failed[plan.rows[due[index]]] = "the model's output is not finite"
+        if failed:
+            tokens = [-1 if broken[i] else token for i, token in zip(drawn, tokens, strict=True)]
         return StepResult(token_ids=tokens, failed_rows=failed)
 
     def _start(self, row: int) -> RowStart:
@@ -113,3 +123,10 @@ class Worker:
         padding = (0, -total % self._padding)
         token_ids = functional.pad(torch.tensor(plan.token_ids), padding)
         return token_ids, functional.pad(positions, padding), batch
+
+
+def _draws(start: RowStart, plan: StepPlan, index: int) -> list[RowStart]:
+    """The row once per choice that draws its first token from the same logits."""
+    return [
+        dataclasses.replace(start, choice=start.choice + draw) for draw in range(plan.sample[index])
+    ]
