@@ -133,14 +133,14 @@ def test_greedy_does_not_look_at_seed_position_or_cuts() -> None:
 def kept_ids(logits: list[float], params: RowStart) -> list[int]:
     """The ids that may come, by the definitions: min-p, then the top k, then the top p of what is left."""
     highest = max(logits)
-    weights = [math.exp((logit - highest) / params.temperature) for logit in logits]
-    ids = [index for index, weight in enumerate(weights) if weight >= params.min_p]
+    weights = [math.exp((logit - highest) / params.sampling.temperature) for logit in logits]
+    ids = [index for index, weight in enumerate(weights) if weight >= params.sampling.min_p]
     ids.sort(key=lambda index: (-weights[index], index))
-    if params.top_k > 0:
-        ids = ids[: params.top_k]
+    if params.sampling.top_k > 0:
+        ids = ids[: params.sampling.top_k]
     total, mass, kept = sum(weights[index] for index in ids), 0.0, []
     for index in ids:
-        if mass >= params.top_p * total:
+        if mass >= params.sampling.top_p * total:
             break
         kept.append(index)
         mass += weights[index]
@@ -151,8 +151,8 @@ def slow_token(logits: list[float], params: RowStart, position: int) -> int:
     """Walk the kept ids in id order until their mass passes the drawn share."""
     kept = kept_ids(logits, params)
     highest = max(logits)
-    weights = {i: math.exp((logits[i] - highest) / params.temperature) for i in kept}
-    left = uniform(params.seed, params.choice, position) * sum(weights.values())
+    weights = {i: math.exp((logits[i] - highest) / params.sampling.temperature) for i in kept}
+    left = uniform(params.sampling.seed, params.choice, position) * sum(weights.values())
     for index in kept:
         left -= weights[index]
         if left < 0:
