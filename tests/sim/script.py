@@ -1,0 +1,193 @@
+"""What happens in one simulation: everything that a seed decides, drawn before it begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from tests.sim.grpc_memory import Weather
+from xllm_py.engine.toy import VOCAB_SIZE
+
+BLOCK_SIZE = 4
+PREFILLS = ("p1", "p2")
+DECODES = ("d1", "d2")
+NAMES = (*PREFILLS, *DECODES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One client: when it comes, what it asks, and when it leaves (None: it waits for the end)."""
+
+    name: str
+    at: float
+    prompt: tuple[int, ...]
+    max_tokens: int
+    seed: int  # 0: greedy
+    best_of: int
+    ignore_eos: bool
+    stop_token_ids: tuple[int, ...]
+    timeout_s: float
+    leaves_after_s: float | None
+    salt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something befalls the cluster. other: the second of two; lasts_s: an outage, a stall, or the time to rebirth."""
+
+    at: float
+    kind: str
+    who: str
+    other: str = ""
+    lasts_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Script:
+    """One seed's story."""
+
+    seed: int
+    relay: bool
+    prefix: frozenset[str]  # instances with a prefix cache
+    num_blocks: dict[str, int]
+    max_seqs: int
+    chunked: bool
+    tokens_per_batch: int
+    tokens_per_chunk: int
+    threshold: float
+    local_decode: bool
+    asks: list[Ask]
+    events: list[Event] = field(default_factory=list)
+    weather: Weather = field(default_factory=Weather)
+    kv_fault: str = ""
+    kv_fault_share: float = 0.0
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing breaks: then no request may be lost."""
+        losses = self.weather.lost or self.weather.unanswered or self.weather.slow_s > 1.0
+        return not self.events and not losses and self.kv_fault in ("", "late")
+
+
+def script_of(seed: int) -> Script:
+    """Draw."""
+    random = Random(seed)
+    with_cache = random.random()
+    prefix = {name for name in NAMES if with_cache < 0.3 or (with_cache < 0.7 and random.random() < 0.5)}
+    tight = random.random() < 0.5
+    script = Script(
+        seed=seed,
+        relay=random.random() < 0.25,
+        prefix=frozenset(prefix),
+        num_blocks={name: random.randint(9, 13) if tight else random.randint(14, 40) for name in NAMES},
+        max_seqs=random.choice((2, 3, 4, 8)),
+        chunked=random.random() < 0.8,
+        tokens_per_batch=random.choice((24, 32, 64)),
+        tokens_per_chunk=random.choice((4, 7, 16, 64)),
+        threshold=random.choice((0.8, 0.95, 1.0)),
+        local_decode=random.random() < 0.6,
+        asks=[],
+    )
+    prefixes = [_tokens(random, random.randint(4, 14)) for _ in range(2)]
+    busy_s = random.choice((0.01, 0.05, 0.2))
+    hasty = random.random() < 0.2
+    leaving = random.random() < 0.35
+    for number in range(random.randint(2, 6)):
+        script.asks.append(_ask(random, number, prefixes, busy_s, hasty, leaving, script))
+    if random.random() < 0.6:
+        _trouble(random, script)
+    return script
+
+
+def _tokens(random: Random, count: int) -> tuple[int, ...]:
+    return tuple(random.randrange(VOCAB_SIZE - 1) for _ in range(count))
+
+
+def _ask(
+    random: Random,
+    number: int,
+    prefixes: list[tuple[int, ...]],
+    busy_s: float,
+    hasty: bool,
+    leaving: bool,
+    script: Script,
+) -> Ask:
+    prompt = (*random.choice((*prefixes, ())), *_tokens(random, random.randint(1, 9)))
+    if random.random() < 0.15:
+        prompt = prefixes[0]
+    return Ask(
+        name=f"r{number}",
+        at=random.uniform(0, busy_s),
+        prompt=prompt,
+        max_tokens=random.choice((1, 2, 5, 8, 12)),
+        seed=random.choice((0, random.randrange(1, 1 << 40))),
+        best_of=_best_of(random, script),
+        ignore_eos=random.random() < 0.5,
+        stop_token_ids=_tokens(random, random.choice((0, 0, 12))),
+        timeout_s=random.uniform(0.005, 0.3) if hasty and random.random() < 0.5 else 30.0,
+        leaves_after_s=random.uniform(0, 0.15) if leaving and random.random() < 0.5 else None,
+        salt=random.choice(("", "", "", "other")),
+    )
+
+
+def _best_of(random: Random, script: Script) -> int:
+    """Drawn always, so that a request with it is otherwise the same as without."""
+    wanted = random.choice((1, 1, 1, 2, 3, 4))
+    return wanted if wanted <= script.max_seqs else 1
+
+
+def _trouble(random: Random, script: Script) -> None:
+    """One kind or two."""
+    kinds = (_kill, _cut, _kv_fault, _bad_weather, _stall, _kv_cut, _drain)
+    for kind in random.sample(kinds, random.choice((1, 1, 2))):
+        kind(random, script)
+
+
+def _pair(random: Random) -> tuple[str, str]:
+    return random.choice(PREFILLS), random.choice(DECODES)
+
+
+def _kill(random: Random, script: Script) -> None:
+    at = random.uniform(0, 0.15)
+    reborn_s = random.choice((0.02, 0.2, 0.8))
+    script.events.append(Event(at=at, kind="kill", who=random.choice(NAMES), lasts_s=reborn_s))
+
+
+def _cut(random: Random, script: Script) -> None:
+    who, other = random.choice((_pair(random), ("master", random.choice(NAMES))))
+    lasts_s = random.choice((0.0, 0.03, 0.3, 1.5))
+    at = random.uniform(0, 0.15)
+    script.events.append(Event(at=at, kind="cut", who=who, other=other, lasts_s=lasts_s))
+
+
+def _kv_cut(random: Random, script: Script) -> None:
+    for _ in range(random.choice((1, 3))):
+        who, other = _pair(random)
+        script.events.append(Event(at=random.uniform(0, 0.1), kind="kv cut", who=who, other=other))
+
+
+def _kv_fault(random: Random, script: Script) -> None:
+    script.kv_fault = random.choice(("late", "cut", "lost", "flipped", "mute"))
+    script.kv_fault_share = random.choice((0.3, 1.0)) if script.kv_fault == "late" else 0.5
+
+
+def _bad_weather(random: Random, script: Script) -> None:
+    script.weather = random.choice(
+        (
+            Weather(slow=0.3),
+            Weather(slow=0.1, slow_s=0.6),
+            Weather(lost=0.08),
+            Weather(unanswered=0.08),
+            Weather(slow=0.2, lost=0.04, unanswered=0.04),
+        )
+    )
+
+
+def _stall(random: Random, script: Script) -> None:
+    lasts_s = random.choice((0.1, 1.0, 3.0))
+    who = random.choice(NAMES)
+    script.events.append(Event(at=random.uniform(0, 0.1), kind="stall", who=who, lasts_s=lasts_s))
+
+
+def _drain(random: Random, script: Script) -> None:
+    script.events.append(Event(at=random.uniform(0, 0.1), kind="drain", who=random.choice(NAMES)))
