@@ -48,15 +48,17 @@ def submission(request_id: str = "r1", **fields: Any) -> Submission:
 
 
 def outputs(*entries: tuple[Any, ...]) -> Outputs:
-    """Entries are (request, position, token) or (request, position, token, finish reason)."""
+    """Entries are (request, position, token), then maybe a finish reason, then maybe a choice."""
     made = Outputs()
-    for request_id, position, token_id, *reason in entries:
+    for request_id, position, token_id, *more in entries:
+        reason, choice = (*more, *("", 0)[len(more) :])
         made.add(
             request_id,
             1,
+            choice=choice,
             position=position,
             token_id=token_id,
-            finish_reason=reason[0] if reason else "",
+            finish_reason=reason,
         )
     return made
 
@@ -70,9 +72,9 @@ def entries(ups: list[GenerationsUp]) -> list[tuple[str, int, int]]:
     ]
 
 
-def ack(request_id: str, position: int) -> GenerationsDown:
+def ack(request_id: str, position: int, choice: int = 0) -> GenerationsDown:
     down = GenerationsDown()
-    down.acks.add(request_id, 1, 0, position)
+    down.acks.add(request_id, 1, choice, position)
     return down
 
 

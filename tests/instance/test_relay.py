@@ -292,3 +292,53 @@ async def test_the_oldest_requests_are_forgotten_when_there_are_too_many(giver: 
     taker.say(("r49", 1, 1), ("r50", 1, 1))
     await until("the cancel", lambda: taker.downs)
     assert taker.downs[0].cancels.request_ids == ["r49"]
+
+
+async def test_the_end_of_one_choice_ends_no_other(giver: Giver) -> None:
+    giver.relay.open("a", MASTER, 2)
+    taker = Taker(giver)
+    taker.say(("a", 1, 5, "stop", 1))
+    stream = await giver.network.stream("master:1")
+    await until("the first end", lambda: entries(stream.sent))
+    stream.answer(ack("a", 2, choice=1))
+    await until("its acknowledgement", taker.acks)
+    taker.say(("a", 1, 6), ("a", 2, 7, "length"))
+    await until("the other choice", lambda: len(entries(stream.sent)) == 3)
+    stream.answer(ack("a", 3))
+    await until("both ends acknowledged", lambda: taker.acks() == [("a", 2), ("a", 3)])
+    assert giver.relay.num_open == 0
+    assert not [down for down in taker.downs if down.cancels.request_ids]
+
+
+async def test_a_choice_that_ends_with_its_first_token_leaves_the_others_to_the_taker(
+    giver: Giver,
+) -> None:
+    giver.relay.open("a", MASTER, 2)
+    giver.relay.on_own_outputs(outputs(("a", 0, 5, "stop", 0), ("a", 0, 6, "", 1)))
+    taker = Taker(giver)
+    taker.say(("a", 1, 7, "length", 1))
+    stream = await giver.network.stream("master:1")
+    await until("the other choice", lambda: entries(stream.sent))
+    stream.answer(ack("a", 2, choice=1))
+    await until("its acknowledgement", taker.acks)
+    assert giver.relay.num_open == 0
+
+
+async def test_an_error_ends_all_choices_with_one_acknowledgement(giver: Giver) -> None:
+    giver.relay.open("a", MASTER, 3)
+    taker = Taker(giver)
+    taker.say(("a", 1, -1, "deadline_exceeded", 1))
+    stream = await giver.network.stream("master:1")
+    await until("the error", lambda: entries(stream.sent))
+    stream.answer(ack("a", 2, choice=1))
+    await until("its acknowledgement", taker.acks)
+    assert giver.relay.num_open == 0
+
+
+def test_the_givers_own_error_ends_all_choices() -> None:
+    relay = Relay()
+    relay.open("a", MASTER, 2)
+    relay.on_own_outputs(outputs(("a", 0, 5, "stop", 0)))
+    assert relay.num_open == 1
+    relay.on_own_outputs(outputs(("a", 0, -1, "no_decode_capacity", 0)))
+    assert relay.num_open == 0

@@ -52,9 +52,7 @@ class Wire:
     # ---- the API process: a StreamWriter ----
 
     def write(self, data: bytes) -> None:
-        self._due_down = max(
-            self._due_down, self._loop.time() + self._random.uniform(*_PIPE_S)
-        )
+        self._due_down = max(self._due_down, self._loop.time() + self._random.uniform(*_PIPE_S))
         self._down.append((self._due_down, data))
         self._loop.call_at(self._due_down, self._arrived)
 
@@ -163,13 +161,11 @@ class Engine:
         )
         root = b""
         if config.cache.enable_prefix_cache:
-            root = chain_root(
-                key=config.cluster_key, model_fingerprint=capacity.model_fingerprint
-            )
+            root = chain_root(key=config.cluster_key, model_fingerprint=capacity.model_fingerprint)
         self.scheduler = Scheduler(
             config.scheduler, capacity.facts, capacity.num_blocks, capacity.block_size, root
         )
-        pipe = EnginePipe(cast(Any, self.wire))
+        pipe = EnginePipe(cast("Any", self.wire))
         self.agent = HandoffAgent(
             scheduler=self.scheduler,
             transport=self.transport,
@@ -192,7 +188,7 @@ class Engine:
 
     def api_pipe(self) -> ApiPipe:
         """For the API process."""
-        return ApiPipe(self.wire.reader, cast(Any, self.wire))
+        return ApiPipe(self.wire.reader, cast("Any", self.wire))
 
     @property
     def now(self) -> float:
@@ -297,6 +293,9 @@ class Kv:
         """Break the links of two engines, by name."""
         names = {one, other}
         for link in list(self.network.links):
-            if {link.giver.incarnation.partition(".")[0], link.taker.incarnation.partition(".")[0]} == names:
+            if {
+                link.giver.incarnation.partition(".")[0],
+                link.taker.incarnation.partition(".")[0],
+            } == names:
                 link.end("the link was cut")
         self.wake()

@@ -122,7 +122,9 @@ def _judge(told: Told, script: Script) -> str:
         if tokens != right[: len(tokens)]:
             raise Wrong(f"{ask.name} choice {choice}: {tokens}, and not {right}")
         if choice in told.finishes and (tokens, told.finishes[choice]) != (right, reason):
-            raise Wrong(f"{ask.name} choice {choice} ends with {told.finishes[choice]}: {tokens}, and not {right} by {reason}")
+            raise Wrong(
+                f"{ask.name} choice {choice} ends with {told.finishes[choice]}: {tokens}, and not {right} by {reason}"
+            )
     if told.error and told.error not in _allowed(told, script):
         raise Wrong(f"{ask.name} ended with {told.error}, for which there was no cause")
     return "left" if told.left else told.error or "ok"

@@ -73,13 +73,17 @@ def script_of(seed: int) -> Script:
     """Draw."""
     random = Random(seed)
     with_cache = random.random()
-    prefix = {name for name in NAMES if with_cache < 0.3 or (with_cache < 0.7 and random.random() < 0.5)}
+    prefix = {
+        name for name in NAMES if with_cache < 0.3 or (with_cache < 0.7 and random.random() < 0.5)
+    }
     tight = random.random() < 0.5
     script = Script(
         seed=seed,
         relay=random.random() < 0.25,
         prefix=frozenset(prefix),
-        num_blocks={name: random.randint(9, 13) if tight else random.randint(14, 40) for name in NAMES},
+        num_blocks={
+            name: random.randint(9, 13) if tight else random.randint(14, 40) for name in NAMES
+        },
         max_seqs=random.choice((2, 3, 4, 8)),
         chunked=random.random() < 0.8,
         tokens_per_batch=random.choice((24, 32, 64)),
@@ -123,7 +127,7 @@ def _ask(
         seed=random.choice((0, random.randrange(1, 1 << 40))),
         best_of=_best_of(random, script),
         ignore_eos=random.random() < 0.5,
-        stop_token_ids=_tokens(random, random.choice((0, 0, 12))),
+        stop_token_ids=_tokens(random, random.choice((0, 0, 20, 60))),
         timeout_s=random.uniform(0.005, 0.3) if hasty and random.random() < 0.5 else 30.0,
         leaves_after_s=random.uniform(0, 0.15) if leaving and random.random() < 0.5 else None,
         salt=random.choice(("", "", "", "other")),

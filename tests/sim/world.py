@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from tests.sim.engine import Engine, Kv
-from tests.sim.grpc_memory import Network
+from tests.sim.grpc_memory import Network, Weather
 from tests.sim.oracle import sampling_of
 from tests.sim.script import BLOCK_SIZE, DECODES, NAMES, PREFILLS, Ask, Event, Script
 from tests.sim.virtual import PROCESS, Process, VirtualLoop
@@ -99,9 +99,7 @@ class Instance:
                 executor="toy",
                 toy_num_blocks=script.num_blocks[name],
                 max_model_len=100,
-                cache=CacheConfig(
-                    block_size=BLOCK_SIZE, enable_prefix_cache=name in script.prefix
-                ),
+                cache=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_cache=name in script.prefix),
                 scheduler=SchedulerConfig(
                     max_tokens_per_batch=script.tokens_per_batch,
                     max_seqs_per_batch=script.max_seqs,
@@ -218,7 +216,7 @@ class World:
         self.random = Random(f"{script.seed} on the way")
         self.words: list[tuple[Any, ...]] = []
         self.ending: list[asyncio.Task[Any]] = []
-        self.network = Network(loop, self.random, script.weather)
+        self.network = Network(loop, self.random, Weather())
         self.network.trace = self.trace
         self.store = Store(loop.clock)
         self.store.listeners = InOrder()  # type: ignore[assignment]
@@ -327,7 +325,8 @@ class World:
     # ---- what befalls it ----
 
     def play(self) -> list[asyncio.Task[None]]:
-        """Set the script's events going; returns the clients."""
+        """Set the script's weather and events going; returns the clients."""
+        self.network.weather = self.script.weather
         for event in self.script.events:
             self.loop.call_later(event.at, self._befall, event)
         return [self._begin(self._client(told), self.process) for told in self.told]

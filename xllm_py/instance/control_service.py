@@ -73,7 +73,7 @@ class ControlService:
             )
         destination = Destination(submission.master)
         if submission.relay and submission.receiver is not None:
-            self._relay.open(submission.request_id, destination)
+            self._relay.open(submission.request_id, destination, submission.sampling.best_of)
         self._outlets.open_remote(submission, destination)
         self._engine.submit(submission)
 

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from xllm_py.base.tasks import TaskFamily
-from xllm_py.core.plan import Outputs
+from xllm_py.core.plan import FINISH_LENGTH, FINISH_STOP, Outputs
 from xllm_py.instance.generations import Generations
 from xllm_py.instance.outlets import Destination
 from xllm_py.wire.control_messages import Cancels, GenerationsDown, GenerationsUp, Positions
@@ -24,11 +24,14 @@ class Relay:
     def __init__(self) -> None:
         self._masters: dict[str, Destination] = {}  # relayed request -> its master
         self._takers: dict[str, Downs] = {}  # relayed request -> the stream its D speaks on
-        self._finished: set[str] = set()  # relayed requests whose finish has passed through
+        self._going_on: dict[str, set[int]] = {}  # choices whose end is not acknowledged
+        self._finished: dict[str, set[int]] = {}  # choices whose finish has passed through
 
-    def open(self, request_id: str, master: Destination) -> None:
+    def open(self, request_id: str, master: Destination, num_choices: int = 1) -> None:
         """A request whose answer will come through here. The oldest are forgotten when there are too many."""
         self._masters[request_id] = master
+        self._going_on[request_id] = set(range(num_choices))
+        self._finished[request_id] = set()
         while len(self._masters) > _MOST_REQUESTS:
             self.close(next(iter(self._masters)))
 
@@ -36,12 +39,24 @@ class Relay:
         """Nothing more will come."""
         self._masters.pop(request_id, None)
         self._takers.pop(request_id, None)
-        self._finished.discard(request_id)
+        self._going_on.pop(request_id, None)
+        self._finished.pop(request_id, None)
 
     def on_own_outputs(self, outputs: Outputs) -> None:
-        """What our own engine said: a request it finished itself was not handed over, so nothing will come through here."""
-        for request_id, reason in zip(outputs.request_ids, outputs.finish_reasons, strict=True):
-            if reason:
+        """What our own engine said: choices that it finished itself are not handed over, so nothing of them will come through here."""
+        columns = zip(outputs.request_ids, outputs.choices, outputs.finish_reasons, strict=True)
+        for request_id, choice, reason in columns:
+            if reason in (FINISH_STOP, FINISH_LENGTH):
+                self._end(request_id, choice)
+            elif reason:
+                self.close(request_id)
+
+    def _end(self, request_id: str, choice: int) -> None:
+        """Nothing more will come of one choice; with the last one the request is over."""
+        going_on = self._going_on.get(request_id)
+        if going_on is not None:
+            going_on.discard(choice)
+            if not going_on:
                 self.close(request_id)
 
     @property
@@ -76,8 +91,7 @@ class Relay:
                 if request_id not in self._masters:
                     continue  # answered with a cancel below
                 self._takers[request_id] = queue
-                if up.outputs.finish_reasons[index]:
-                    self._finished.add(request_id)
+                self._on_finish(up.outputs, index)
             for master in masters:
                 if master is not None:
                     generations.forward(master, up)
@@ -87,6 +101,15 @@ class Relay:
                 queue.put_nowait(
                     GenerationsDown(cancels=Cancels(request_ids=unknown, attempts=attempts))
                 )
+
+    def _on_finish(self, outputs: Outputs, index: int) -> None:
+        """An entry passes through. An error, told of one choice, ends them all."""
+        request_id, choice = outputs.request_ids[index], outputs.choices[index]
+        reason = outputs.finish_reasons[index]
+        if reason:
+            self._finished[request_id].add(choice)
+            if reason not in (FINISH_STOP, FINISH_LENGTH):
+                self._going_on[request_id] = {choice}
 
     def _on_left(self, queue: Downs) -> None:
         """A taker's stream is over: what it said there comes from it to the master directly from now on."""
@@ -130,6 +153,8 @@ class Relay:
 
     def _flush(self, request_id: str, target: GenerationsDown) -> None:
         self._takers[request_id].put_nowait(target)
-        ended = request_id in self._finished and target.acks.request_ids
-        if ended or target.cancels.request_ids:
+        if target.cancels.request_ids:
             self.close(request_id)
+        for choice in target.acks.choices:
+            if choice in self._finished.get(request_id, ()):
+                self._end(request_id, choice)
