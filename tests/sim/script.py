@@ -96,7 +96,7 @@ def script_of(seed: int) -> Script:
     busy_s = random.choice((0.01, 0.05, 0.2))
     hasty = random.random() < 0.2
     leaving = random.random() < 0.35
-    for number in range(random.randint(2, 6)):
+    for number in range(random.choice((1, 2, 2, 3, 3, 4, 5, 6))):
         script.asks.append(_ask(random, number, prefixes, busy_s, hasty, leaving, script))
     if random.random() < 0.6:
         _trouble(random, script)
@@ -136,8 +136,9 @@ def _ask(
 
 def _best_of(random: Random, script: Script) -> int:
     """Drawn always, so that a request with it is otherwise the same as without."""
-    wanted = random.choice((1, 1, 1, 2, 3, 4))
-    return wanted if wanted <= script.max_seqs else 1
+    wanted = random.choice((1, 1, 1, 1, 2, 3, 4))
+    able = script.prefix.issuperset(DECODES) or random.random() < 0.1
+    return wanted if able and wanted <= script.max_seqs else 1
 
 
 def _trouble(random: Random, script: Script) -> None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Coroutine
+import heapq
+from collections import deque
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from xllm_py.base.clock import HandClock
 
 PROCESS: contextvars.ContextVar[Process] = contextvars.ContextVar("simulated process")
+
+_INSTANT_S = 1e-9  # nearer than this is the same moment
 
 
 class Hang(Exception):
@@ -47,29 +51,75 @@ class Process:
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """asyncio's own loop without selector: waiting turns the clock."""
+    """asyncio's own loop without selector: waiting turns the clock. Timers of one moment fire in the order they were set."""
 
     def __init__(self, clock: HandClock) -> None:
         super().__init__()
         self.clock = clock
-        self._selector = self
         self.failures: list[str] = []  # what nobody caught
+        self._due: deque[asyncio.Handle] = deque()
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._num_timers = 0
         self.set_exception_handler(self._on_exception)
 
     def time(self) -> float:
         """What the hand shows."""
         return self.clock.now()
 
-    def select(self, timeout: float | None) -> list[Any]:
-        """Called by the loop when it would wait for sockets."""
-        if timeout is None:
-            raise Hang("nothing is ready and no timer is set")
-        if timeout > 0:
-            self.clock.turn(timeout)
-        return []
+    def call_soon(
+        self,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        """See asyncio."""
+        handle = asyncio.Handle(callback, args, self, context)
+        self._due.append(handle)
+        return handle
 
-    def _process_events(self, event_list: list[Any]) -> None:
-        """There are none."""
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """See asyncio."""
+        return self.call_at(self.clock.now() + delay, callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """See asyncio."""
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._num_timers += 1
+        heapq.heappush(self._timers, (when, self._num_timers, timer))
+        return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """It is passed over when its time comes."""
+
+    def _run_once(self) -> None:
+        """Everything that is ready; when nothing is, time jumps to the next timer."""
+        due, timers = self._due, self._timers
+        while timers and timers[0][2].cancelled():
+            heapq.heappop(timers)
+        now = self.clock.now()
+        if not due:
+            if not timers:
+                raise Hang("nothing is ready and no timer is set")
+            if timers[0][0] > now:
+                now = self.clock.turn(timers[0][0] - now)
+        while timers and timers[0][0] <= now + _INSTANT_S:
+            due.append(heapq.heappop(timers)[2])
+        for _ in range(len(due)):
+            handle = due.popleft()
+            if not handle.cancelled():
+                handle._run()
 
     def _write_to_self(self) -> None:
         """Nobody sleeps, so nobody has to be woken."""
