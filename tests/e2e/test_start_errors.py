@@ -245,7 +245,10 @@ def test_a_folder_without_a_usable_model_is_exit_3_before_torch_is_needed(
     ("do", "cause"),
     [
         (rewrite("config.json", "{oops"), "config.json: is not JSON"),
-        (rewrite("config.json", '{"model_type": "gpt9"}'), "field model_type is 'gpt9', which is not supported"),
+        (
+            rewrite("config.json", '{"model_type": "gpt9"}'),
+            "field model_type is 'gpt9', which is not supported",
+        ),
         (cut_weights, "model.safetensors: is truncated"),
         (drop_tensor, "no tensor model.norm.weight"),
     ],
