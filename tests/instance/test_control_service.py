@@ -97,7 +97,7 @@ class House:
         self.engine = FakeEngine()
         self.network = FakeNetwork()
         self.tasks = TaskFamily("house")
-        self.relay = Relay()
+        self.relay = Relay(HandClock())
         self.generations = Generations(
             name="d",
             incarnation="dd",

@@ -34,7 +34,7 @@ class Giver:
     def __init__(self) -> None:
         self.network = FakeNetwork()
         self.tasks = TaskFamily("giver")
-        self.relay = Relay()
+        self.relay = Relay(HandClock())
         self.cancelled: list[str] = []
         self.generations = Generations(
             name="p",
@@ -213,7 +213,7 @@ async def test_late_words_on_closed_requests_leave_nothing_behind(giver: Giver) 
     assert sorted(taker.downs[0].cancels.request_ids) == ["a", "never known"]
     taker.leave()
     await until("the end of its stream", lambda: taker.ended)
-    assert [name for name, held in vars(giver.relay).items() if held] == []
+    assert [name for name, held in vars(giver.relay).items() if held and name != "_clock"] == []
 
 
 async def test_a_first_token_acknowledged_together_with_the_takers_is_forgotten(
@@ -336,9 +336,38 @@ async def test_an_error_ends_all_choices_with_one_acknowledgement(giver: Giver) 
 
 
 def test_the_givers_own_error_ends_all_choices() -> None:
-    relay = Relay()
+    relay = Relay(HandClock())
     relay.open("a", MASTER, 2)
     relay.on_own_outputs(outputs(("a", 0, 5, "stop", 0)))
     assert relay.num_open == 1
     relay.on_own_outputs(outputs(("a", 0, -1, "no_decode_capacity", 0)))
     assert relay.num_open == 0
+
+
+def test_a_request_whose_taker_never_spoke_here_is_forgotten_at_its_deadline() -> None:
+    clock = HandClock()
+    relay = Relay(clock)
+    relay.open("a", MASTER, timeout_s=5.0)
+    clock.turn(4.9)
+    relay.expire()
+    assert relay.num_open == 1
+    clock.turn(0.2)
+    relay.expire()
+    assert relay.num_open == 0
+
+
+async def test_an_acknowledgement_of_earlier_entries_does_not_keep_back_that_of_the_finish(
+    giver: Giver,
+) -> None:
+    giver.relay.open("a", MASTER)
+    taker = Taker(giver)
+    taker.say(("a", 1, 5))
+    taker.say(("a", 2, 6, "length"))
+    stream = await giver.network.stream("master:1")
+    await until("both", lambda: len(entries(stream.sent)) == 2)
+    stream.answer(ack("a", 2))  # of our own first token, which was told again
+    await until("the first", lambda: len(taker.downs) == 1)
+    assert giver.relay.num_open == 1
+    stream.answer(ack("a", 3))
+    await until("the second", lambda: len(taker.downs) == 2)
+    assert giver.relay.num_open == 0

@@ -73,7 +73,12 @@ class ControlService:
             )
         destination = Destination(submission.master)
         if submission.relay and submission.receiver is not None:
-            self._relay.open(submission.request_id, destination, submission.sampling.best_of)
+            self._relay.open(
+                submission.request_id,
+                destination,
+                submission.sampling.best_of,
+                timeout_s=submission.timeout_s,
+            )
         self._outlets.open_remote(submission, destination)
         self._engine.submit(submission)
 

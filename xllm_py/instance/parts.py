@@ -188,6 +188,7 @@ class Routed:
 
     def beat(self, sequence: int) -> Heartbeat:
         """One heartbeat."""
+        self.relay.expire()
         engine, now = self.parts.engine, self.parts.clock.now()
         busy = bool(engine.progress.waiting + engine.progress.running)
         return Heartbeat(
@@ -254,7 +255,7 @@ async def routed_parts(
     config, key = parts.config, identity.cluster_key
     host = config.addresses.advertise_host
     name = join_address(host, identity.http_port)
-    relay = Relay()
+    relay = Relay(parts.clock)
     announcer = Announcer(
         registry=registry, cluster_key=key, ttl_s=config.cluster.etcd.ttl_s, tasks=parts.tasks
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 
+from xllm_py.base.clock import Clock
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.core.plan import FINISH_LENGTH, FINISH_STOP, Outputs
 from xllm_py.instance.generations import Generations
@@ -15,32 +16,54 @@ from xllm_py.instance.outlets import Destination
 from xllm_py.wire.control_messages import Cancels, GenerationsDown, GenerationsUp, Positions
 
 _MOST_REQUESTS = 10_000
+_TIMEOUT_S = 600.0
 Downs = asyncio.Queue[GenerationsDown | None]  # None ends the stream
 
 
 class Relay:
     """All streams of decode instances that end here."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._deadlines: dict[
+            str, float
+        ] = {}  # relayed request -> when nobody waits for it any more
         self._masters: dict[str, Destination] = {}  # relayed request -> its master
         self._takers: dict[str, Downs] = {}  # relayed request -> the stream its D speaks on
         self._going_on: dict[str, set[int]] = {}  # choices whose end is not acknowledged
-        self._finished: dict[str, set[int]] = {}  # choices whose finish has passed through
+        self._finished: dict[
+            str, dict[int, int]
+        ] = {}  # choice -> where its finish stood that has passed through
 
-    def open(self, request_id: str, master: Destination, num_choices: int = 1) -> None:
+    def open(
+        self,
+        request_id: str,
+        master: Destination,
+        num_choices: int = 1,
+        *,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> None:
         """A request whose answer will come through here. The oldest are forgotten when there are too many."""
         self._masters[request_id] = master
+        self._deadlines[request_id] = self._clock.now() + timeout_s
         self._going_on[request_id] = set(range(num_choices))
-        self._finished[request_id] = set()
+        self._finished[request_id] = {}
         while len(self._masters) > _MOST_REQUESTS:
             self.close(next(iter(self._masters)))
 
     def close(self, request_id: str) -> None:
         """Nothing more will come."""
         self._masters.pop(request_id, None)
+        self._deadlines.pop(request_id, None)
         self._takers.pop(request_id, None)
         self._going_on.pop(request_id, None)
         self._finished.pop(request_id, None)
+
+    def expire(self) -> None:
+        """Forget what is past its deadline: its D went straight to the master before it spoke here even once, or is gone."""
+        now = self._clock.now()
+        for request_id in [name for name, at in self._deadlines.items() if at <= now]:
+            self.close(request_id)
 
     def on_own_outputs(self, outputs: Outputs) -> None:
         """What our own engine said: choices that it finished itself are not handed over, so nothing of them will come through here."""
@@ -107,7 +130,7 @@ class Relay:
         request_id, choice = outputs.request_ids[index], outputs.choices[index]
         reason = outputs.finish_reasons[index]
         if reason:
-            self._finished[request_id].add(choice)
+            self._finished[request_id][choice] = outputs.positions[index]
             if reason not in (FINISH_STOP, FINISH_LENGTH):
                 self._going_on[request_id] = {choice}
 
@@ -155,6 +178,7 @@ class Relay:
         self._takers[request_id].put_nowait(target)
         if target.cancels.request_ids:
             self.close(request_id)
-        for choice in target.acks.choices:
-            if choice in self._finished.get(request_id, ()):
+        for choice, known in zip(target.acks.choices, target.acks.nexts, strict=True):
+            # words on our own first token, told again after a break, may come after the finish went by
+            if known > self._finished.get(request_id, {}).get(choice, known):
                 self._end(request_id, choice)
