@@ -80,7 +80,7 @@ def test_what_is_without_effect_yet_is_known():
     def idle(table: list[Flag]) -> set[str]:
         return {flag.name for flag in table if flag.idle and flag.priority == "A"}
 
-    shared = {"max_queue_size", "max_best_of"}
+    shared = {"max_queue_size"}
     assert idle(master_flags.TABLE) == {*shared, "queue_timeout_s", "max_attempts"}
     both_sides = {"enable_deterministic", "handoff_hold_s", "hccn_conf"}
     assert idle(xllm_flags.TABLE) == {*shared, *both_sides}

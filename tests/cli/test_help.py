@@ -97,13 +97,11 @@ def test_help_comes_before_errors_of_the_same_line():
 
 
 def test_flags_without_effect_are_named_in_one_line(model):
-    said = say(
-        "xllm", model, "--max_logprobs=3", "--max_best_of=4", "--max_tokens_for_graph_mode=9"
-    )
+    said = say("xllm", model, "--max_queue_size=3", "--max_tokens_for_graph_mode=9")
     assert said.code == 0
     assert said.config.warnings == (
         "accepted but without effect in this version: "
-        "--max_tokens_for_graph_mode, --max_best_of, --max_logprobs",
+        "--max_tokens_for_graph_mode, --max_queue_size",
     )
 
 
@@ -225,9 +223,9 @@ def test_a_config_file_is_weaker_than_a_flag(model, tmp_path):
 
 
 def test_a_config_file_is_warned_about_like_flags(model, tmp_path):
-    word = config_file(tmp_path, '{"max_logprobs": 3, "tp_size": "4", "dit_x": 1}')
+    word = config_file(tmp_path, '{"max_queue_size": 3, "tp_size": "4", "dit_x": 1}')
     assert say("xllm", model, word).config.warnings == (
-        "accepted but without effect in this version: --max_logprobs",
+        "accepted but without effect in this version: --max_queue_size",
         "flags of the original, ignored here: --tp_size, --dit_x",
     )
 

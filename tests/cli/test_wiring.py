@@ -25,7 +25,9 @@ from xllm_py.base.errors import ProtocolViolation
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Card, Role, card_from_json, card_to_json
+from xllm_py.instance import daemon as instance_daemon
 from xllm_py.instance.parts import Identity, Parts, make_card
+from xllm_py.master import daemon as master_daemon
 from xllm_py.openai.backend import ServedModel
 
 WAIT_S = 20.0
@@ -197,3 +199,19 @@ def test_an_instance_puts_the_defaults_into_its_card(tmp_path):
     identity = Identity(incarnation="i", cluster_key=KEY, http_port=1)
     card = make_card(parts, identity, 2, "READY")
     assert card.sampling_defaults == {"temperature": 0.0}
+
+
+# ---- limits of the door
+
+
+@pytest.mark.parametrize(
+    ("program", "settings"),
+    [("xllm", instance_daemon._settings), ("xllm-master", master_daemon._settings)],
+)
+def test_limits_of_choices_and_logprobs_reach_the_door(tmp_path, program, settings):
+    folder = write_model_folder(write_model(tmp_path / "model"))
+    name = "model" if program == "xllm" else "tokenizer_path"
+    said = say(program, f"--{name}={folder}", "--max_best_of=3", "--max_logprobs=5")
+    assert (said.code, said.config.warnings) == (0, ())
+    door = settings(said.config)
+    assert (door.max_best_of, door.max_logprobs) == (3, 5)

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from xllm_py.base.clock import RealClock
+from xllm_py.base.logprob import TokenLogprob
 from xllm_py.base.metrics import Metrics
 from xllm_py.core.request import Submission
 from xllm_py.openai.app import App
@@ -46,6 +47,15 @@ def write_model_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
     return folder
 
 
+def logprob_of(token: int, num_top: int, choice: int = 0) -> TokenLogprob:
+    """What the echo says of a token: the higher its id the less likely, and others below it likelier still."""
+    return TokenLogprob(
+        logprob=-token / 8 - choice,
+        top_ids=tuple(range(num_top)),
+        top_logprobs=tuple(-index / 8 for index in range(num_top)),
+    )
+
+
 @dataclass
 class EchoBackend:
     """Says the prompt back; every switch a test needs is a field."""
@@ -54,6 +64,12 @@ class EchoBackend:
     state: Readiness = field(default_factory=lambda: Readiness(ready=True))
     piece: int = 1  # tokens per delta
     say: Callable[[Submission], tuple[int, ...]] = lambda submission: submission.prompt_ids
+    # what each candidate says, when they are to differ
+    candidates: Callable[[Submission, int], tuple[int, ...]] | None = None
+    backwards: bool = False  # the last candidate speaks first
+    score: Callable[..., TokenLogprob] = logprob_of
+    unscored: bool = False  # leaves out logprobs it was asked for
+    cached_tokens: int = 0
     finish: str = "stop"
     fail_at: int = -1  # token before which `failure` is raised
     failure: Exception | None = None
@@ -76,27 +92,59 @@ class EchoBackend:
         self.submissions.append(submission)
         self.num_open += 1
         finished = False
+        best_of = submission.sampling.best_of
+        order = range(best_of)[::-1] if self.backwards else range(best_of)
+        limit = submission.sampling.max_tokens
+        said = [self._said(submission, choice) for choice in range(best_of)]
+        lengths = [min(len(each), limit) for each in said]
+        num_going_on = best_of
         try:
-            ids = self.say(submission)[: submission.sampling.max_tokens]
-            whole = len(ids) == len(self.say(submission))
-            for at in range(0, len(ids), self.piece):
-                piece = ids[at : at + self.piece]
+            for at in range(0, max(lengths), self.piece):
                 if at <= self.hold_at < at + self.piece:
                     await self.release.wait()
                 if at <= self.fail_at < at + self.piece and self.failure is not None:
                     finished = True
                     raise self.failure
-                last = at + self.piece >= len(ids)
-                self.num_tokens += len(piece)
-                reason = (self.finish if whole else "length") if last else ""
-                finished = last
-                yield Delta(position=at, token_ids=piece, finish_reason=reason, cached_tokens=0)
-                if not last:
-                    await asyncio.sleep(0)
+                for choice in order:
+                    if at >= lengths[choice]:
+                        continue
+                    delta = self._delta(submission, choice, said[choice], at)
+                    num_going_on -= at + self.piece >= lengths[choice]
+                    finished = not num_going_on
+                    self.num_tokens += len(delta.token_ids)
+                    yield delta
+                    if not finished:
+                        await asyncio.sleep(0)
         finally:
             self.num_open -= 1
             if not finished:
                 self.closed_early.append(submission.request_id)
+
+    def _said(self, submission: Submission, choice: int) -> tuple[int, ...]:
+        if self.candidates is not None:
+            return self.candidates(submission, choice)
+        return self.say(submission)
+
+    def _delta(self, submission: Submission, choice: int, whole: tuple[int, ...], at: int) -> Delta:
+        sampling = submission.sampling
+        said = whole[: sampling.max_tokens]
+        piece = said[at : at + self.piece]
+        last = at + self.piece >= len(said)
+        scores, of_prompt = (), ()
+        if sampling.logprobs >= 0 and not self.unscored:
+            scores = tuple(self.score(each, sampling.logprobs, choice) for each in piece)
+        if sampling.prompt_logprobs >= 0 and not at and not choice and not self.unscored:
+            num_top = sampling.prompt_logprobs
+            of_prompt = tuple(logprob_of(each, num_top) for each in submission.prompt_ids[1:])
+        return Delta(
+            choice=choice,
+            position=at,
+            token_ids=piece,
+            finish_reason=(self.finish if len(said) == len(whole) else "length") if last else "",
+            cached_tokens=self.cached_tokens if last else 0,
+            logprobs=scores,
+            prompt_logprobs=of_prompt,
+        )
 
     def models(self) -> tuple[ServedModel, ...]:
         return self.served
@@ -280,3 +328,8 @@ def check_error(answer: Answer, status: int, code: str, param: str | None) -> No
     assert (error["code"], error["param"]) == (code, param)
     assert error["message"]
     assert answer.headers["content-type"] == "application/json"
+
+
+def ascii_ids(text: str) -> tuple[int, ...]:
+    """Token ids of printable ASCII without spaces: the vocabulary's alphabet begins with "!"."""
+    return tuple(ord(char) - ord("!") for char in text)

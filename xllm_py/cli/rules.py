@@ -11,6 +11,7 @@ from typing import Any
 
 from xllm_py.cli.flag_types import FALSE, TRUE
 from xllm_py.cli.flags import one_line
+from xllm_py.core.sampling import MAX_BEST_OF, MAX_LOGPROBS
 from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
 
 _ENDPOINT = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
@@ -112,6 +113,11 @@ def http(
     """The HTTP slice."""
     at_least(causes, values, 0.001, "request_timeout_s", "drain_timeout_s")
     at_least(causes, values, 1, "max_queue_size", "max_body_bytes", "max_best_of")
+    at_least(causes, values, 0, "max_logprobs")
+    for name, most in (("max_best_of", MAX_BEST_OF), ("max_logprobs", MAX_LOGPROBS)):
+        causes.need(
+            values[name] <= most, f"--{name}={values[name]} is too large. Use at most {most}"
+        )
     for name in ("reasoning_parser", "tool_call_parser"):
         causes.need(not values[name], f"--{name}={values[name]} is not built yet. Leave it empty")
     return HttpSlice(
@@ -121,6 +127,7 @@ def http(
         max_queue_size=values["max_queue_size"],
         max_body_bytes=values["max_body_bytes"],
         max_best_of=values["max_best_of"],
+        max_logprobs=values["max_logprobs"],
         metrics=values["metrics"],
         debug_endpoints=values["debug_endpoints"],
         idle_connection_s=float(idle_s),

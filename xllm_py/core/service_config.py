@@ -16,6 +16,7 @@ class HttpSlice:
     max_queue_size: int = 1024
     max_body_bytes: int = 1 << 20
     max_best_of: int = 8
+    max_logprobs: int = 20
     metrics: bool = True
     debug_endpoints: bool = False
     idle_connection_s: float = 75.0  # between two requests of one connection

@@ -203,6 +203,8 @@ def _settings(config: MasterConfig) -> HttpSettings:
     return HttpSettings(
         max_concurrent_requests=http.max_concurrent_requests,
         max_body_bytes=http.max_body_bytes,
+        max_best_of=http.max_best_of,
+        max_logprobs=http.max_logprobs,
         request_timeout_s=http.request_timeout_s,
         debug_endpoints=http.debug_endpoints,
         serve_metrics=http.metrics,

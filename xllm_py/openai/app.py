@@ -217,6 +217,7 @@ class App:
                         vocabulary=self._tokenizer,
                         measures=self._measures,
                         clock=self._clock,
+                        do=self._intake.do,
                     )
                     await generation.run(self._backend, self._tasks)
         finally:

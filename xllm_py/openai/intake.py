@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from xllm_py.base import ids, log
 from xllm_py.base.errors import (
-    ContextLengthExceeded,
     InvalidType,
     InvalidValue,
     ModelNotFound,
@@ -24,11 +23,11 @@ from xllm_py.base.errors import (
     UnsupportedField,
 )
 from xllm_py.core.request import Submission
-from xllm_py.core.sampling import SamplingParams
 from xllm_py.openai.backend import Backend, ServedModel
 from xllm_py.openai.chat_template import ChatTemplate
 from xllm_py.openai.conversation import conversation
 from xllm_py.openai.neutral import check_neutral
+from xllm_py.openai.sampling_fields import Shown, sampling_params, shown, urgency
 from xllm_py.openai.schema import (
     B,
     ChatBody,
@@ -45,9 +44,7 @@ _log = log.get(__name__)
 _ON_LOOP_CHARS = 2048  # encoding so much text takes about half a millisecond
 _ON_LOOP_BODY_BYTES = 32 << 10
 _ENCODE_TIMEOUT_S = 10.0
-_DEFAULT_MAX_TOKENS = 5120
-_DEFAULTED = ("temperature", "top_p", "top_k", "min_p")
-_INTEGERS = frozenset({"top_k"})
+_ON_LOOP_TOKENS = 1000
 
 T = TypeVar("T")
 
@@ -60,9 +57,17 @@ class Order:
     chat: bool
     model: ServedModel
     submissions: tuple[Submission, ...]
+    shown: Shown
     stream: bool
+    stream_refused: bool  # the client asked for a stream, but best_of is known only at the end
     include_usage: bool
     label: str | None  # the body's request_id
+    prompt_texts: tuple[str, ...] = ()  # of each prompt when it is to be echoed
+
+    @property
+    def best_of(self) -> int:
+        """Candidates of each prompt."""
+        return self.shown.best_of
 
 
 class Intake:
@@ -102,7 +107,10 @@ class Intake:
             lambda: _split_prompts(body.prompt, self._settings.max_prompts, model.vocab_size),
         )
         prompts += await self.encode(texts, special=special, param="prompt")
-        return self._order(body, model, prompts, timeout_s, tenant)
+        if body.echo and not texts:
+            texts = await self._decode(prompts, skip=body.skip_special_tokens is not False)
+        order = self._order(body, model, prompts, timeout_s, tenant)
+        return replace(order, prompt_texts=tuple(texts)) if body.echo else order
 
     async def chat(self, data: bytes, timeout_s: float, tenant: str = "") -> Order:
         """The order of a /v1/chat/completions body; raises as `completion` does."""
@@ -145,6 +153,15 @@ class Intake:
         if not all(encoded):
             raise InvalidValue(f"{param} is empty; give at least one token", param=param)
         return encoded
+
+    async def _decode(self, prompts: Sequence[tuple[int, ...]], *, skip: bool) -> list[str]:
+        """The text of prompts that came as ids."""
+
+        def work() -> list[str]:
+            decode = self._tokenizer.decode
+            return [decode(prompt, skip_special_tokens=skip) for prompt in prompts]
+
+        return await self.do(sum(map(len, prompts)) > _ON_LOOP_TOKENS, work)
 
     async def do(self, long: bool, work: Callable[[], T]) -> T:
         """Run at once, or, when it may be long, in one of the door's threads.
@@ -189,13 +206,16 @@ class Intake:
     ) -> Order:
         chat = isinstance(body, ChatBody)
         response_id = ids.request_id("chatcmpl" if chat else "cmpl")
-        fields = _sampling_fields(body, model.sampling_defaults)
         options = body.stream_options
+        wanted = shown(body, self._settings)
+        hurry = urgency(body)
         return Order(
             response_id=response_id,
             chat=chat,
             model=model,
-            stream=bool(body.stream),
+            shown=wanted,
+            stream=bool(body.stream) and not wanted.ranked,
+            stream_refused=bool(body.stream) and wanted.ranked,
             include_usage=bool(options is not None and options.include_usage),
             label=body.request_id,
             submissions=tuple(
@@ -203,13 +223,16 @@ class Intake:
                     request_id=response_id if index == 0 else f"{response_id}-{index}",
                     model=model.name,
                     prompt_ids=prompt,
-                    sampling=SamplingParams(
-                        max_tokens=_max_tokens(body, model, len(prompt), chat=chat),
+                    sampling=sampling_params(
+                        body,
+                        model,
+                        wanted,
+                        num_prompt=len(prompt),
                         seed=self._draw_seed() if body.seed is None else body.seed,
-                        **fields,
                     ),
                     timeout_s=timeout_s,
                     cache_salt=_salt(tenant, body.cache_salt),
+                    **hurry,
                 )
                 for index, prompt in enumerate(prompts)
             ),
@@ -255,49 +278,3 @@ def _checked_ids(prompt: Sequence[int], vocab_size: int) -> tuple[int, ...]:
             f"prompt holds a token id outside the vocabulary of {vocab_size}", param="prompt"
         )
     return tuple(prompt)
-
-
-def _max_tokens(body: Common, model: ServedModel, num_prompt: int, *, chat: bool) -> int:
-    """What the client named, if the context allows it, else what the context leaves."""
-    param = "messages" if chat else "prompt"
-    left = model.max_model_len - num_prompt
-    if left < 1:
-        raise ContextLengthExceeded(
-            f"the prompt has {num_prompt} tokens and the model's context is {model.max_model_len}, "
-            "answer included; shorten the prompt",
-            param=param,
-        )
-    named, field = body.max_completion_tokens, "max_completion_tokens"
-    if named is None:
-        named, field = body.max_tokens, "max_tokens"
-    if named is None:
-        return min(_DEFAULT_MAX_TOKENS, left)
-    if named < 1:
-        raise InvalidValue(f"{field} is {named}; it must be at least 1", param=field)
-    if named > left:
-        raise ContextLengthExceeded(
-            f"{num_prompt} prompt tokens and {field}={named} exceed the model's context of "
-            f"{model.max_model_len}; ask for at most {left}",
-            param=field,
-        )
-    return named
-
-
-def _sampling_fields(body: Common, defaults: Mapping[str, float]) -> dict[str, Any]:
-    """Keyword arguments of SamplingParams beside max_tokens and seed."""
-    fields: dict[str, Any] = {}
-    for name in _DEFAULTED:
-        value = getattr(body, name)
-        if value is None and name in defaults:
-            value = int(defaults[name]) if name in _INTEGERS else float(defaults[name])
-        if value is not None:
-            fields[name] = value
-    if body.stop is not None:
-        fields["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    if body.stop_token_ids is not None:
-        fields["stop_token_ids"] = tuple(body.stop_token_ids)
-    for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
-        value = getattr(body, name)
-        if value is not None:
-            fields[name] = value
-    return fields

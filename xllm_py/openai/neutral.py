@@ -11,18 +11,9 @@ from xllm_py.base.errors import InvalidValue, UnsupportedField, UnsupportedValue
 from xllm_py.openai.schema import ChatBody, Common, CompletionBody
 
 _COMMON: dict[str, Collection[object]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "beam_width": (0, 1),
 }
-_COMPLETION: dict[str, Collection[object]] = {"echo": (False,), "logprobs": ()}
 _CHAT: dict[str, Collection[object]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "modalities": (["text"],),
     "tool_choice": ("none", "auto"),
 }
@@ -39,9 +30,7 @@ def check_neutral(body: CompletionBody | ChatBody) -> None:
         )
     if body.stream_options is not None and not body.stream:
         raise InvalidValue("stream_options needs stream: true", param="stream_options")
-    if isinstance(body, CompletionBody):
-        _check_table(body, _COMPLETION)
-    else:
+    if isinstance(body, ChatBody):
         _check_table(body, _CHAT)
         _check_tools(body)
 
@@ -51,9 +40,9 @@ def _check_table(body: Common, table: dict[str, Collection[object]]) -> None:
         value = getattr(body, name)
         if value is None or value in neutral:
             continue
-        allowed = f", only {' or '.join(map(repr, neutral))} is" if neutral else ""
+        allowed = " or ".join(map(repr, neutral))
         raise UnsupportedValue(
-            f"this value of {name} is not supported{allowed}; leave it out", param=name
+            f"this value of {name} is not supported, only {allowed} is; leave it out", param=name
         )
 
 

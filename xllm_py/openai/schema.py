@@ -61,11 +61,17 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     beam_width: int | None = None
     user: str | None = None
     request_id: str | None = None
     cache_salt: str | None = None
+    priority: int | None = None
+    offline: bool | None = None
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
 
 
 class CompletionBody(Common, frozen=True, kw_only=True):
@@ -150,7 +156,6 @@ _REFUSED = frozenset(
         "audio",
         "functions",
         "function_call",
-        "prompt_logprobs",
         "prompt_embeds",
         "chat_template",
         "tokens_embeds",

@@ -22,6 +22,8 @@ class HttpSettings:
     idle_connection_s: float = 75.0  # between two requests of one connection
     slow_reader_bytes: int = 256 << 10  # unread answer after which a stream is paused
     max_prompts: int = 64  # in one completion
+    max_best_of: int = 8  # candidates of one prompt
+    max_logprobs: int = 20  # likeliest tokens shown beside each token
     debug_endpoints: bool = False  # serve the extra routes under /debug/
     serve_metrics: bool = True
     # names the Host header may carry beside `localhost` and IP addresses; "*": any

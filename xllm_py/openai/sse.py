@@ -16,6 +16,7 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": still here\n\n"
 HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"))
 
+_NULL = b"null"
 _encode = msgspec.json.encode
 
 
@@ -39,23 +40,34 @@ class Chunks:
         """Chat: the first chunk of a choice. Completions have none."""
         if not self._chat:
             return b""
-        return self._chunk(index, b'"delta":{"role":"assistant","content":""}', b"null")
+        return self._chunk(index, b'"delta":{"role":"assistant","content":""}')
 
-    def text(self, index: int, position: int, text: str) -> bytes:
-        """New text; position is that of the last token it came from."""
+    def echo(self, index: int, text: str, logprobs: bytes = _NULL) -> bytes:
+        """Completions: the prompt's text, ahead of a choice's own. It has no position in the answer."""
+        return self._chunk(index, b'"text":' + _encode(text), logprobs)
+
+    def text(self, index: int, position: int, text: str, logprobs: bytes = _NULL) -> bytes:
+        """New text; position is that of the last token it came from, logprobs JSON."""
         written = _encode(text)
         body = b'"delta":{"content":%b}' % written if self._chat else b'"text":' + written
-        return b"id: %b:%d:%d\n%b" % (self._id, index, position, self._chunk(index, body, b"null"))
+        return b"id: %b:%d:%d\n%b" % (self._id, index, position, self._chunk(index, body, logprobs))
 
-    def finish(self, index: int, reason: str) -> bytes:
+    def finish(self, index: int, reason: str, logprobs: bytes = _NULL) -> bytes:
         """The last chunk of a choice."""
         body = b'"delta":{}' if self._chat else b'"text":""'
-        return self._chunk(index, body, _encode(reason))
+        return self._chunk(index, body, logprobs, _encode(reason))
 
     def usage(self, usage: Mapping[str, object]) -> bytes:
         """The chunk without choices that `include_usage` asks for."""
         return self._prefix + b'],"usage":' + _encode(usage) + b"}\n\n"
 
-    def _chunk(self, index: int, body: bytes, reason: bytes) -> bytes:
-        choice = b'{"index":%d,%b,"logprobs":null,"finish_reason":%b}]' % (index, body, reason)
+    def _chunk(
+        self, index: int, body: bytes, logprobs: bytes = _NULL, reason: bytes = _NULL
+    ) -> bytes:
+        choice = b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b}]' % (
+            index,
+            body,
+            logprobs,
+            reason,
+        )
         return self._prefix + choice + self._end
