@@ -3,9 +3,9 @@
 There are no phases: each request has tokens known and tokens computed, and a step lets the computed catch up with the known.
 A prefill instance is one whose submissions name a receiver, a decode instance one whose requests arrive by `reserve`.
 
-It owns the requests and their states. What may come in is decided by core/admission, who runs by core/batch, what has been
-promised to givers by core/reservations, who holds which block by core/block_manager. Pure: `now` is a parameter. Called by
-engine/loop and engine/handoff_agent, and by nobody else.
+It owns the requests and their states. What may come in is decided by core/admission, who runs by core/batch, how choices
+begin to decode and end by core/lifecycle, what has been promised to givers by core/reservations, who holds which block by
+core/block_manager. Pure: `now` is a parameter. Called by engine/loop and engine/handoff_agent, and by nobody else.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from xllm_py.core.batch import Batch
 from xllm_py.core.block_manager import BlockManager, Holding
 from xllm_py.core.config import ModelFacts, SchedulerConfig
 from xllm_py.core.journey import Moment
+from xllm_py.core.lifecycle import Lifecycle
 from xllm_py.core.open_requests import NEVER, OpenRequests
 from xllm_py.core.outbox import Outbox
 from xllm_py.core.plan import (
@@ -28,7 +29,6 @@ from xllm_py.core.plan import (
 )
 from xllm_py.core.prefix_cache import PrefixCache
 from xllm_py.core.request import (
-    HOLDS_BLOCKS,
     FirstToken,
     Offer,
     OfferAnswer,
@@ -60,7 +60,14 @@ class Scheduler:
         self._tombstones = Tombstones()
         self._open = OpenRequests()
         self._outbox = Outbox()
-        self._num_forked = 0
+        self._life = Lifecycle(
+            blocks=self._blocks,
+            batch=self._batch,
+            reservations=self._reservations,
+            tombstones=self._tombstones,
+            open_requests=self._open,
+            outbox=self._outbox,
+        )
         self.draining = False
 
     # ---- requests come in ----
@@ -79,7 +86,7 @@ class Scheduler:
             self._outbox.put_end(submission, FINISH_ABORT)
             return
         if known is not None:
-            self._finish(known, FINISH_ABORT, now)
+            self._life.finish(known, FINISH_ABORT, now)
         request = self._open.add(self._admission.make(submission, State.WAITING, now))
         self._batch.waiting.add(request)
 
@@ -103,7 +110,7 @@ class Scheduler:
         if reason:
             return refusal(submission.request_id, submission.attempt, reason, text)
         if known is not None:
-            self._finish(known, FINISH_ABORT, now)
+            self._life.finish(known, FINISH_ABORT, now)
         request = self._open.add(self._admission.make(submission, State.RESERVED, now))
         return self._reservations.open(request, grant, now)
 
@@ -168,37 +175,13 @@ class Scheduler:
         request.tokens.append(first.token_ids[0])
         request.first_ids, request.num_draws = first.token_ids, 1
         request.move(State.RUNNING)
-        self._decode(request, now)
-
-    def _decode(self, request: Request, now: float) -> None:
-        """The first tokens are known and it goes on here: every choice whose first token was not its last begins to decode.
-
-        They share the blocks of the prompt, of which nothing is computed or stored again.
-        """
-        if request not in self._batch.running:
-            self._batch.run(request)
-        for choice, token in enumerate(request.first_ids[1:], start=1):
-            sibling = request.fork(choice, token)
-            sibling.shares_tail = request.num_submitted % self._blocks.block_size != 0
-            if sibling.complete:
-                self._outbox.put_taken(request, choice)
-            else:
-                self._blocks.share(sibling.block_ids)
-                self._open.add(sibling)
-                sibling.stamp(Moment.DECODING, now)
-                self._batch.run(sibling)
-                self._num_forked += 1
-        if request.complete:
-            self._outbox.put_taken(request, 0)
-            self._close(request, now)
-        else:
-            request.stamp(Moment.DECODING, now)
+        self._life.decode(request, now)
 
     def on_reservation_lost(self, request_id: str, attempt: int, now: float) -> None:
         """The link failed or the giver is gone: P owns the story, so nothing is put out."""
         request = self._open.find(request_id, attempt)
         if request is not None and request.state is State.RESERVED:
-            self._close(request, now)
+            self._life.close(request, now)
 
     def released(self, request_id: str, attempt: int) -> None:
         """The transport says that nothing can be written under an ended reservation any more."""
@@ -219,7 +202,7 @@ class Scheduler:
         """D has everything: our blocks are free, the request goes on there."""
         request = self._open.find(request_id, attempt)
         if request is not None and request.state is State.GIVING:
-            self._close(request, now)
+            self._life.close(request, now)
 
     def keep(self, request_id: str, attempt: int, now: float) -> None:
         """Nobody took it: decode here from now on, when this cache can hold it at all."""
@@ -230,18 +213,18 @@ class Scheduler:
             self._admission.check(request.submission, decode_here=True)
         except ContextLengthExceeded:
             text = "no decode instance took the request; try again later"
-            self._finish(request, "no_decode_capacity", now, text)
+            self._life.finish(request, "no_decode_capacity", now, text)
             return
         request.kept = True
         if request.state is State.GIVING:
             request.move(State.RUNNING)
-            self._decode(request, now)
+            self._life.decode(request, now)
 
     def fail(self, request_id: str, attempt: int, code: str, message: str, now: float) -> None:
         """End a request with an error that goes to its client."""
         request = self._open.find(request_id, attempt)
         if request is not None:
-            self._finish(request, code, now, message)
+            self._life.finish(request, code, now, message)
 
     def abort(self, request_id: str, attempt: int, now: float) -> str:
         """End a request nobody waits for; attempt 0 means any. Returns its state, empty when it is unknown.
@@ -254,7 +237,7 @@ class Scheduler:
             return ""
         self._tombstones.bury(request_id, request.submission.attempt, now)
         found = request.state.value
-        self._finish(request, FINISH_ABORT, now)
+        self._life.finish(request, FINISH_ABORT, now)
         return found
 
     # ---- a step ----
@@ -276,10 +259,12 @@ class Scheduler:
         """Expire what is late, then choose what the next step computes; the plan may be empty."""
         if now >= self._reservations.next_expiry:
             for request in self._reservations.expired(now):
-                self._close(request, now)
+                self._life.close(request, now)
         if now >= self._open.next_deadline:
             for request in self._open.late(now):
-                self._finish(request, "deadline_exceeded", now, "the request's deadline passed")
+                self._life.finish(
+                    request, "deadline_exceeded", now, "the request's deadline passed"
+                )
             self._open.look_ahead()
         return self._batch.plan(now)
 
@@ -296,7 +281,7 @@ class Scheduler:
             if request.state is not State.RUNNING or request.row != row:
                 continue
             if failed and row in failed:
-                self._finish(request, "internal_error", now, failed[row])
+                self._life.finish(request, "internal_error", now, failed[row])
                 continue
             request.num_computed += count
             if request.num_computed >= request.publish_at:
@@ -306,7 +291,7 @@ class Scheduler:
             if not draws:
                 continue
             if not request.first_ids:
-                self._on_first(request, result, first, draws, now)
+                self._life.on_first(request, result, first, draws, now)
                 continue
             token = tokens[first]
             known = request.tokens
@@ -323,57 +308,8 @@ class Scheduler:
             else:
                 stopped = token in request.stop_ids
                 outputs.finish_reasons.append(FINISH_STOP if stopped else FINISH_LENGTH)
-                self._close(request, now)
+                self._life.close(request, now)
                 self._outbox.describe(request)
-
-    def _on_first(
-        self, request: Request, result: StepResult, at: int, draws: int, now: float
-    ) -> None:
-        """The first token of each choice, drawn from the same logits; what follows is decided for all together."""
-        request.stamp(Moment.FIRST_TOKEN, now)
-        request.first_ids, request.num_draws = tuple(result.token_ids[at : at + draws]), 1
-        if not request.to_give:
-            request.stamp(Moment.DECODING, now)
-        self._outbox.put_first(request, result, at)
-        all_ended = all(map(request.finish_by, request.first_ids))
-        request.tokens.append(request.first_ids[0])
-        if all_ended:
-            self._close(request, now)
-        elif request.to_give:
-            self._batch.remove(request)
-            request.move(State.GIVING)
-        else:
-            self._decode(request, now)
-
-    # ---- endings ----
-
-    def _finish(self, request: Request, reason: str, now: float, message: str = "") -> None:
-        """End a request, all its choices, with an entry that carries no token.
-
-        A reservation ends in silence, P owns its story.
-        """
-        reserved = request.state is State.RESERVED
-        for choice in self._open.choices(request.request_id):
-            self._close(choice, now)
-        if reserved:
-            return
-        self._outbox.put_end(request.submission, reason, message, request.num_generated)
-        self._outbox.describe(request)
-
-    def _close(self, request: Request, now: float) -> None:
-        """One choice leaves every queue, gives everything back, and is forgotten."""
-        if request.state is State.RESERVED:
-            self._reservations.end(request)
-            self._tombstones.bury(request.request_id, request.submission.attempt, now)
-        else:
-            self._batch.remove(request)
-            if request.state in HOLDS_BLOCKS:
-                self._blocks.free(request.block_ids)
-                request.block_ids = []
-        request.stamp(Moment.FINISHED, now)
-        request.move(State.FINISHED)
-        if self._open.remove(request):
-            self._reservations.ran(request)
 
     # ---- what others see ----
 
@@ -388,7 +324,7 @@ class Scheduler:
             **self._open.counts(),
             **self._prefix.counts(),
             "rows": self._batch.num_rows,
-            "forked_choices": self._num_forked,
+            "forked_choices": self._life.num_forked,
             "copied_blocks": self._batch.num_copied,
         }
 
