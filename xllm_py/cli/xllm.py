@@ -14,6 +14,7 @@ from xllm_py.cli import rules, xllm_flags
 from xllm_py.cli.entry import run_command
 from xllm_py.cli.flags import FlagCommand, Given, echo_given
 from xllm_py.cli.generation_config import sampling_defaults
+from xllm_py.cli.mlu import normalize_mlu
 from xllm_py.cli.model_path import find_model
 from xllm_py.cluster.instance_info import Role
 from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
@@ -21,7 +22,7 @@ from xllm_py.instance.config import AddressSlice, ClusterSlice, InstanceConfig
 
 INTRO = "xllm: one inference instance. A role, a model, a device:\n  xllm --model=FOLDER --devices=cpu:0"
 _BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_DEVICE = re.compile(r"(cpu|cuda|npu):[0-9]{1,3}")
+_DEVICE = re.compile(r"(cpu|cuda|npu|mlu):[0-9]{1,3}")
 _FINITE = {"rpc_channel_timeout_ms": 5000, "rpc_idle_timeout_s": 600}
 _NOT_BUILT = {
     "num_speculative_tokens": 0,
@@ -39,7 +40,7 @@ _NOT_BUILT = {
 def build(given: Given) -> InstanceConfig:
     """Check every rule of SPEC section 2; raise UsageError with all causes at once, or ModelLoadError."""
     causes = rules.Causes()
-    values = rules.finite(causes, given.values, _FINITE)
+    values = normalize_mlu(causes, rules.finite(causes, given.values, _FINITE))
     given = dataclasses.replace(given, values=values)
     _check_simple(causes, values)
     rules.foreign_environment(causes)
@@ -221,6 +222,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
         dtype=values["dtype"],
         load_format=values["load_format"],
         max_model_len=values["max_model_len"],
+        logprobs_mode=values["logprobs_mode"],
         devices=devices,
         cpu_threads=values["cpu_threads"],
         cache=CacheConfig(
