@@ -88,6 +88,7 @@ async def local() -> AsyncIterator[Subject]:
         on_cancels=_no_peers,
         on_verdicts=_no_peers,
         on_reservations_ended=_no_peers,
+        on_progress=lambda progress: None,
     )
     link = EngineLink(handlers=handlers, tasks=tasks, clock=clock)
     await link.start(CONFIG, timeout_s=60.0)

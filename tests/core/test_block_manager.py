@@ -80,3 +80,19 @@ def test_every_block_has_one_holder_and_the_counts_agree(moves: list[tuple[int, 
         assert counts["active"] == sum(map(len, held[Holding.ACTIVE]))
         assert counts["staged"] == sum(map(len, held[Holding.STAGED]))
         assert counts["quarantined"] == sum(map(len, held[Holding.QUARANTINED]))
+
+
+def test_a_flush_forgets_what_nobody_uses_and_nothing_else() -> None:
+    blocks = BlockManager(4, 2)
+    used, idle = blocks.allocate(2)
+    for block, digest in ((used, b"u"), (idle, b"i")):
+        blocks.publish(block, digest, (block, block))
+    blocks.free([idle])
+    assert blocks.flush() == 1
+    assert blocks.match([b"i"], (idle, idle)) == []
+    assert blocks.match([b"u"], (used, used)) == [used]
+    blocks.free([used])
+    assert blocks.counts()["free"] == 3
+    assert blocks.flush() == 1
+    assert blocks.counts()["free"] == 4
+    assert blocks.num_evicted == 0

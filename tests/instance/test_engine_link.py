@@ -45,6 +45,7 @@ class Owner:
             on_cancels=_unexpected,
             on_verdicts=_unexpected,
             on_reservations_ended=_unexpected,
+            on_progress=lambda progress: None,
         )
         self.link = EngineLink(handlers=handlers, tasks=self.tasks, clock=RealClock())
 

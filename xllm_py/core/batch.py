@@ -18,6 +18,8 @@ from xllm_py.core.journey import Moment
 from xllm_py.core.plan import RowStart, StepPlan
 from xllm_py.core.prefix_cache import PrefixCache
 from xllm_py.core.request import Request, State
+from xllm_py.core.sampling import SamplingParams
+from xllm_py.core.trial import Trial
 from xllm_py.core.waiting import Waiting
 
 
@@ -32,6 +34,7 @@ class Batch:
         self._started: list[Request] = []  # rows assigned since the last plan
         self._planned: list[Request] = []
         self._step = 0
+        self.trial = Trial()
         self.num_copied = 0  # blocks, since the start
         self.waiting = Waiting(config.priority_strategy)
         self.running: list[Request] = []  # in order of admission
@@ -70,12 +73,58 @@ class Batch:
         self._step += 1
         plan = StepPlan(step=self._step)
         self._planned = []
+        if self.trial.pending:
+            return self._plan_trial(plan)
         num_waiting = len(self.waiting)
         budget = self._plan_running(plan, self._config.max_tokens_per_batch)
         if len(self.waiting) == num_waiting:  # nobody was preempted: there is room to look for more
             self._admit(plan, budget, now)
         # an empty plan is not executed, so rows are told with the next one that is not
         return self._with_starts(plan) if self._started and plan.rows else plan
+
+    # ---- after a step that raised ----
+
+    def rewind(self, plan: StepPlan) -> list[Request]:
+        """The step was not computed, or only in part: all rows are told anew. Returns its requests that still run.
+
+        One whose block was to be copied in it is computed anew: nobody knows whether the copy was made.
+        """
+        suspects = [request for request in self.take_planned() if request.state is State.RUNNING]
+        copied = set(plan.copied_to)
+        for request in suspects:
+            if copied and not copied.isdisjoint(request.block_ids):
+                self._preempt(request)
+        self._started = [request for request in self.running if request.row >= 0]
+        return suspects
+
+    def _plan_trial(self, plan: StepPlan) -> StepPlan:
+        """One suspect alone, or the proof; nobody else, and nobody new."""
+        request = self.trial.next()
+        if request is not None:
+            self._plan_slowly(request, self._config.max_tokens_per_batch, plan)
+        elif self.trial.take_proof() and self._free_rows and self._blocks.num_free:
+            return self._proof()
+        return self._with_starts(plan) if plan.rows else plan
+
+    def _proof(self) -> StepPlan:
+        """A token of nobody, in a block that nobody is given before the step is over."""
+        block = self._blocks.allocate(1)
+        self._blocks.free(block)
+        row = self._free_rows[-1]
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
+        start = RowStart(row=row, request_id="", block_ids=tuple(block), sampling=sampling)
+        return StepPlan(
+            step=self._step,
+            started=(start,),
+            rows=[row],
+            num_tokens=[1],
+            num_computed=[0],
+            token_ids=[0],
+            sample=[1],
+            positions=[0],
+        )
+
+    # ---- parts of a plan ----
 
     def _plan_running(self, plan: StepPlan, budget: int) -> int:
         """One pass over the running requests; the common case, a decode with room in its last block, is inlined."""
@@ -264,9 +313,10 @@ class Batch:
         self._planned.append(request)
 
     def _with_starts(self, plan: StepPlan) -> StepPlan:
-        """Rows with a new owner are told whole; what they grew by is in their block list already."""
-        starts = tuple(_row_start(request) for request in self._started)
-        self._started = []
+        """Rows of this plan with a new owner are told whole; what they grew by is in their block list already."""
+        planned = set(plan.rows)
+        starts = tuple(_row_start(each) for each in self._started if each.row in planned)
+        self._started = [each for each in self._started if each.row not in planned]
         fresh = {start.row for start in starts}
         grown = zip(plan.grown_rows, plan.grown_blocks, strict=True)
         kept = [(row, block) for row, block in grown if row not in fresh]

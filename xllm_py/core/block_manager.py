@@ -74,12 +74,15 @@ class BlockManager:
         return taken
 
     def _evict(self) -> None:
+        self._forget_oldest()
+        self.num_evicted += 1
+
+    def _forget_oldest(self) -> None:
         block, _ = self._idle.popitem(last=False)
         digest, _ = self._published.pop(block)
         del self._by_hash[digest]
         self._hold(block, Holding.FREE)
         self._free.append(block)
-        self.num_evicted += 1
 
     def _sort_top(self, count: int) -> None:
         """Ascending numbers in one request let the KV link merge neighbours into one frame."""
@@ -184,6 +187,13 @@ class BlockManager:
         if digest not in self._by_hash and block not in self._published:
             self._by_hash[digest] = block
             self._published[block] = (digest, tuple(ids))
+
+    def flush(self) -> int:
+        """Forget every cached block, none of those in use; returns how many became free."""
+        count = len(self._idle)
+        while self._idle:
+            self._forget_oldest()
+        return count
 
     def counts(self) -> dict[str, int]:
         """The ledger's line: total = free + active + cached + staged + quarantined."""

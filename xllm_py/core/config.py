@@ -54,6 +54,7 @@ class EngineConfig:
     dtype: str = "auto"
     load_format: str = "auto"
     max_model_len: int = 0
+    logprobs_mode: str = "raw"  # or "processed": after penalties, bias, temperature and cuts
     devices: tuple[str, ...] = ("cpu:0",)
     cpu_threads: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -251,6 +251,10 @@ class Giver:
         first, self._pushed = self._pushed, num_complete
         return first, num_complete - first
 
+    def unclaim(self, first: int) -> None:
+        """The step did not complete them: from this block on they are pushed again."""
+        self._pushed = min(self._pushed, first)
+
     def on_computed(self, num_complete: int, first_known: bool) -> list[Action]:
         """After a step: blocks whose KV is final, and whether the first token was sampled."""
         self._first_known = self._first_known or first_known

@@ -12,6 +12,14 @@ from xllm_py.base.hashing import block_hashes, next_hash, salted
 from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.request import Request, State
 
+# names of `PrefixCache.counts`; each only grows
+COUNTS = (
+    "prefix_queried_tokens",
+    "prefix_hit_tokens",
+    "prefix_queried_blocks",
+    "prefix_hit_blocks",
+    "prefix_evicted_blocks",
+)
 _NEVER = 1 << 62  # tokens: nothing of this request is ever shared
 
 
@@ -25,6 +33,7 @@ class PrefixCache:
         self._computing: dict[bytes, Request] = {}  # blocks of prompts that somebody computes now
         self.num_queried = 0
         self.num_hit = 0
+        self._num_blocks_queried = 0  # full ones
 
     @property
     def enabled(self) -> bool:
@@ -64,6 +73,7 @@ class PrefixCache:
         if self._root:
             self.num_queried += queried
             self.num_hit += hit
+            self._num_blocks_queried += queried // self._blocks.block_size
 
     def publish(self, request: Request) -> None:
         """Let others share every full block of the request that is computed."""
@@ -92,11 +102,15 @@ class PrefixCache:
 
     def counts(self) -> dict[str, int]:
         """For the ledger: since the start."""
-        return {
-            "prefix_queried_tokens": self.num_queried,
-            "prefix_hit_tokens": self.num_hit,
-            "prefix_evicted_blocks": self._blocks.num_evicted,
-        }
+        size = self._blocks.block_size
+        values = (
+            self.num_queried,
+            self.num_hit,
+            self._num_blocks_queried,
+            self.num_hit // size,  # a hit is whole blocks
+            self._blocks.num_evicted,
+        )
+        return dict(zip(COUNTS, values, strict=True))
 
     def _extend(self, request: Request, count: int) -> None:
         """Hash the first `count` blocks, each once in a request's life: its tokens never change."""

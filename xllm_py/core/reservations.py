@@ -63,6 +63,7 @@ class Reservations:
         self._blocks.acquire(found, Holding.STAGED)
         request.block_ids = found + self._blocks.allocate(count, Holding.STAGED)
         self._prefix.begin(request, len(found))
+        self._prefix.note(len(request.tokens), len(found) * self._blocks.block_size)
         reservation = _Reservation(grant, now + self._ttl_s, num_held=len(found))
         self._open[request.request_id] = (request, reservation)
         return self._answer(request, reservation)

@@ -244,12 +244,16 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether schedule() might compute something; it may still find that all have to wait."""
-        return bool(self._batch.running or self._batch.waiting)
+        return bool(self._batch.running or self._batch.waiting or self._batch.trial.pending)
 
     def next_deadline(self) -> float | None:
         """The earliest moment at which something expires; may be early, never late."""
         nearest = min(self._open.next_deadline, self._reservations.next_expiry)
         return None if nearest == NEVER else nearest
+
+    def flush_cache(self) -> int:
+        """Forget the prefixes that nobody uses now; returns how many blocks became free."""
+        return self._blocks.flush()
 
     def begin_drain(self) -> None:
         """Refuse new work from now on."""
@@ -273,8 +277,10 @@ class Scheduler:
         tokens, logprobs, failed = result.token_ids, result.logprobs, result.failed_rows
         outputs = self._outbox.outputs
         at = 0
+        self._batch.trial.passed()
+        # not strict: the proof that the executor works has a row and no request
         columns = zip(
-            self._batch.take_planned(), plan.rows, plan.num_tokens, plan.sample, strict=True
+            self._batch.take_planned(), plan.rows, plan.num_tokens, plan.sample, strict=False
         )
         for index, (request, row, count, draws) in enumerate(columns):
             first, at = at, at + draws
@@ -311,6 +317,23 @@ class Scheduler:
                 self._life.close(request, now)
                 self._outbox.describe(request)
 
+    def on_crash(self, plan: StepPlan, message: str, now: float) -> bool:
+        """The computation of a planned step raised. False: it was no request's fault, the executor is broken.
+
+        message: for the client of a request that raised alone.
+        """
+        self._batch.trial.num_crashes += 1
+        suspects = self._batch.rewind(plan)
+        if len(plan.rows) > 1:
+            self._batch.trial.suspect(suspects)
+            return True
+        if not plan.started or plan.started[0].request_id:
+            for request in suspects:
+                self._life.finish(request, "internal_error", now, message)
+            self._batch.trial.found()
+            return True
+        return False
+
     # ---- what others see ----
 
     def take_outputs(self) -> Outputs:
@@ -325,6 +348,7 @@ class Scheduler:
             **self._prefix.counts(),
             "rows": self._batch.num_rows,
             "forked_choices": self._life.num_forked,
+            "crashed_steps": self._batch.trial.num_crashes,
             "copied_blocks": self._batch.num_copied,
         }
 

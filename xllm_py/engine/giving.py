@@ -116,6 +116,12 @@ class GivingAgent:
         offered = handoff.GiverState.OFFERED
         return any(giving.machine.state is offered for giving in self._giving.values())
 
+    def on_crash(self) -> None:
+        """The step raised: what it was to complete is sent with a later one; a block sent twice has the same bytes."""
+        for grant, first, _ in self._claims:
+            if grant in self._by_grant:
+                self._by_grant[grant].machine.unclaim(first)
+
     def after_step(self, now: float) -> None:
         """Tell the machines how far the prompts are."""
         self._plan = None

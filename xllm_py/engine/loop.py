@@ -13,7 +13,7 @@ import select
 from collections.abc import Callable
 from typing import Any
 
-from xllm_py.base import log
+from xllm_py.base import ids, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import (
     IllegalTransition,
@@ -23,6 +23,7 @@ from xllm_py.base.errors import (
 )
 from xllm_py.core.executor import Executor
 from xllm_py.core.plan import StepPlan
+from xllm_py.core.prefix_cache import COUNTS as PREFIX_COUNTS
 from xllm_py.core.request import Submission
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.handoff_agent import HandoffAgent
@@ -73,6 +74,7 @@ class EngineLoop:
             m.PeerGone: agent.taking.on_peer_gone,
             m.Inspect: self._on_inspect,
             m.Drain: self._on_drain,
+            m.FlushCache: self._on_flush,
         }
 
     def run(self) -> None:
@@ -112,15 +114,35 @@ class EngineLoop:
         except PeerUnavailable:
             raise  # the pipe ended in mid-step
         except Exception as error:
-            # one of the four edges: whatever the model raised, the executor's state is unknown now
-            _log.error("executor failed", step=plan.step, exc_info=error)
-            raise StartError(f"the executor failed in step {plan.step}: {error}") from error
+            # one of the four edges: whatever the model raised, it concerns a request until it has shown that it does not
+            if not self._survives(plan, error):
+                raise StartError(f"the executor failed in step {plan.step}: {error}") from error
+            return
         now = self._clock.now()
         self._scheduler.apply(plan, result, now)
         self._step_s = now - started
         self._s_per_token = max(self._s_per_token * 0.9, self._step_s / max(1, num_tokens))
         self._steps += 1
         self._tokens += len(result.token_ids)
+
+    def _survives(self, plan: StepPlan, error: Exception) -> bool:
+        error_id = ids.request_id("err")
+        kind = type(error).__name__
+        alone = plan.started[0].request_id if len(plan.rows) == 1 and plan.started else ""
+        _log.error(
+            "step failed",
+            step=plan.step,
+            error_id=error_id,
+            requests=len(plan.rows),
+            request=alone,
+            exc_info=error,
+        )
+        message = (
+            f"the model failed on this request with {kind}; change the request, or report "
+            f"{error_id}, under which the instance's log has the cause"
+        )
+        self._agent.giving.on_crash()
+        return self._scheduler.on_crash(plan, message, self._clock.now())
 
     def _layer_done(self, layer: int) -> None:
         """In mid-step: push what this layer completed, and look for answers to offers."""
@@ -156,9 +178,17 @@ class EngineLoop:
         for request_id, attempt in zip(command.request_ids, command.attempts, strict=True):
             self._scheduler.abort(request_id, attempt, now)
 
+    def _on_flush(self, command: m.FlushCache, now: float) -> None:
+        freed = self._scheduler.flush_cache()
+        _log.info("prefix cache flushed", freed_blocks=freed)
+        self._tell_ledger(command.call)
+
     def _on_inspect(self, command: m.Inspect, now: float) -> None:
+        self._tell_ledger(command.call)
+
+    def _tell_ledger(self, call: int) -> None:
         counts = {**self._scheduler.ledger(), **self._agent.ledger()}
-        self._pipe.send(m.Ledger(call=command.call, counts=counts))
+        self._pipe.send(m.Ledger(call=call, counts=counts))
 
     def _on_drain(self, command: m.Drain, now: float) -> None:
         self._scheduler.begin_drain()
@@ -188,5 +218,6 @@ class EngineLoop:
                     name: counts[name]
                     for name in ("total", "free", "active", "cached", "staged", "quarantined")
                 },
+                prefix={name: counts[name] for name in PREFIX_COUNTS},
             )
         )

@@ -25,6 +25,7 @@ from xllm_py.instance.announcer import Announcer
 from xllm_py.instance.config import InstanceConfig
 from xllm_py.instance.control_service import ControlService
 from xllm_py.instance.engine_link import EngineHandlers, EngineLink
+from xllm_py.instance.engine_measures import EngineMeasures
 from xllm_py.instance.generations import Generations
 from xllm_py.instance.local_backend import LocalBackend
 from xllm_py.instance.masters import Masters
@@ -69,6 +70,7 @@ class Parts:
             on_cancels=lambda out: self._in_cluster().peers.on_cancels(out),
             on_verdicts=lambda verdicts: self._in_cluster().on_verdicts(verdicts),
             on_reservations_ended=self.outlets.on_reservations_ended,
+            on_progress=EngineMeasures(metrics, lambda: self.engine.progress).on_progress,
         )
         self.engine = EngineLink(handlers=handlers, tasks=tasks, clock=clock)
         self.backend = LocalBackend(

@@ -7,6 +7,8 @@ from xllm_py.base.errors import RequestNotFound
 from xllm_py.instance.parts import Parts
 from xllm_py.openai.exchange import Handler, Request
 
+HOLDINGS = ("free", "active", "cached", "staged", "quarantined")
+
 
 class InstanceRoutes:
     """Handlers over the instance's parts."""
@@ -19,6 +21,7 @@ class InstanceRoutes:
         return {
             ("GET", "/debug/ledger"): self.ledger,
             ("GET", "/debug/requests/{id}"): self.request,
+            ("POST", "/debug/flush_cache"): self.flush,
         }
 
     async def ledger(self, request: Request) -> tuple[int, object]:
@@ -37,6 +40,11 @@ class InstanceRoutes:
             extra["unacknowledged"] = parts.routed.generations.num_unacknowledged
             extra["relayed"] = parts.routed.relay.num_open
         return 200, {**counts, **extra}
+
+    async def flush(self, request: Request) -> tuple[int, object]:
+        """Forget the cached prefixes that nobody uses: answers with the blocks as they are then."""
+        counts = await self._parts.engine.flush_cache()
+        return 200, {name: counts[name] for name in ("total", *HOLDINGS)}
 
     async def request(self, request: Request) -> tuple[int, object]:
         """The moments of a request that came by this instance's own door."""

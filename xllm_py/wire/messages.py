@@ -89,6 +89,13 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FlushCache:
+    """Forget the cached prefixes that nobody uses; answered by Ledger with the same call, as things stand afterwards."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The engine can serve."""
 
@@ -177,6 +184,7 @@ class Progress:
     waiting: int = 0
     running: int = 0
     blocks: dict[str, int] = field(default_factory=dict)  # the ledger's block counts
+    prefix: dict[str, int] = field(default_factory=dict)  # what the prefix cache has counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +206,7 @@ Command = (
     | PeerGone
     | Inspect
     | Drain
+    | FlushCache
 )
 Event = (
     Ready
@@ -224,6 +233,7 @@ COMMANDS: tuple[type, ...] = (
     PeerGone,
     Inspect,
     Drain,
+    FlushCache,
 )
 EVENTS: tuple[type, ...] = (
     Ready,
