@@ -1,0 +1,41 @@
+"""The grid on the toy executor: whatever a request asks for, and whichever way it goes, its client receives the same."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import make_tokenizer
+from tests.grid.grid import SETUPS, Asked, ask_alone, ask_in, check
+from xllm_py.core.config import EngineConfig
+from xllm_py.core.executor import Executor
+from xllm_py.engine.toy import ToyExecutor
+
+NUM_IDS = 256  # those that are bytes, so that prompts have text
+
+
+def make(config: EngineConfig, num_blocks: int) -> Executor:
+    return ToyExecutor(config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("toy")
+    make_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+async def asked(folder: Path) -> AsyncGenerator[list[Asked], None]:
+    yield await ask_alone(make, folder, NUM_IDS)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
+async def test_every_case_is_answered_as_it_is_alone(setup, folder, asked) -> None:
+    check(setup, asked, await ask_in(setup, make, folder, asked))
+
+
+def test_there_are_cases_enough(asked: list[Asked]) -> None:
+    assert len(asked) * len(SETUPS) >= 2000
