@@ -239,6 +239,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
             max_tokens_per_chunk=values["max_tokens_per_batch"] if chunk == -1 else chunk,
             max_queue=values["request_queue_size"],
             priority_strategy=values["priority_strategy"],
+            online_preempts_offline=values["enable_online_preempt_offline"],
             prefill_usage_threshold=values["prefill_scheduling_memory_usage_threshold"],
             grant_ttl_s=values["grant_ttl_s"],
             handoff_hold_s=values["handoff_hold_s"],

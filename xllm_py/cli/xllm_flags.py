@@ -49,7 +49,12 @@ _MODEL = in_group(
         -1,
         "base of seeds drawn for requests that bring none; -1: the system's",
     ),
-    b("logprobs_mode", "string", "raw", "raw or processed", idle=True),
+    b(
+        "logprobs_mode",
+        "string",
+        "raw",
+        "how likely the model found a token: raw, or processed by penalties, temperature and cuts",
+    ),
     b("enable_graph", "bool", False, "captured decode graphs on cuda and npu", idle=True),
     b("max_tokens_for_graph_mode", "int32", 2048, "eager above so many tokens", idle=True),
     Flag("draft_model", "string", "", "C", "speculative decoding", True),
@@ -127,7 +132,6 @@ _CACHE = in_group(
         "bool",
         True,
         "online requests may preempt offline ones",
-        idle=True,
     ),
     b("request_queue_size", "int32", 100000, "bound of the engine's waiting queue"),
 )

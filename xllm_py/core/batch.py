@@ -4,13 +4,16 @@ Order in a step: running requests first (decodes and unfinished prompts, oldest 
 until tokens, rows or blocks run out. A waiting one begins behind the blocks that the prefix cache has of it; while another one
 computes what comes next in it, it lets others pass. A request that needs a
 block when none is free preempts the youngest running one, whose blocks are freed and whose tokens are computed again later; the
-youngest itself waits with what it has. A request that is to be given away gets all its blocks when it is admitted and is never
+youngest itself waits with what it has. With --enable_online_preempt_offline running requests stand in the order of core/waiting, so
+that offline ones that have not waited long are the first to give way, also to an online one that waits for a row or for blocks. A request that is to be given away gets all its blocks when it is admitted and is never
 preempted, because the transport may be reading them.
 
 Used by the scheduler alone. Victims are younger than the request they give way to, so what is already in a plan stays.
 """
 
 from __future__ import annotations
+
+import bisect
 
 from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.config import SchedulerConfig
@@ -37,12 +40,15 @@ class Batch:
         self.trial = Trial()
         self.num_copied = 0  # blocks, since the start
         self.waiting = Waiting(config.priority_strategy)
-        self.running: list[Request] = []  # in order of admission
+        self.running: list[Request] = []  # in the order of core/waiting, or of admission
         self.admitted: list[Request] = []  # to be given away, since the scheduler last looked
 
     def run(self, request: Request) -> None:
         """A request that has its blocks already: landed, or kept after all."""
-        self.running.append(request)
+        if self._config.online_preempts_offline:
+            bisect.insort(self.running, request, key=self.waiting.moment)
+        else:
+            self.running.append(request)
 
     def remove(self, request: Request) -> None:
         """It has ended or is being given: leave queue and row."""
@@ -59,11 +65,6 @@ class Batch:
         return planned
 
     @property
-    def preempted(self) -> bool:
-        """Whether somebody who ran already waits for room; they go before anybody new."""
-        return bool(self.waiting) and self.waiting[0].num_preemptions > 0
-
-    @property
     def num_rows(self) -> int:
         """Rows in use."""
         return self._config.max_seqs_per_batch - len(self._free_rows)
@@ -75,6 +76,8 @@ class Batch:
         self._planned = []
         if self.trial.pending:
             return self._plan_trial(plan)
+        if self._config.online_preempts_offline and self.waiting:
+            self._make_way(self.waiting[0])
         num_waiting = len(self.waiting)
         budget = self._plan_running(plan, self._config.max_tokens_per_batch)
         if len(self.waiting) == num_waiting:  # nobody was preempted: there is room to look for more
@@ -256,11 +259,32 @@ class Batch:
             request.move(State.RUNNING)
             request.stamp(Moment.ADMITTED, now)
             self._assign_row(request)
-            self.running.append(request)
+            self.run(request)
             if request.to_give:
                 self.admitted.append(request)
             self._plan_row(request, count, plan)
             budget -= count
+
+    def _make_way(self, needy: Request) -> None:
+        """Preempt running offline requests that come after the first waiting one, when that lets it in."""
+        if needy.submission.offline or not self.running[-1:]:
+            return
+        place = self.waiting.moment(needy)
+        victims = [
+            each
+            for each in reversed(self.running)
+            if each.submission.offline and not each.to_give and self.waiting.moment(each) > place
+        ]
+        gain = sum(len(each.block_ids) for each in victims)
+        known = 0 if needy.to_score else len(needy.tokens) - 1
+        found = self._prefix.find(needy, known) if victims else []
+        lacking = self._blocks.blocks_for(len(needy.tokens)) - len(found)
+        if not self.has_room(lacking + self._blocks.num_idle(found), gain):
+            return  # nobody gives way for nothing
+        for victim in victims:
+            if self._free_rows and self.has_room(lacking + self._blocks.num_idle(found)):
+                return
+            self._preempt(victim)
 
     def _hold(self, request: Request, found: list[int], need: int) -> None:
         self._blocks.acquire(found)
@@ -270,9 +294,12 @@ class Batch:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self._prefix.note(len(request.tokens), request.num_computed)
 
-    def has_room(self, need: int) -> bool:
-        """Whether a new prompt may take so many blocks: they are free, and some are left for those who decode."""
-        free = self._blocks.num_free
+    def has_room(self, need: int, gain: int = 0) -> bool:
+        """Whether a new prompt may take so many blocks: they are free, and some are left for those who decode.
+
+        gain: blocks that could be freed for it.
+        """
+        free = min(self._blocks.num_free + gain, self._blocks.num_blocks)
         if need > free:
             return False
         total = self._blocks.num_blocks

@@ -30,6 +30,7 @@ class SchedulerConfig:
     max_tokens_per_chunk: int = 10240
     max_queue: int = 100_000  # waiting requests
     priority_strategy: str = "fcfs"  # fcfs, priority or deadline
+    online_preempts_offline: bool = True  # offline requests give way to those that are not
     prefill_usage_threshold: float = 0.95  # no new prefill above this share of used blocks
     grant_ttl_s: float = 30.0  # a reservation without a sign of life ends after so long
     handoff_hold_s: float = 5.0  # not read yet; P is to keep a refused request's KV so long

@@ -126,7 +126,7 @@ class Scheduler:
         if reason:
             return reason, text
         need = self._reservations.need(submission)
-        if not self._batch.has_room(need) or self._batch.preempted:
+        if not self._batch.has_room(need) or self._batch.waiting.goes_before_new(now):
             return "full_now", f"{need} blocks wanted, {self._blocks.num_free} free"
         promised = self._reservations.num_open
         return self._batch.crowded(promised, submission.sampling.best_of)

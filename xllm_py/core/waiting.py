@@ -6,7 +6,7 @@
 
 A request with `offline` set counts as if it had come `OFFLINE_S` later, whatever the strategy. All of these are moments that
 do not change, so that nobody starves: whoever waits is overtaken only by requests that come within that time after it. One that
-ran already and lost its blocks goes before all others. Used by the batch and the scheduler alone.
+ran already and lost its blocks goes before all others, except an offline one, which gave way and takes its old place. Used by the batch and the scheduler alone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Waiting:
 
     def __init__(self, strategy: str) -> None:
         """strategy: a key of STRATEGIES."""
-        self._moment = STRATEGIES[strategy]
+        self.moment = STRATEGIES[strategy]
         self._requests: list[Request] = []
 
     def __len__(self) -> int:
@@ -64,11 +64,19 @@ class Waiting:
         bisect.insort(self._requests, request, key=self._place)
 
     def _place(self, request: Request) -> float:
-        return -1.0 if request.num_preemptions else self._moment(request)
+        ran = request.num_preemptions and not request.submission.offline
+        return -1.0 if ran else self.moment(request)
 
     def put_back(self, request: Request) -> None:
-        """One that was preempted: before all others."""
-        self._requests.insert(0, request)
+        """One that was preempted: before all others, or where it stood when it is offline."""
+        bisect.insort_left(self._requests, request, key=self._place)
+
+    def goes_before_new(self, now: float) -> bool:
+        """Whether the first one ran already and is not to be passed by somebody who comes now."""
+        if not self._requests or not self._requests[0].num_preemptions:
+            return False
+        first = self._requests[0]
+        return not first.submission.offline or _arrival(first) <= now
 
     def remove(self, request: Request) -> None:
         """It runs, or has ended."""
