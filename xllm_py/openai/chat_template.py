@@ -6,71 +6,20 @@ Loaded once by a daemon; `render` is called by the HTTP door from a worker threa
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from xllm_py.base import log
 from xllm_py.base.errors import InvalidValue, ModelLoadError
 from xllm_py.base.hashing import fingerprint
-from xllm_py.openai import template_child as child
+from xllm_py.openai import template_child
+from xllm_py.openai.child import LIMITS, START_TIMEOUT_S, WORK_TIMEOUT_S, Child
 from xllm_py.openai.tokenizer import read_config
 
 _log = log.get(__name__)
 
 _MAX_TEMPLATE_BYTES = 1 << 20
-_START_TIMEOUT_S = 20.0  # a fresh interpreter on a busy machine
-_RENDER_TIMEOUT_S = 2.0
-_STOP_TIMEOUT_S = 5.0
-
-
-class _Renderer:
-    """The child process and our end of its socket. Not safe from several threads."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "xllm_py.openai.template_child", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                },
-            )
-        self._link = ours
-        self._decoder = msgspec.msgpack.Decoder(child.Rendered)
-        self.loaded = child.Rendered()
-
-    def load(self, source: str) -> None:
-        """Send the template; `loaded` tells whether it could be compiled."""
-        self.loaded = self.ask(child.Load(source), _START_TIMEOUT_S)
-
-    def ask(self, message: msgspec.Struct, timeout_s: float) -> child.Rendered:
-        """One answer; raises TimeoutError, or ConnectionError when the child has ended."""
-        self._link.settimeout(timeout_s)
-        child.send(self._link, message)
-        data = child.receive_bytes(self._link)
-        if not data:
-            raise ConnectionResetError("the template process has ended")
-        return self._decoder.decode(data)
-
-    def is_alive(self) -> bool:
-        """False once the process has ended, for whatever reason."""
-        return self._process.poll() is None
-
-    def close(self) -> None:
-        """Kill and reap."""
-        self._link.close()
-        self._process.kill()
-        self._process.wait(_STOP_TIMEOUT_S)
 
 
 class ChatTemplate:
@@ -81,7 +30,8 @@ class ChatTemplate:
         self._source = source
         self._special_tokens = special_tokens
         self._lock = threading.Lock()
-        self._renderer: _Renderer | None = None
+        self._renderer: Child[template_child.Rendered] | None = None
+        self._loaded = template_child.Rendered()
         self.fingerprint = fingerprint(source)
         trial = self._ask({"messages": [{"role": "user", "content": "hello"}]})
         if trial.kind:
@@ -108,29 +58,29 @@ class ChatTemplate:
             text = f"the rendered conversation is too large or too slow ({answer.message})"
         raise InvalidValue(text, param="messages")
 
-    def _ask(self, variables: dict[str, Any]) -> child.Rendered:
+    def _ask(self, variables: dict[str, Any]) -> template_child.Rendered:
         filled = {"add_generation_prompt": True, "tools": None, **self._special_tokens, **variables}
         with self._lock:
             try:
                 renderer = self._living_renderer()
-                if renderer.loaded.kind:
-                    return renderer.loaded
-                return renderer.ask(child.Render(filled), _RENDER_TIMEOUT_S)
+                if self._loaded.kind:
+                    return self._loaded
+                return renderer.ask(template_child.Render(filled), WORK_TIMEOUT_S)
             except (TimeoutError, ConnectionError) as error:
                 # the child was alive before: it ran into its limits on this very conversation
                 _log.warning("chat template stopped", reason=type(error).__name__)
                 self._drop()
-                return child.Rendered(kind="too_slow", message="over 1 s or 512 MiB")
+                return template_child.Rendered(kind="too_slow", message=LIMITS)
             except (OverflowError, UnicodeError, RecursionError) as error:
                 # a number, a text or a nesting that JSON allows and msgpack does not: nothing was sent
-                return child.Rendered(kind="failed", message=type(error).__name__)
+                return template_child.Rendered(kind="failed", message=type(error).__name__)
 
-    def _living_renderer(self) -> _Renderer:
+    def _living_renderer(self) -> Child[template_child.Rendered]:
         if self._renderer is not None and not self._renderer.is_alive():
             self._drop()
         if self._renderer is None:
-            self._renderer = _Renderer()
-            self._renderer.load(self._source)
+            self._renderer = Child("xllm_py.openai.template_child", template_child.Rendered)
+            self._loaded = self._renderer.ask(template_child.Load(self._source), START_TIMEOUT_S)
         return self._renderer
 
     def _drop(self) -> None:

@@ -1,18 +1,12 @@
 """The process that renders chat templates: `python -m xllm_py.openai.template_child <fd>`.
 
-Started and, when it overstays, killed by `chat_template`. Reads msgpack messages from the socket `fd`, each after a
-4-byte length, and answers each one. Bounded by RLIMIT_CPU and RLIMIT_AS, because the sandbox bounds neither time nor
-memory; ends with its parent. Knows nothing but jinja2: no torch, no tokenizer, no network.
+Started and, when it overstays, killed by `chat_template`, through `child`, whose limits are needed because the sandbox bounds
+neither time nor memory. Knows nothing but jinja2: no torch, no tokenizer, no network.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import resource
-import signal
-import socket
-import struct
 import sys
 from datetime import datetime
 from typing import Any, NoReturn
@@ -24,9 +18,9 @@ import jinja2.parser
 import jinja2.sandbox
 import msgspec
 
+from xllm_py.openai.child import serve
+
 MAX_OUTPUT_CHARS = 1 << 20
-_MEMORY_BYTES = 512 << 20
-_PR_SET_PDEATHSIG = 1
 
 
 class Load(msgspec.Struct, tag=True, frozen=True):
@@ -126,55 +120,21 @@ _OPERATOR_ERRORS = (
 )
 
 
-def send(link: socket.socket, message: msgspec.Struct) -> None:
-    """One message after its length."""
-    data = msgspec.msgpack.encode(message)
-    link.sendall(struct.pack("<I", len(data)) + data)
+class _Templates:
+    """Answers messages; holds the template that was loaded last."""
 
+    def __init__(self) -> None:
+        self._template: jinja2.Template | None = None
 
-def receive_bytes(link: socket.socket) -> bytes:
-    """The next message's bytes; b"" when the other side has closed."""
-    head = _receive_exactly(link, 4)
-    return _receive_exactly(link, struct.unpack("<I", head)[0]) if head else b""
-
-
-def _receive_exactly(link: socket.socket, num_bytes: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < num_bytes:
-        part = link.recv(num_bytes - len(parts))
-        if not part:
-            return b""
-        parts += part
-    return bytes(parts)
-
-
-def _limit_cpu() -> None:
-    """One more second of CPU for the next message (the limit counts whole seconds of the process's life)."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-
-
-def main(fd: int) -> None:
-    """Serve until the parent closes its end."""
-    # fires when the thread that started us ends: the main one, or one of the door's own threads
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    link = socket.socket(fileno=fd)
-    decoder = msgspec.msgpack.Decoder(Load | Render)
-    template: jinja2.Template | None = None
-    while data := receive_bytes(link):
-        _limit_cpu()
-        message = decoder.decode(data)
+    def answer(self, message: Load | Render) -> Rendered:
+        """Of one message."""
         if isinstance(message, Load):
-            template, answer = _load(message.source)
-        elif template is None:
+            self._template, answer = _load(message.source)
+        elif self._template is None:
             answer = Rendered(kind="failed", message="no template is loaded")
         else:
-            answer = render(template, message.variables)
-        send(link, answer)
+            answer = render(self._template, message.variables)
+        return answer
 
 
 def _load(source: str) -> tuple[jinja2.Template | None, Rendered]:
@@ -185,4 +145,4 @@ def _load(source: str) -> tuple[jinja2.Template | None, Rendered]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    serve(int(sys.argv[1]), Load | Render, _Templates().answer)
