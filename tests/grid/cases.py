@@ -28,7 +28,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "presence_penalty": 0.4,
         "repetition_penalty": 1.3,
     },
-    "bias": {"logit_bias": {"40": 4.0, "41": 3.5, "200": -100.0}},
+    "bias": {"logit_bias": {"40": 4.0, "41": 3.5, "150": -100.0}},
     "echo": {"echo": True},
     "prompt_logprobs": {"prompt_logprobs": 2},
     "stop string": {},

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from tests.grid.cases import Case, Said, cases
+from tests.grid.cases import FEATURES, SAMPLINGS, Case, Said, prompts
 from tests.grid.cluster import Cluster, MakeExecutor, Setup
 from tests.openai.support import Answer
 from xllm_py.core.request import Submission
@@ -22,7 +22,7 @@ SETUPS = (
     Setup(name="PD with P cache", is_pd=True, p_cache=True),
     Setup(name="PD with D cache", is_pd=True, d_cache=True),
     Setup(name="PD with both", is_pd=True, p_cache=True, d_cache=True, chunk=16),
-    Setup(name="preempted", num_blocks=72),
+    Setup(name="preempted", num_blocks=40),
 )
 LONE = Setup(name="lone")
 WAVE = 24  # cases that are asked at once
@@ -72,11 +72,11 @@ def comparable(answer: Answer) -> dict[str, Any]:
     return found
 
 
-async def ask_alone(make: MakeExecutor, folder: Path, num_ids: int) -> list[Asked]:
-    """Every case on an engine without cache that computes nothing else, its prompt whole."""
+async def ask_alone(make: MakeExecutor, folder: Path, wanted: list[Case]) -> list[Asked]:
+    """Each case on an engine without cache that computes nothing else, its prompt whole."""
     found: list[Asked] = []
     async with running(LONE, make, folder) as cluster:
-        for case in cases(num_ids):
+        for case in wanted:
             said = None
             if case.asks_first:
                 said = await _first(cluster, case)
@@ -174,3 +174,22 @@ def check(setup: Setup, asked: list[Asked], found: dict[int, Found]) -> None:
         elif not said.way:
             wrong.append(f"{name}: nothing shows that it went this way: {said.traces}")
     assert not wrong, f"{len(wrong)} of {len(asked)}:\n" + "\n".join(wrong[:12])
+
+
+async def check_features(make: MakeExecutor, folder: Path, num_ids: int) -> None:
+    """Equal answers prove nothing of a feature that does nothing: each changes the answers it should change."""
+    async with running(LONE, make, folder) as cluster:
+        for sampling in SAMPLINGS:
+            changed: set[str] = set()
+            for prompt in prompts(num_ids):
+                plain = Case((), sampling, prompt)
+                before = comparable(await cluster.ask(PATH, plain.body()))
+                said = await _first(cluster, plain)
+                for feature in FEATURES:
+                    body = Case((feature,), sampling, prompt).body(said)
+                    after = comparable(await cluster.ask(PATH, body))
+                    if feature == "min_tokens":
+                        assert after["usage"]["completion_tokens"] > 5, (body, after)
+                    if after != before:
+                        changed.add(feature)
+            assert changed == set(FEATURES), sampling

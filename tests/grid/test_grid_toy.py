@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_tokenizer
-from tests.grid.grid import SETUPS, Asked, ask_alone, ask_in, check
+from tests.grid.cases import cases
+from tests.grid.grid import SETUPS, Asked, ask_alone, ask_in, check, check_features
 from xllm_py.core.config import EngineConfig
 from xllm_py.core.executor import Executor
 from xllm_py.engine.toy import ToyExecutor
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 async def asked(folder: Path) -> AsyncGenerator[list[Asked], None]:
-    yield await ask_alone(make, folder, NUM_IDS)
+    yield await ask_alone(make, folder, cases(NUM_IDS))
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
@@ -39,3 +40,7 @@ async def test_every_case_is_answered_as_it_is_alone(setup, folder, asked) -> No
 
 def test_there_are_cases_enough(asked: list[Asked]) -> None:
     assert len(asked) * len(SETUPS) >= 2000
+
+
+async def test_every_feature_changes_answers(folder: Path) -> None:
+    await check_features(make, folder, NUM_IDS)
