@@ -39,22 +39,33 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "httptools": ("httptools", ("openai.protocol",)),
     "jinja2": ("jinja2", ("openai.template_child",)),
     "msgspec": ("msgspec", ("openai", "transport.pipe")),
+    "numpy": (
+        "numpy",
+        ("engine.edits", "engine.judge", "engine.sampler", "engine.uniforms"),
+    ),
     "prometheus_client": ("prometheus_client", ("base.metrics",)),
     "psutil": ("psutil", ("base.ports", "base.process")),
     "safetensors": ("safetensors", ("model.weights",)),
     "tokenizers": ("tokenizers", ("openai.tokenizer",)),
     "torch": (
         "torch",
-        ("device", "model", "engine.ranks", "engine.sampler", "engine.self_test", "engine.worker"),
+        (
+            "device",
+            "model",
+            "engine.edits",
+            "engine.judge",
+            "engine.ranks",
+            "engine.sampler",
+            "engine.self_test",
+            "engine.worker",
+        ),
     ),
     "uvicorn": ("uvicorn", ("openai.protocol", "openai.server")),
     "uvloop": ("uvloop", ("instance.daemon", "master.daemon")),
     "zlib_ng": ("zlib-ng", ("transport.tcp_socket",)),
 }
 # installed, though no line of ours imports it
-UNIMPORTED = {
-    "numpy": "device/cpu lends the cache as host bytes through Tensor.numpy; torch leaves it optional",
-}
+UNIMPORTED: dict[str, str] = {}
 
 
 @cache

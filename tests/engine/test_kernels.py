@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.engine.draws import sample
 from xllm_py.core.plan import RowStart
 from xllm_py.core.sampling import SamplingParams
 from xllm_py.device.base import AttentionBatch, KvShape
 from xllm_py.device.cpu import CpuDevice
-from xllm_py.engine.sampler import sample
 from xllm_py.model.layers.mlp import silu
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.draws import philox, sample, uniform
 from xllm_py.core.plan import RowStart
 from xllm_py.core.sampling import SamplingParams
-from xllm_py.engine.sampler import philox, sample, uniform
 
 ONES = 0xFFFFFFFF
 

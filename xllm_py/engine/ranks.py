@@ -74,6 +74,7 @@ def open_executor(config: EngineConfig) -> Executor:
         max_seqs=config.scheduler.max_seqs_per_batch,
         max_blocks=-(-max_len // config.cache.block_size),
         block_size=config.cache.block_size,
+        logprobs_mode=config.logprobs_mode,
     )
     capacity = Capacity(
         num_blocks=sizing.num_blocks,

@@ -5,7 +5,6 @@ Made by engine/ranks. Row tables are written in place as plans tell what changed
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -15,17 +14,28 @@ from torch.nn import functional
 from xllm_py.core.executor import LayerDone
 from xllm_py.core.plan import RowStart, StepPlan, StepResult
 from xllm_py.device.base import AttentionBatch, Device
-from xllm_py.engine.sampler import sample
+from xllm_py.engine.judge import judge
+from xllm_py.engine.sampler import Drawn, Sampler
 from xllm_py.model import Model
 
 Observer = Callable[[list[str], list[int], Tensor], None]
+
+_NOT_FINITE = "the model's output is not finite"
+_JUDGED_AT_ONCE = 256  # tokens of a prompt
 
 
 class Worker:
     """Owns the row tables."""
 
     def __init__(
-        self, model: Model, device: Device, *, max_seqs: int, max_blocks: int, block_size: int
+        self,
+        model: Model,
+        device: Device,
+        *,
+        max_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        logprobs_mode: str = "raw",
     ) -> None:
         self._model = model
         self._device = device
@@ -34,6 +44,9 @@ class Worker:
         self._tables = torch.zeros(max_seqs, max_blocks, dtype=torch.int32)
         self._num_blocks = [0] * max_seqs
         self._rows: list[RowStart | None] = [None] * max_seqs
+        self._sampler = Sampler(
+            max_seqs=max_seqs, vocab_size=model.config.vocab_size, logprobs_mode=logprobs_mode
+        )
         self.observer: Observer | None = (
             None  # tests compare logits with it: request ids, positions, logits
         )
@@ -46,40 +59,67 @@ class Worker:
         self._update_rows(plan)
         token_ids, positions, batch = self._inputs(plan)
         hidden = self._model.forward(token_ids, positions, batch, layer_done)
+        result = StepResult(token_ids=[])
+        if plan.targets:
+            self._judge_prompts(hidden, plan, batch, result)
         due = [index for index, draws in enumerate(plan.sample) if draws]
         if not due:
-            return StepResult(token_ids=[])
+            return result
         last = [batch.first_tokens[i] + batch.num_tokens[i] - 1 for i in due]
         logits = self._model.logits(hidden[torch.tensor(last)])
         starts = [self._start(plan.rows[index]) for index in due]
-        places = [plan.positions[index] for index in due]
         if self.observer is not None:
-            self.observer([start.request_id for start in starts], places, logits)
-        return self._sample(logits, plan, due, starts, places)
+            names = [start.request_id for start in starts]
+            self.observer(names, [plan.positions[index] for index in due], logits)
+        self._sample(logits, plan, due, result)
+        return result
 
-    def _sample(
-        self,
-        logits: Tensor,
-        plan: StepPlan,
-        due: list[int],
-        starts: list[RowStart],
-        places: list[int],
-    ) -> StepResult:
+    def _sample(self, logits: Tensor, plan: StepPlan, due: list[int], result: StepResult) -> None:
         """A row whose logits are no numbers fails alone."""
-        broken = (~torch.isfinite(logits).all(-1)).tolist()
-        cause = "the model's output is not finite"
-        failed = {plan.rows[due[i]]: cause for i, bad in enumerate(broken) if bad}
-        drawn = [i for i, index in enumerate(due) for _ in range(plan.sample[index])]
-        if len(drawn) > len(due):
-            logits = logits[torch.tensor(drawn)]
-            starts = [
-                each for i, start in enumerate(starts) for each in _draws(start, plan, due[i])
-            ]
-            places = [places[i] for i in drawn]
-        tokens = sample(logits, starts, places)
+        sound = _finite(logits)
+        failed = [index for index, good in zip(due, sound, strict=True) if not good]
         if failed:
-            tokens = [-1 if broken[i] else token for i, token in zip(drawn, tokens, strict=True)]
-        return StepResult(token_ids=tokens, failed_rows=failed)
+            result.failed_rows.update({plan.rows[index]: _NOT_FINITE for index in failed})
+            logits = logits[torch.tensor(sound)]
+            due = [index for index, good in zip(due, sound, strict=True) if good]
+        drawn = Drawn(token_ids=[])
+        if due:
+            drawn = self._sampler.choose(
+                logits,
+                [plan.rows[index] for index in due],
+                [plan.positions[index] for index in due],
+                [plan.sample[index] for index in due],
+            )
+        if not failed:
+            result.token_ids.extend(drawn.token_ids)
+            result.logprobs.update(drawn.logprobs)
+            return
+        lost, entry = set(failed), 0
+        for index, draws in enumerate(plan.sample):
+            if index in lost:
+                result.token_ids.extend([-1] * draws)
+                continue
+            for _ in range(draws):
+                if entry in drawn.logprobs:
+                    result.logprobs[len(result.token_ids)] = drawn.logprobs[entry]
+                result.token_ids.append(drawn.token_ids[entry])
+                entry += 1
+
+    def _judge_prompts(
+        self, hidden: Tensor, plan: StepPlan, batch: AttentionBatch, result: StepResult
+    ) -> None:
+        """How likely the prompt's own tokens were; a bounded number of rows of logits at a time."""
+        for index, targets in plan.targets.items():
+            top = self._start(plan.rows[index]).sampling.prompt_logprobs
+            first = batch.first_tokens[index]
+            said = result.prompt_logprobs[index] = []
+            for begin in range(0, len(targets), _JUDGED_AT_ONCE):
+                some = targets[begin : begin + _JUDGED_AT_ONCE]
+                logits = self._model.logits(hidden[first + begin : first + begin + len(some)])
+                if not all(_finite(logits)):
+                    result.failed_rows[plan.rows[index]] = _NOT_FINITE
+                    break
+                said += judge(logits, range(len(some)), some, [top] * len(some))
 
     def _start(self, row: int) -> RowStart:
         start = self._rows[row]
@@ -91,6 +131,7 @@ class Worker:
         for start in plan.started:
             count = len(start.block_ids)
             self._rows[start.row] = start
+            self._sampler.start(start)
             self._num_blocks[start.row] = count
             self._tables[start.row, :count] = torch.tensor(start.block_ids, dtype=torch.int32)
         if plan.grown_rows:
@@ -125,8 +166,8 @@ class Worker:
         return token_ids, functional.pad(positions, padding), batch
 
 
-def _draws(start: RowStart, plan: StepPlan, index: int) -> list[RowStart]:
-    """The row once per choice that draws its first token from the same logits."""
-    return [
-        dataclasses.replace(start, choice=start.choice + draw) for draw in range(plan.sample[index])
-    ]
+def _finite(logits: Tensor) -> list[bool]:
+    """Per row whether all its numbers are finite; the two extremes tell, at a tenth of the cost of asking each."""
+    lowest, highest = logits.aminmax(dim=-1)
+    sound: list[bool] = (torch.isfinite(lowest) & torch.isfinite(highest)).tolist()
+    return sound
