@@ -36,6 +36,7 @@ class Asked:
     case: Case
     body: dict[str, Any]
     answer: dict[str, Any]
+    tokens: list[list[int]]  # of each candidate
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +84,9 @@ async def ask_alone(make: MakeExecutor, folder: Path, wanted: list[Case]) -> lis
             body = case.body(said)
             answer = await cluster.ask(PATH, body)
             assert answer.status == 200, (case, answer.body)
-            found.append(Asked(case, body, comparable(answer)))
+            name = answer.json()["id"]
+            tokens = [cluster.traces.tokens[name, at] for at in range(case.num_candidates)]
+            found.append(Asked(case, body, comparable(answer), tokens))
     return found
 
 
