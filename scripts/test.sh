@@ -28,6 +28,8 @@ if [ $# -eq 0 ]; then
     ruff check .
     mypy
     lint-imports --no-logo
-    set -- -n 2 --dist loadfile
+    # a worker that dies is not replaced: xdist can wait for the new one for ever
+    set -- -n 2 --dist loadfile --max-worker-restart=0
 fi
-exec pytest -q "$@"
+# a hang must end as a failure that names what hung: each test after 120 s (setup.cfg), all together after 40 minutes
+PYTHONFAULTHANDLER=1 exec timeout --signal=ABRT --kill-after=30 2400 pytest -q "$@"
