@@ -43,8 +43,10 @@ def reaches(instance: Daemon, **counts: int) -> None:
 def in_handoff(cluster: Cluster) -> Iterator[Pending]:
     """A request whose handoff cannot end, because D's API process stands still; its first token is with the master already."""
     master, prefill, decode = cluster.daemons
-    for _ in range(20):  # on a busy machine the handoff may be over before D stands still
-        pending = Pending(master, body(LONG_PROMPT[:200]))
+    for turn in range(20):
+        # too long a prompt is not computed in CATCH_S by a busy machine, too short a one is over before D stands still;
+        # each begins in its own way, since of what D has in its prefix cache there is nothing to hand over
+        pending = Pending(master, body([turn, *LONG_PROMPT[: 200 >> turn % 4]]))
         if caught(pending, prefill, kv_grants_given=1):
             with decode.frozen(engine_too=False):
                 if caught(pending, prefill, requests_giving=1):
