@@ -58,10 +58,16 @@ class RealEtcd:
                 raise AssertionError("waited 20 s for etcd")
             time.sleep(0.05)
 
-    def signal(self, number: int) -> None:
-        """Send a signal."""
+    def freeze(self) -> None:
+        """Stop all its threads; returns when they stand still."""
         assert self._process is not None
-        self._process.send_signal(number)
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """kill -9 and reap."""
@@ -79,6 +85,5 @@ def real_etcd(folder: Path, *extra: str, scheme: str = "http") -> Iterator[RealE
     try:
         yield etcd
     finally:
-        with contextlib.suppress(AssertionError):
-            etcd.signal(signal.SIGCONT)
+        etcd.thaw()
         etcd.kill()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -84,14 +83,14 @@ class TestRealEtcd:
             if fault == "kill":
                 etcd.kill()
             else:
-                etcd.signal(signal.SIGSTOP)
+                etcd.freeze()
             with pytest.raises(RegistryUnavailable):
                 await registry.get("XLLM:x")
             assert not registry.up
             if fault == "kill":
                 etcd.start()
             else:
-                etcd.signal(signal.SIGCONT)
+                etcd.thaw()
 
             async def put_again() -> bool:
                 return await registry.put("XLLM:x", b"2")
