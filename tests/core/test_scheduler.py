@@ -70,7 +70,7 @@ def test_a_decode_is_never_pushed_out_of_a_step_by_a_younger_prompt() -> None:
     rig.step()
     young = rig.add(submission("young", prompt(40), 2))
     for _ in range(10):
-        assert rig.step().num_tokens[0] == 1
+        assert sorted(rig.step().num_tokens) == [1, 3]
     rig.run()
     check(rig, old, young)
 

@@ -8,13 +8,15 @@ youngest itself waits with what it has. With --enable_online_preempt_offline run
 that offline ones that have not waited long are the first to give way, also to an online one that waits for a row or for blocks. A request that is to be given away gets all its blocks when it is admitted and is never
 preempted, because the transport may be reading them.
 
-Used by the scheduler alone. Victims are younger than the request they give way to, so what is already in a plan stays.
+Used by the scheduler alone. Victims are younger than the request they give way to, and the decodes that need nothing are
+planned last (core/decodes), so what is already in a plan stays.
 """
 
 from __future__ import annotations
 
 import bisect
 
+from xllm_py.core import decodes
 from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.config import SchedulerConfig
 from xllm_py.core.journey import Moment
@@ -36,6 +38,9 @@ class Batch:
         self._free_rows = list(range(config.max_seqs_per_batch - 1, -1, -1))
         self._started: list[Request] = []  # rows assigned since the last plan
         self._planned: list[Request] = []
+        self._decoding = range(
+            0
+        )  # which of the planned compute their newest token, and draw the next
         self._step = 0
         self.trial = Trial()
         self.num_copied = 0  # blocks, since the start
@@ -52,6 +57,7 @@ class Batch:
 
     def remove(self, request: Request) -> None:
         """It has ended or is being given: leave queue and row."""
+        self._decoding = range(0)
         if request.state is State.WAITING:
             self.waiting.remove(request)
         elif request.state is State.RUNNING:
@@ -59,10 +65,10 @@ class Batch:
             self._prefix.leave(request)
         self._release_row(request)
 
-    def take_planned(self) -> list[Request]:
-        """The requests of the last plan, in its order."""
+    def take_planned(self) -> tuple[list[Request], range]:
+        """The requests of the last plan, in its order, and which of them are surely decoding in their rows still."""
         planned, self._planned = self._planned, []
-        return planned
+        return planned, self._decoding
 
     @property
     def num_rows(self) -> int:
@@ -73,7 +79,7 @@ class Batch:
         """Choose what the next step computes; may be empty."""
         self._step += 1
         plan = StepPlan(step=self._step)
-        self._planned = []
+        self._planned, self._decoding = [], range(0)
         if self.trial.pending:
             return self._plan_trial(plan)
         if self._config.online_preempts_offline and self.waiting:
@@ -92,7 +98,7 @@ class Batch:
 
         One whose block was to be copied in it is computed anew: nobody knows whether the copy was made.
         """
-        suspects = [request for request in self.take_planned() if request.state is State.RUNNING]
+        suspects = [request for request in self.take_planned()[0] if request.state is State.RUNNING]
         copied = set(plan.copied_to)
         for request in suspects:
             if copied and not copied.isdisjoint(request.block_ids):
@@ -130,28 +136,21 @@ class Batch:
     # ---- parts of a plan ----
 
     def _plan_running(self, plan: StepPlan, budget: int) -> int:
-        """One pass over the running requests; the common case, a decode with room in its last block, is inlined."""
-        size = self._blocks.block_size
-        rows, counts, computed = plan.rows, plan.num_tokens, plan.num_computed
-        token_ids, sample, positions = plan.token_ids, plan.sample, plan.positions
-        planned = self._planned
-        index = 0
-        while index < len(self.running) and budget > 0:
-            request = self.running[index]
-            start, known = request.num_computed, len(request.tokens)
-            if known - start == 1 and request.row >= 0 and start < len(request.block_ids) * size:
-                rows.append(request.row)
-                counts.append(1)
-                computed.append(start)
-                token_ids.append(request.tokens[start])
-                sample.append(request.num_draws)
-                positions.append(known - request.num_prompt)
-                planned.append(request)
-                budget -= 1
-            else:
+        """One pass over the running requests, as many as the budget has tokens for; returns what is left of it."""
+        chosen = self.running[:budget] if budget < len(self.running) else self.running
+        ready, others = decodes.split(chosen, self._blocks.block_size)
+        budget -= len(ready)
+        num_running = len(self.running)
+        for request in others:
+            if budget > 0 and request.state is State.RUNNING:  # an older one may have preempted it
                 budget -= self._plan_slowly(request, budget, plan)
-            if index < len(self.running) and self.running[index] is request:
-                index += 1
+        if len(self.running) < num_running:  # the youngest gave way to some of the others
+            still = [request for request in ready if request.state is State.RUNNING]
+            budget += len(ready) - len(still)
+            ready = still
+        decodes.plan(plan, ready)
+        self._decoding = range(len(self._planned), len(self._planned) + len(ready))
+        self._planned += ready
         return budget
 
     def _plan_slowly(self, request: Request, budget: int, plan: StepPlan) -> int:

@@ -90,8 +90,8 @@ class Lifecycle:
             self.close(choice, now)
         if reserved:
             return
-        self._outbox.put_end(request.submission, reason, message, request.num_generated)
-        self._outbox.describe(request)
+        entry = self._outbox.put_end(request.submission, reason, message, request.num_generated)
+        self._outbox.describe(request, entry)
 
     def close(self, request: Request, now: float) -> None:
         """One choice leaves every queue, gives everything back, and is forgotten."""

@@ -5,6 +5,7 @@ Used by the scheduler alone, whose hot loop appends ordinary tokens to the colum
 
 from __future__ import annotations
 
+from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.plan import FINISH_LENGTH, FINISH_STOP, Outputs, StepResult
 from xllm_py.core.request import Request, Submission
 
@@ -36,7 +37,25 @@ class Outbox:
                 outputs.logprobs[entry] = result.logprobs[at + choice]
             if choice == 0 and request.prompt_logprobs:
                 outputs.prompt_logprobs[entry] = request.prompt_logprobs
-        self.describe(request)
+        self.describe(request, len(outputs.request_ids) - 1)
+
+    def put_token(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> int:
+        """The next token of a choice; returns the entry."""
+        entry = self.outputs.add(
+            request.request_id,
+            request.submission.attempt,
+            choice=request.choice,
+            position=request.num_generated,
+            token_id=token_id,
+        )
+        if logprob is not None:
+            self.outputs.logprobs[entry] = logprob
+        return entry
+
+    def put_reason(self, entry: int, request: Request) -> None:
+        """Its newest token, which is in this entry, was its last."""
+        stopped = request.tokens[-1] in request.stop_ids
+        self.outputs.finish_reasons[entry] = FINISH_STOP if stopped else FINISH_LENGTH
 
     def put_taken(self, request: Request, choice: int) -> None:
         """A choice that ended by its first token. When P told the token: that nothing more of it comes from here."""
@@ -50,11 +69,12 @@ class Outbox:
 
     def put_end(
         self, submission: Submission, reason: str, message: str = "", position: int = 0
-    ) -> None:
-        """An entry that ends a request and carries no token."""
+    ) -> int:
+        """An entry that ends a request and carries no token; returns it."""
         key = (submission.request_id, submission.attempt)
-        self.outputs.add(*key, position=position, finish_reason=reason, message=message)
+        return self.outputs.add(*key, position=position, finish_reason=reason, message=message)
 
-    def describe(self, request: Request) -> None:
-        """What goes with the entry just added."""
-        self.outputs.describe(request.journey_s(), request.num_cached)
+    def describe(self, request: Request, entry: int) -> None:
+        """What goes with an entry."""
+        self.outputs.journeys[entry] = request.journey_s()
+        self.outputs.cached_tokens[entry] = request.num_cached

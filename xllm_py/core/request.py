@@ -138,6 +138,9 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as far as known
     publish_at: int = 0  # with so many tokens computed, another block can be shared
+    look_at: int = (
+        0  # with so many tokens computed, a block can be shared or the answer is complete
+    )
     shares_tail: bool = False  # its last block, half full, is another choice's: copy before writing
     num_draws: int = 1  # tokens to draw at once for the next position: best_of for the first one
     first_ids: tuple[int, ...] = ()  # first token of each choice, from then on
@@ -206,11 +209,17 @@ class Request:
             block_ids=list(self.block_ids),
             hashes=list(self.hashes),
             publish_at=self.publish_at,
+            look_at=self.look_at,
             first_ids=self.first_ids,
             taken=self.taken,
             kept=self.kept,
             journey=dict(self.journey),
         )
+
+    def share_from(self, num_tokens: int) -> None:
+        """Its next block can be shared when so many tokens are computed."""
+        self.publish_at = num_tokens
+        self.look_at = min(num_tokens, self.max_len - 1)
 
     def move(self, to: State) -> None:
         """Change state along the table, or raise IllegalTransition."""

@@ -11,6 +11,7 @@ core/block_manager. Pure: `now` is a parameter. Called by engine/loop and engine
 from __future__ import annotations
 
 from xllm_py.base.errors import ContextLengthExceeded, Draining, QueueFull, RequestError
+from xllm_py.core import decodes
 from xllm_py.core.admission import Admission, Tombstones
 from xllm_py.core.batch import Batch
 from xllm_py.core.block_manager import BlockManager, Holding
@@ -21,8 +22,6 @@ from xllm_py.core.open_requests import NEVER, OpenRequests
 from xllm_py.core.outbox import Outbox
 from xllm_py.core.plan import (
     FINISH_ABORT,
-    FINISH_LENGTH,
-    FINISH_STOP,
     Outputs,
     StepPlan,
     StepResult,
@@ -274,48 +273,61 @@ class Scheduler:
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what a step computed. Requests that ended meanwhile are passed over."""
-        tokens, logprobs, failed = result.token_ids, result.logprobs, result.failed_rows
-        outputs = self._outbox.outputs
-        at = 0
         self._batch.trial.passed()
-        # not strict: the proof that the executor works has a row and no request
-        columns = zip(
-            self._batch.take_planned(), plan.rows, plan.num_tokens, plan.sample, strict=False
-        )
-        for index, (request, row, count, draws) in enumerate(columns):
+        planned, decoding = self._batch.take_planned()
+        if result.failed_rows or result.logprobs:
+            decoding = range(decoding.start, decoding.start)
+        first = sum(plan.sample[: decoding.start])
+        self._apply_rows(plan, result, planned, range(decoding.start), 0, now)
+        if decoding:
+            token_ids = result.token_ids[first : first + len(decoding)]
+            positions = plan.positions[decoding.start : decoding.stop]
+            ready = planned[decoding.start : decoding.stop]
+            for entry, request in decodes.apply(ready, positions, token_ids, self._outbox.outputs):
+                self._look_at(request, entry, now)
+        rest = range(decoding.stop, len(planned))
+        self._apply_rows(plan, result, planned, rest, first + len(decoding), now)
+
+    def _apply_rows(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        planned: list[Request],
+        indices: range,
+        at: int,
+        now: float,
+    ) -> None:
+        """The general case, for some rows of the plan. `at`: in the result, of the first token drawn for them."""
+        for index in indices:
+            request, row, draws = planned[index], plan.rows[index], plan.sample[index]
             first, at = at, at + draws
             if request.state is not State.RUNNING or request.row != row:
                 continue
-            if failed and row in failed:
-                self._life.finish(request, "internal_error", now, failed[row])
+            if row in result.failed_rows:
+                self._life.finish(request, "internal_error", now, result.failed_rows[row])
                 continue
-            request.num_computed += count
-            if request.num_computed >= request.publish_at:
-                self._prefix.publish(request)
+            request.num_computed += plan.num_tokens[index]
             if index in result.prompt_logprobs:
                 request.prompt_logprobs += result.prompt_logprobs[index]
-            if not draws:
+            if not draws or not request.first_ids:
+                if request.num_computed >= request.publish_at:
+                    self._prefix.publish(request)
+                if draws:
+                    self._life.on_first(request, result, first, draws, now)
                 continue
-            if not request.first_ids:
-                self._life.on_first(request, result, first, draws, now)
-                continue
-            token = tokens[first]
-            known = request.tokens
-            if logprobs and first in logprobs:
-                outputs.logprobs[len(outputs.request_ids)] = logprobs[first]
-            known.append(token)
-            outputs.request_ids.append(request.submission.request_id)
-            outputs.attempts.append(request.submission.attempt)
-            outputs.choices.append(request.choice)
-            outputs.positions.append(len(known) - request.num_prompt - 1)
-            outputs.token_ids.append(token)
-            if len(known) < request.max_len and token not in request.stop_ids:
-                outputs.finish_reasons.append("")
-            else:
-                stopped = token in request.stop_ids
-                outputs.finish_reasons.append(FINISH_STOP if stopped else FINISH_LENGTH)
-                self._life.close(request, now)
-                self._outbox.describe(request)
+            token_id = result.token_ids[first]
+            entry = self._outbox.put_token(request, token_id, result.logprobs.get(first))
+            request.tokens.append(token_id)
+            self._look_at(request, entry, now)
+
+    def _look_at(self, request: Request, entry: int, now: float) -> None:
+        """It has a new token: another block may be full, or the answer complete. `entry`: the token's in the outputs."""
+        if request.num_computed >= request.publish_at:
+            self._prefix.publish(request)
+        if request.complete:
+            self._outbox.put_reason(entry, request)
+            self._life.close(request, now)
+            self._outbox.describe(request, entry)
 
     def on_crash(self, plan: StepPlan, message: str, now: float) -> bool:
         """The computation of a planned step raised. False: it was no request's fault, the executor is broken.
