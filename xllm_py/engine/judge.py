@@ -1,7 +1,8 @@
 """How likely tokens were: log-softmax of rows of logits, of the token itself and of the likeliest ones.
 
 Called by the sampler for drawn tokens and by the worker for those of a prompt. It never changes the logits. What is said of a row
-depends on nothing but the row: the sum over the vocabulary runs in id order in float64, where no thread splits it.
+depends on nothing but the row: the sum over the vocabulary is made row by row in float64, where no
+thread splits it, and each answer is rounded to float32 once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from xllm_py.base.logprob import TokenLogprob
 
-_SLICE = 32  # rows held in float64 at once
+_SLICE = 8  # rows held in float64 at once; few, so that memory is used again
 
 
 def judge(
@@ -32,26 +33,21 @@ def judge(
     for begin in range(0, len(rows), _SLICE):
         some = rows[begin : begin + _SLICE]
         chosen = logits[torch.tensor(some)]
-        scores = _log_softmax(chosen)
+        highest = chosen.amax(-1, keepdim=True)
+        weights = (chosen - highest).double().exp_().numpy()
+        totals = [float(np.log(row.sum())) for row in weights]
         most = min(max(tops[i] for row in some for i in wanted[row]), logits.shape[1])
         likeliest = _likeliest(chosen, most)
+        away = chosen.sub_(highest).numpy()
         for place, row in enumerate(some):
             for index in wanted[row]:
                 ids = likeliest[place][: tops[index]]
+                scores = away[place, [tokens[index], *ids]].astype(np.float64) - totals[place]
+                own, *others = scores.astype(np.float32).tolist()
                 found[index] = TokenLogprob(
-                    logprob=float(scores[place, tokens[index]]),
-                    top_ids=tuple(ids.tolist()),
-                    top_logprobs=tuple(scores[place, ids].tolist()),
+                    logprob=own, top_ids=tuple(ids.tolist()), top_logprobs=tuple(others)
                 )
     return [each for each in found if each is not None]
-
-
-def _log_softmax(logits: Tensor) -> np.ndarray:
-    """[rows, vocabulary] float32, rounded once at the end."""
-    away = (logits - logits.amax(-1, keepdim=True)).double()
-    totals = away.exp().cumsum(-1)[:, -1:].log()  # the last step; sum() splits a long row
-    scores: np.ndarray = (away - totals).float().numpy()
-    return scores
 
 
 def _likeliest(logits: Tensor, count: int) -> list[np.ndarray]:

@@ -23,7 +23,7 @@ from xllm_py.engine.judge import judge
 from xllm_py.engine.uniforms import uniforms
 
 PROCESSED = "processed"
-_SLICE = 16  # rows whose weights are held in float64 at once
+_SLICE = 8  # rows whose weights are held in float64 at once; few, so that memory is used again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,13 +199,12 @@ def cut(weights: np.ndarray, most: int, share: float) -> None:
     """
     size = len(weights)
     best = np.partition(weights, size - most)[size - most :] if most < size else weights
-    ordered = np.sort(best)[::-1]
-    ladder = np.cumsum(ordered)
-    before = ladder - ordered  # the mass ahead of each; the first is always kept
-    out = np.flatnonzero(before >= share * ladder[-1])
-    kept = int(out[0]) if len(out) else len(ordered)
-    least = ordered[kept - 1]
+    ordered = np.sort(best)
+    ladder = np.cumsum(ordered[::-1])
+    # the one that reaches the share is the last to stay; the mass ahead of each later one is the share or more
+    kept = int(np.searchsorted(ladder, share * ladder[-1])) + 1
+    least = ordered[-kept]
+    spare = kept - (len(ordered) - int(np.searchsorted(ordered, least, side="right")))
     equal = np.flatnonzero(weights == least)
-    spare = kept - int(np.count_nonzero(ordered[:kept] > least))
-    weights[weights < least] = 0.0
+    weights *= weights >= least
     weights[equal[spare:]] = 0.0
