@@ -41,7 +41,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "msgspec": ("msgspec", ("openai", "transport.pipe")),
     "numpy": (
         "numpy",
-        ("engine.edits", "engine.judge", "engine.sampler", "engine.uniforms"),
+        ("engine.cuts", "engine.edits", "engine.judge", "engine.sampler", "engine.uniforms"),
     ),
     "prometheus_client": ("prometheus_client", ("base.metrics",)),
     "psutil": ("psutil", ("base.ports", "base.process")),

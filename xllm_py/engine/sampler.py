@@ -18,12 +18,13 @@ from torch import Tensor
 
 from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.plan import RowStart
+from xllm_py.engine import cuts
 from xllm_py.engine.edits import Edits, apply
 from xllm_py.engine.judge import judge
 from xllm_py.engine.uniforms import uniforms
 
 PROCESSED = "processed"
-_SLICE = 8  # rows whose weights are held in float64 at once; few, so that memory is used again
+_BLOCK = 512  # tokens whose weights are summed before one of them is looked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,18 @@ class Drawn:
 
     token_ids: list[int]  # flat, row after row
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # index in token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What is to be drawn, and what was."""
+
+    rows: Sequence[int]
+    positions: Sequence[int]
+    draws: Sequence[int]
+    tokens: list[list[int]]
+    # in processed mode: place in rows -> the logits its tokens are judged by
+    scored: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Sampler:
@@ -49,6 +62,10 @@ class Sampler:
         )
         self._temperatures, self._top_ps, self._min_ps = np.zeros((3, max_seqs))
         self._edits: list[Edits | None] = [None] * max_seqs
+        # of the one row that is drawn from; new memory for each would cost more than the arithmetic
+        self._scaled = np.empty(vocab_size, dtype=np.float32)
+        self._padded = torch.zeros(-(-vocab_size // _BLOCK) * _BLOCK, dtype=torch.float64)
+        self._weights = self._padded[:vocab_size]
 
     def start(self, start: RowStart) -> None:
         """A row has a new owner; everything of the last one is written over."""
@@ -69,24 +86,20 @@ class Sampler:
 
         logits: [rows, vocabulary] float32, finite; they are not changed. The first token of a row is noted as its own.
         """
-        tokens: list[list[int]] = [[] for _ in rows]
-        scored: dict[int, Tensor] = {}  # place in rows -> what its tokens are judged by
+        step = _Step(rows, positions, draws, [[] for _ in rows])
         edited, plain = self._split(rows, positions)
-        for group in (plain, edited):
-            if not group:
-                continue
-            whole = group is plain and len(group) == len(rows)
-            chosen = logits if whole else logits[torch.tensor(group)]
-            if group is edited:
-                due = [edit for i in group if (edit := self._edits[rows[i]]) is not None]
-                apply(chosen, due, [positions[i] for i in group])
-            self._choose(chosen, group, rows, positions, draws, tokens, scored)
-        for place, row in enumerate(rows):
+        self._choose(logits, plain, plain, step)
+        if edited:
+            changed = logits[torch.tensor(edited)]
+            due = [edit for place in edited if (edit := self._edits[rows[place]]) is not None]
+            apply(changed, due, [positions[place] for place in edited])
+            self._choose(changed, range(len(edited)), edited, step)
+        for row, said in zip(rows, step.tokens, strict=True):
             edit = self._edits[row]
             if edit is not None:
-                edit.note(tokens[place][0])
-        flat = [token for each in tokens for token in each]
-        return Drawn(token_ids=flat, logprobs=self._judged(logits, rows, tokens, scored))
+                edit.note(said[0])
+        flat = [token for each in step.tokens for token in each]
+        return Drawn(token_ids=flat, logprobs=self._judged(logits, step))
 
     def _split(self, rows: Sequence[int], positions: Sequence[int]) -> tuple[list[int], list[int]]:
         edited: list[int] = []
@@ -98,88 +111,75 @@ class Sampler:
         return edited, plain
 
     def _choose(
-        self,
-        logits: Tensor,
-        group: list[int],
-        rows: Sequence[int],
-        positions: Sequence[int],
-        draws: Sequence[int],
-        tokens: list[list[int]],
-        scored: dict[int, Tensor],
+        self, logits: Tensor, at: Sequence[int], places: Sequence[int], step: _Step
     ) -> None:
-        """Fill in `tokens` for the places in the group, whose logits are the rows given; `scored` in processed mode."""
-        hot = self._temperatures[[rows[place] for place in group]] > 0
-        greedy, drawn = np.flatnonzero(~hot).tolist(), np.flatnonzero(hot).tolist()
-        if greedy:
-            whole = len(greedy) == len(group)
-            best = (logits if whole else logits[torch.tensor(greedy)]).argmax(-1).tolist()
-            for index, token in zip(greedy, best, strict=True):
-                place = group[index]
-                tokens[place] = [token] * draws[place]
-                if self._processed and self._tops[rows[place]] >= 0:
-                    scored[place] = logits[index]
-        for begin in range(0, len(drawn), _SLICE):
-            some = drawn[begin : begin + _SLICE]
-            places = [group[index] for index in some]
-            numbers = np.array([rows[place] for place in places])
-            scaled, weights = self._weights(logits[torch.tensor(some)], numbers)
-            if self._processed:
-                scaled.masked_fill_(weights == 0, -torch.inf)
-                for index, place in enumerate(places):
-                    if self._tops[rows[place]] >= 0:
-                        scored[place] = scaled[index]
-            counts = np.array([draws[place] for place in places])
-            picked = self._pick(weights, numbers, np.array([positions[i] for i in places]), counts)
-            for place, each in zip(places, picked, strict=True):
-                tokens[place] = each
+        """Fill in the tokens of some places of the step, whose logits are in the rows `at`, and by what they are judged."""
+        values = logits.numpy()
+        drawn = []
+        for index, place in zip(at, places, strict=True):
+            row = step.rows[place]
+            if self._temperatures[row] > 0:
+                drawn.append((index, place))
+                continue
+            step.tokens[place] = [int(values[index].argmax())] * step.draws[place]
+            if self._processed and self._tops[row] >= 0:
+                step.scored[place] = logits[index]
+        if not drawn:
+            return
+        numbers = self._numbers([place for _, place in drawn], step)
+        for (index, place), own in zip(drawn, numbers, strict=True):
+            row = step.rows[place]
+            self._weigh(values[index], row)
+            step.tokens[place] = self._pick(own)
+            if self._processed and self._tops[row] >= 0:
+                scaled = torch.from_numpy(self._scaled.copy())
+                step.scored[place] = scaled.masked_fill_(self._weights == 0, -torch.inf)
 
-    def _weights(self, logits: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Scaled logits, float32, and what each token weighs after the cuts, float64; the highest weighs 1."""
-        temperatures = torch.tensor(self._temperatures[rows], dtype=torch.float32).unsqueeze(1)
-        scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures
-        weights = scaled.double().exp_()
-        lowest = self._min_ps[rows]
-        if lowest.any():
-            weights.masked_fill_(weights < torch.from_numpy(lowest).unsqueeze(1), 0.0)
-        most, shares = self._top_ks[rows], self._top_ps[rows]
-        for index in np.flatnonzero((shares < 1) | (most < self._vocab_size)).tolist():
-            cut(weights[index].numpy(), int(most[index]), float(shares[index]))
-        return scaled, weights
+    def _weigh(self, logits: np.ndarray, row: int) -> None:
+        """Fill in the scaled logits, and what each token weighs after the cuts; the highest weighs 1."""
+        np.subtract(logits, logits.max(), out=self._scaled)
+        self._scaled /= np.float32(self._temperatures[row])
+        self._weights.copy_(torch.from_numpy(self._scaled)).exp_()
+        weights = self._weights.numpy()
+        if self._min_ps[row]:
+            weights *= weights >= self._min_ps[row]
+        cuts.keep_most(weights, int(self._top_ks[row]))
+        cuts.keep_share(weights, float(self._top_ps[row]))
 
-    def _pick(
-        self, weights: Tensor, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray
-    ) -> list[list[int]]:
-        """counts[i] tokens from row i of the weights; each has its own number."""
-        ladder = weights.cumsum(-1)
-        totals = ladder[:, -1:].contiguous()
-        which = np.repeat(np.arange(len(rows)), counts)
-        nth = np.arange(len(which)) - np.repeat(counts.cumsum() - counts, counts)
-        drawn = np.zeros((len(rows), int(counts.max())))
-        owners = rows[which]
-        drawn[which, nth] = uniforms(
-            self._seeds[owners], self._choices[owners] + nth, positions[which]
-        )
-        picked = torch.searchsorted(ladder, torch.from_numpy(drawn) * totals, right=True)
-        # rounding could point past the last token with weight; it is the last step of the ladder
-        last = torch.searchsorted(ladder, totals)
-        found = torch.minimum(picked, last).tolist()
-        return [each[:count] for each, count in zip(found, counts.tolist(), strict=True)]
+    def _numbers(self, places: list[int], step: _Step) -> list[np.ndarray]:
+        """The uniform numbers of each place, one a draw."""
+        counts = np.array([step.draws[place] for place in places])
+        owners = np.repeat([step.rows[place] for place in places], counts)
+        positions = np.repeat([step.positions[place] for place in places], counts)
+        ends = counts.cumsum()
+        nth = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        found = uniforms(self._seeds[owners], self._choices[owners] + nth, positions)
+        return np.split(found, ends[:-1])
 
-    def _judged(
-        self,
-        logits: Tensor,
-        rows: Sequence[int],
-        tokens: list[list[int]],
-        scored: dict[int, Tensor],
-    ) -> dict[int, TokenLogprob]:
-        tops = self._tops[list(rows)]
+    def _pick(self, numbers: np.ndarray) -> list[int]:
+        """A token for each number, from the weights: first the block, then the token in it."""
+        blocks = self._padded.numpy().reshape(-1, _BLOCK)
+        reached = blocks.sum(axis=1).cumsum()
+        wanted = numbers * reached[-1]
+        # here and below: rounding could point past the last one with weight; it is the last step of the ladder
+        last = np.searchsorted(reached, reached[-1])
+        found = np.minimum(np.searchsorted(reached, wanted, side="right"), last).tolist()
+        tokens = []
+        for block, number in zip(found, wanted.tolist(), strict=True):
+            ladder = blocks[block].cumsum() + (reached[block - 1] if block else 0.0)
+            inside = int(np.searchsorted(ladder, number, side="right"))
+            tokens.append(block * _BLOCK + min(inside, int(np.searchsorted(ladder, ladder[-1]))))
+        return tokens
+
+    def _judged(self, logits: Tensor, step: _Step) -> dict[int, TokenLogprob]:
+        tops = self._tops[list(step.rows)]
         if not (tops >= 0).any():
             return {}
         entries: list[int] = []
         at: list[int] = []
         chosen: list[int] = []
         entry = 0
-        for place, each in enumerate(tokens):
+        for place, each in enumerate(step.tokens):
             if tops[place] >= 0:
                 entries += range(entry, entry + len(each))
                 at += [place] * len(each)
@@ -187,24 +187,6 @@ class Sampler:
             entry += len(each)
         counts = [int(tops[place]) for place in at]
         if self._processed:
-            order = {place: index for index, place in enumerate(scored)}
-            logits, at = torch.stack(list(scored.values())), [order[place] for place in at]
+            order = {place: index for index, place in enumerate(step.scored)}
+            logits, at = torch.stack(list(step.scored.values())), [order[place] for place in at]
         return dict(zip(entries, judge(logits, at, chosen, counts), strict=True))
-
-
-def cut(weights: np.ndarray, most: int, share: float) -> None:
-    """Zero in place what top-k and top-p leave out of one row of float64; the order is (weight descending, id ascending).
-
-    Only the values are sorted: they give the least weight that stays, and how many of those that weigh just as much.
-    """
-    size = len(weights)
-    best = np.partition(weights, size - most)[size - most :] if most < size else weights
-    ordered = np.sort(best)
-    ladder = np.cumsum(ordered[::-1])
-    # the one that reaches the share is the last to stay; the mass ahead of each later one is the share or more
-    kept = int(np.searchsorted(ladder, share * ladder[-1])) + 1
-    least = ordered[-kept]
-    spare = kept - (len(ordered) - int(np.searchsorted(ordered, least, side="right")))
-    equal = np.flatnonzero(weights == least)
-    weights *= weights >= least
-    weights[equal[spare:]] = 0.0
