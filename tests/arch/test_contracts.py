@@ -18,6 +18,7 @@ RANK_SIDE = {
     "__main__",
     "cuts",
     "edits",
+    "grammar",
     "judge",
     "ranks",
     "sampler",

@@ -31,6 +31,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": {"40": 4.0, "41": 3.5, "150": -100.0}},
     "echo": {"echo": True},
     "prompt_logprobs": {"prompt_logprobs": 2},
+    "schema": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"schema": {"type": "array", "items": {"enum": [1, 22, 303]}}},
+        }
+    },
     "stop string": {},
     "stop id": {},
     "min_tokens": {},
@@ -44,6 +50,7 @@ CROWDS: tuple[tuple[str, ...], ...] = (
     ("logprobs", "penalties", "bias", "stop string", "min_tokens"),
     ("n", "penalties", "stop id", "min_tokens"),
     ("logprobs", "echo", "stop id", "bias"),
+    ("best_of", "logprobs", "penalties", "schema", "min_tokens"),
 )
 
 
@@ -136,12 +143,13 @@ def prompts(num_ids: int) -> list[tuple[int, ...]]:
     ]
 
 
-def cases(num_ids: int) -> list[Case]:
-    """All rows of the grid, in a fixed order that mixes them."""
-    pairs = itertools.combinations(FEATURES, 2)
-    wishes: list[tuple[str, ...]] = [(), *((one,) for one in FEATURES)]
+def cases(num_ids: int, without: frozenset[str] = frozenset()) -> list[Case]:
+    """All rows of the grid, in a fixed order that mixes them. without: features that the executor does not have."""
+    features = [each for each in FEATURES if each not in without]
+    pairs = itertools.combinations(features, 2)
+    wishes: list[tuple[str, ...]] = [(), *((one,) for one in features)]
     wishes += [pair for pair in pairs if not SEVERAL.issuperset(pair)]
-    wishes += CROWDS
+    wishes += [crowd for crowd in CROWDS if without.isdisjoint(crowd)]
     known = prompts(num_ids)
     found = [
         Case(features, sampling, known[(3 * number + turn) % NUM_PROMPTS])

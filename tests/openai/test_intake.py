@@ -73,7 +73,7 @@ ERRORS = [
     ({"tpot_slo_ms": -0.5}, 400, "invalid_value", "tpot_slo_ms"),
     ({"beam_width": 2}, 400, "unsupported_value", "beam_width"),
     (
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "xml"}},
         400,
         "unsupported_value",
         "response_format.type",

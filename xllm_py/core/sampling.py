@@ -15,6 +15,7 @@ MAX_BEST_OF = (
     128  # what the wire takes; --max_best_of and --max_logprobs are the doors' lower bounds
 )
 MAX_LOGPROBS = 2000
+MAX_GRAMMAR_CHARS = 128 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,10 @@ class SamplingParams:
             _check(_within(bias, -100, 100), "logit_bias", bias, "in [-100, 100]")
         limit = self.max_tokens
         _check(0 <= self.min_tokens <= limit, "min_tokens", self.min_tokens, f"in [0, {limit}]")
+        size, most = len(self.grammar), MAX_GRAMMAR_CHARS
+        _check(size <= most, "grammar", f"{size} characters", f"at most {most}")
+        endless = bool(self.grammar) and self.ignore_eos
+        _check(not endless, "ignore_eos", True, "false with a grammar, whose answers end")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _check(-1 <= value <= MAX_LOGPROBS, name, value, f"in [0, {MAX_LOGPROBS}]")

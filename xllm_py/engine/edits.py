@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xllm_py.core.plan import RowStart
@@ -26,6 +27,7 @@ class Edits:
         self.presence = sampling.presence_penalty
         self.penalised = sampling.penalised
         self.min_tokens = sampling.min_tokens
+        self.guided = bool(sampling.grammar)
         self.stop_ids = np.array(
             sorted(token for token in start.stop_ids if token < vocab_size), dtype=np.int64
         )
@@ -47,7 +49,7 @@ class Edits:
 
     def due(self, position: int) -> bool:
         """Whether anything changes for the token at this position."""
-        return self.penalised or bool(len(self.bias_ids)) or self.bans(position)
+        return self.penalised or self.guided or bool(len(self.bias_ids)) or self.bans(position)
 
     def bans(self, position: int) -> bool:
         """Whether the tokens that end the answer cannot come yet."""
@@ -70,8 +72,16 @@ class Edits:
         return slot
 
 
-def apply(logits: Tensor, edits: Sequence[Edits], positions: Sequence[int]) -> None:
-    """Change the rows in place. logits: [rows, vocabulary] float32, one row per entry of the lists."""
+def apply(
+    logits: Tensor,
+    edits: Sequence[Edits],
+    positions: Sequence[int],
+    masks: Sequence[NDArray[np.bool_] | None],
+) -> None:
+    """Change the rows in place. logits: [rows, vocabulary] float32, one row per entry of the lists.
+
+    masks: [vocabulary] what a row's grammar allows, at least one token.
+    """
     values = logits.numpy()
     penalised = [(row, each) for row, each in enumerate(edits) if each.penalised]
     if penalised:
@@ -80,10 +90,23 @@ def apply(logits: Tensor, edits: Sequence[Edits], positions: Sequence[int]) -> N
     if biased:
         where = _places([(row, each.bias_ids) for row, each in biased])
         values[where] += np.concatenate([each.biases for _, each in biased])
-    # tokens that cannot come, whatever was added to them; a grammar's mask belongs here too
+    # tokens that cannot come, whatever was added to them
     banned = [(row, each) for row, each in enumerate(edits) if each.bans(positions[row])]
-    if banned:
-        values[_places([(row, each.stop_ids) for row, each in banned])] = -torch.inf
+    bans = {row: each.stop_ids for row, each in banned}
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            values[row][~_allowed(mask, bans.pop(row, None))] = -torch.inf
+    if bans:
+        values[_places(list(bans.items()))] = -torch.inf
+
+
+def _allowed(mask: NDArray[np.bool_], banned: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+    """What a grammar allows, less the ends that come too early; an answer that is complete and cannot grow may end."""
+    if banned is None:
+        return mask
+    longer = mask.copy()
+    longer[banned] = False
+    return longer if longer.any() else mask
 
 
 def _penalise(values: np.ndarray, penalised: list[tuple[int, Edits]]) -> None:

@@ -21,6 +21,7 @@ from xllm_py.core.kv_memory import KvMemory
 from xllm_py.core.plan import StepPlan, StepResult
 from xllm_py.device import open_device
 from xllm_py.device.base import Device, KvShape
+from xllm_py.engine.grammar import Matchers
 from xllm_py.engine.self_test import numerics_fingerprint
 from xllm_py.engine.worker import Worker
 from xllm_py.model import load_model, pick_dtype, read_config
@@ -37,9 +38,8 @@ _log = log.get(__name__)
 def open_executor(config: EngineConfig) -> Executor:
     """Load everything. Raises ModelLoadError, DeviceUnavailable or UsageError with cause and fix in one line."""
     if len(config.devices) != 1:
-        raise UsageError(
-            "more than one device per instance is not built yet; pass one, as --devices=cpu:0"
-        )
+        text = "more than one device per instance is not built yet; pass one, as --devices=cpu:0"
+        raise UsageError(text)
     folder = Path(config.model_path)
     model_config = read_config(folder)
     max_len = config.max_model_len or model_config.max_position
@@ -74,6 +74,7 @@ def open_executor(config: EngineConfig) -> Executor:
         max_seqs=config.scheduler.max_seqs_per_batch,
         max_blocks=-(-max_len // config.cache.block_size),
         block_size=config.cache.block_size,
+        matchers=Matchers(folder, model_config.vocab_size, model_config.eos_token_ids),
         logprobs_mode=config.logprobs_mode,
     )
     capacity = Capacity(
@@ -118,6 +119,7 @@ class OneRank:
 
     def close(self) -> None:
         """See Executor."""
+        self.worker.close()
         self._device.close()
 
 

@@ -2,18 +2,20 @@
 
 Greedy takes the highest logit, ties to the lowest id. Otherwise one uniform number per token, from a counter-based generator,
 picks from the cumulative distribution over the vocabulary in id order; top-k, top-p and min-p cut it first, ties by lower id.
-Penalties, biases and bans change the logits before all that (`edits`). Called by the worker. A row's parameters stand in columns,
+Penalties, biases, bans and grammars change the logits before all that (`edits`). Called by the worker. A row's parameters stand in columns,
 written when the row gets an owner; each step gathers the rows it needs, and a row pays only for what its request asks.
 Sources: Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p); `uniforms` for the numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xllm_py.base.logprob import TokenLogprob
@@ -76,15 +78,21 @@ class Sampler:
         self._tops[row] = sampling.logprobs
         self._temperatures[row] = sampling.temperature
         self._top_ps[row], self._min_ps[row] = sampling.top_p, sampling.min_p
-        edits = sampling.penalised or sampling.logit_bias or sampling.min_tokens
+        edits = sampling.has_history or sampling.logit_bias or sampling.min_tokens
         self._edits[row] = Edits(start, size) if edits else None
 
     def choose(
-        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], draws: Sequence[int]
+        self,
+        logits: Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        draws: Sequence[int],
+        masks: Mapping[int, NDArray[np.bool_]] = MappingProxyType({}),
     ) -> Drawn:
         """draws[i] tokens for row rows[i], for its own choice and the ones after it, at positions[i].
 
-        logits: [rows, vocabulary] float32, finite; they are not changed. The first token of a row is noted as its own.
+        logits: [rows, vocabulary] float32, finite; they are not changed. masks: row -> [vocabulary] what its grammar allows, at
+        least one token; every row with a grammar has one. The first token of a row is noted as its own.
         """
         step = _Step(rows, positions, draws, [[] for _ in rows])
         edited, plain = self._split(rows, positions)
@@ -92,7 +100,12 @@ class Sampler:
         if edited:
             changed = logits[torch.tensor(edited)]
             due = [edit for place in edited if (edit := self._edits[rows[place]]) is not None]
-            apply(changed, due, [positions[place] for place in edited])
+            apply(
+                changed,
+                due,
+                [positions[place] for place in edited],
+                [masks.get(rows[place]) for place in edited],
+            )
             self._choose(changed, range(len(edited)), edited, step)
         for row, said in zip(rows, step.tokens, strict=True):
             edit = self._edits[row]

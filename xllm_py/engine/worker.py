@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from xllm_py.core.executor import LayerDone
 from xllm_py.core.plan import RowStart, StepPlan, StepResult
 from xllm_py.device.base import AttentionBatch, Device
+from xllm_py.engine.grammar import Matchers
 from xllm_py.engine.judge import judge
 from xllm_py.engine.sampler import Drawn, Sampler
 from xllm_py.model import Model
@@ -35,6 +38,7 @@ class Worker:
         max_seqs: int,
         max_blocks: int,
         block_size: int,
+        matchers: Matchers,
         logprobs_mode: str = "raw",
     ) -> None:
         self._model = model
@@ -47,6 +51,7 @@ class Worker:
         self._sampler = Sampler(
             max_seqs=max_seqs, vocab_size=model.config.vocab_size, logprobs_mode=logprobs_mode
         )
+        self._matchers = matchers
         self.observer: Observer | None = (
             None  # tests compare logits with it: request ids, positions, logits
         )
@@ -57,6 +62,9 @@ class Worker:
         if plan.copied_to:
             self._device.copy_blocks(plan.copied_from, plan.copied_to)
         self._update_rows(plan)
+        self._matchers.begin(
+            [row for row, draws in zip(plan.rows, plan.sample, strict=True) if draws]
+        )
         token_ids, positions, batch = self._inputs(plan)
         hidden = self._model.forward(token_ids, positions, batch, layer_done)
         result = StepResult(token_ids=[])
@@ -74,22 +82,24 @@ class Worker:
         self._sample(logits, plan, due, result)
         return result
 
+    def close(self) -> None:
+        """End its threads."""
+        self._matchers.close()
+
     def _sample(self, logits: Tensor, plan: StepPlan, due: list[int], result: StepResult) -> None:
-        """A row whose logits are no numbers fails alone."""
+        """A row whose logits are no numbers, or whose grammar cannot be followed, fails alone."""
+        masks = self._matchers.take()
+        result.failed_rows.update(masks.failed)
         sound = _finite(logits)
-        failed = [index for index, good in zip(due, sound, strict=True) if not good]
+        for index, good in zip(due, sound, strict=True):
+            if not good:
+                result.failed_rows[plan.rows[index]] = _NOT_FINITE
+        going = [plan.rows[index] not in result.failed_rows for index in due]
+        failed = [index for index, goes in zip(due, going, strict=True) if not goes]
         if failed:
-            result.failed_rows.update({plan.rows[index]: _NOT_FINITE for index in failed})
-            logits = logits[torch.tensor(sound)]
-            due = [index for index, good in zip(due, sound, strict=True) if good]
-        drawn = Drawn(token_ids=[])
-        if due:
-            drawn = self._sampler.choose(
-                logits,
-                [plan.rows[index] for index in due],
-                [plan.positions[index] for index in due],
-                [plan.sample[index] for index in due],
-            )
+            logits = logits[torch.tensor(going)]
+            due = [index for index, goes in zip(due, going, strict=True) if goes]
+        drawn = self._draw(logits, plan, due, masks.allowed) if due else Drawn(token_ids=[])
         if not failed:
             result.token_ids.extend(drawn.token_ids)
             result.logprobs.update(drawn.logprobs)
@@ -104,6 +114,18 @@ class Worker:
                     result.logprobs[len(result.token_ids)] = drawn.logprobs[entry]
                 result.token_ids.append(drawn.token_ids[entry])
                 entry += 1
+
+    def _draw(
+        self, logits: Tensor, plan: StepPlan, due: list[int], allowed: dict[int, NDArray[np.bool_]]
+    ) -> Drawn:
+        rows, draws = [plan.rows[index] for index in due], [plan.sample[index] for index in due]
+        positions = [plan.positions[index] for index in due]
+        drawn = self._sampler.choose(logits, rows, positions, draws, allowed)
+        entry = 0
+        for row, count in zip(rows, draws, strict=True):
+            self._matchers.told(row, drawn.token_ids[entry])
+            entry += count
+        return drawn
 
     def _judge_prompts(
         self, hidden: Tensor, plan: StepPlan, batch: AttentionBatch, result: StepResult
@@ -132,6 +154,7 @@ class Worker:
             count = len(start.block_ids)
             self._rows[start.row] = start
             self._sampler.start(start)
+            self._matchers.start(start)
             self._num_blocks[start.row] = count
             self._tables[start.row, :count] = torch.tensor(start.block_ids, dtype=torch.int32)
         if plan.grown_rows:

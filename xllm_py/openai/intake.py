@@ -37,6 +37,7 @@ from xllm_py.openai.schema import (
     parse,
 )
 from xllm_py.openai.settings import HttpSettings
+from xllm_py.openai.structured import Grammars
 from xllm_py.openai.tokenizer import Tokenizer
 
 _log = log.get(__name__)
@@ -88,11 +89,13 @@ class Intake:
         self._settings = settings
         self._on_ignored = on_ignored
         self._draw_seed = _seeds(settings.random_seed)
+        self._grammars = Grammars()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
 
     def close(self) -> None:
         """Let the threads end; what they work on is nobody's any more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
 
     async def completion(self, data: bytes, timeout_s: float, tenant: str = "") -> Order:
         """The order of a /v1/completions body; raises RequestError leaves of status 400, 404 or 503.
@@ -101,6 +104,7 @@ class Intake:
         """
         body = await self.read(data, CompletionBody)
         model = self._checked_model(body)
+        grammar = await self._grammars.grammar(body)
         special = body.add_special_tokens is not False
         texts, prompts = await self.do(
             len(data) > _ON_LOOP_BODY_BYTES,
@@ -109,7 +113,7 @@ class Intake:
         prompts += await self.encode(texts, special=special, param="prompt")
         if body.echo and not texts:
             texts = await self._decode(prompts, skip=body.skip_special_tokens is not False)
-        order = self._order(body, model, prompts, timeout_s, tenant)
+        order = self._order(body, model, prompts, timeout_s, tenant, grammar)
         return replace(order, prompt_texts=tuple(texts)) if body.echo else order
 
     async def chat(self, data: bytes, timeout_s: float, tenant: str = "") -> Order:
@@ -120,6 +124,7 @@ class Intake:
             raise UnsupportedField(
                 "this model has no chat template; use /v1/completions", param="messages"
             )
+        grammar = await self._grammars.grammar(body)
         large = len(data) > _ON_LOOP_BODY_BYTES
         messages = await self.do(large, lambda: conversation(body.messages))
         variables = dict(body.chat_template_kwargs or {})
@@ -129,7 +134,7 @@ class Intake:
         text = await self.do(True, lambda: template.render(messages, variables))
         special = body.add_special_tokens is True
         prompts = await self.encode([text], special=special, param="messages")
-        return self._order(body, model, prompts, timeout_s, tenant)
+        return self._order(body, model, prompts, timeout_s, tenant, grammar)
 
     async def read(self, data: bytes, kind: type[B]) -> B:
         """Parse one body; fields nobody knows are dropped, counted and logged by name."""
@@ -203,6 +208,7 @@ class Intake:
         prompts: Sequence[tuple[int, ...]],
         timeout_s: float,
         tenant: str,
+        grammar: str,
     ) -> Order:
         chat = isinstance(body, ChatBody)
         response_id = ids.request_id("chatcmpl" if chat else "cmpl")
@@ -229,6 +235,7 @@ class Intake:
                         wanted,
                         num_prompt=len(prompt),
                         seed=self._draw_seed() if body.seed is None else body.seed,
+                        grammar=grammar,
                     ),
                     timeout_s=timeout_s,
                     cache_salt=_salt(tenant, body.cache_salt),

@@ -24,10 +24,6 @@ _TEMPLATE_NAMES = frozenset({"messages", "tools", "chat_template", "bos_token", 
 def check_neutral(body: CompletionBody | ChatBody) -> None:
     """Raises UnsupportedValue or UnsupportedField naming the first field that is not neutral."""
     _check_table(body, _COMMON)
-    if body.response_format is not None and body.response_format.type != "text":
-        raise UnsupportedValue(
-            "response_format other than text is not supported", param="response_format.type"
-        )
     if body.stream_options is not None and not body.stream:
         raise InvalidValue("stream_options needs stream: true", param="stream_options")
     if isinstance(body, ChatBody):

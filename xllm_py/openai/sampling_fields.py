@@ -95,7 +95,13 @@ def _limited(name: str, value: int | None, limit: int) -> int:
 
 
 def sampling_params(
-    body: Common, model: ServedModel, wanted: Shown, *, num_prompt: int, seed: int
+    body: Common,
+    model: ServedModel,
+    wanted: Shown,
+    *,
+    num_prompt: int,
+    seed: int,
+    grammar: str = "",
 ) -> SamplingParams:
     """For a prompt of so many tokens; raises InvalidValue or ContextLengthExceeded.
 
@@ -105,6 +111,7 @@ def sampling_params(
     return SamplingParams(
         max_tokens=_max_tokens(body, model, num_prompt),
         seed=seed,
+        grammar=grammar,
         best_of=wanted.best_of,
         logprobs=max(logprobs, 0) if wanted.ranked else logprobs,
         prompt_logprobs=max(of_prompt, logprobs) if wanted.echo else of_prompt,

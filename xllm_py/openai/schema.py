@@ -30,10 +30,20 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct, frozen=True):
+    """`response_format.json_schema`. What is honoured is always honoured strictly."""
+
+    schema: dict[str, Any]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(msgspec.Struct, frozen=True):
-    """`response_format`; only text for now."""
+    """`response_format`: text, json_object or json_schema."""
 
     type: str
+    json_schema: JsonSchemaFormat | None = None
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +74,10 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     beam_width: int | None = None
     user: str | None = None
     request_id: str | None = None
