@@ -356,6 +356,20 @@ def test_a_request_whose_taker_never_spoke_here_is_forgotten_at_its_deadline() -
     assert relay.num_open == 0
 
 
+async def test_a_taker_that_spoke_hears_that_its_request_is_past_its_deadline(giver: Giver) -> None:
+    giver.relay = Relay(clock := HandClock())
+    giver.relay.open("a", MASTER, timeout_s=5.0)
+    taker = Taker(giver)
+    taker.say(("a", 1, 5, "stop"))
+    stream = await giver.network.stream("master:1")
+    await until("the entry", lambda: len(entries(stream.sent)) == 1)
+    clock.turn(5.1)
+    giver.relay.expire()  # the master's acknowledgement would come too late to be handed down
+    await until("the word", lambda: taker.downs)
+    assert taker.downs[0].cancels.request_ids == ["a"]
+    assert giver.relay.num_open == 0
+
+
 async def test_an_acknowledgement_of_earlier_entries_does_not_keep_back_that_of_the_finish(
     giver: Giver,
 ) -> None:

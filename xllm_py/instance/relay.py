@@ -60,10 +60,16 @@ class Relay:
         self._finished.pop(request_id, None)
 
     def expire(self) -> None:
-        """Forget what is past its deadline: its D went straight to the master before it spoke here even once, or is gone."""
+        """Forget what is past its deadline: its D went straight to the master before it spoke here even once, or is gone.
+
+        A D that did speak is told, because what its master says of the request later will not reach it.
+        """
         now = self._clock.now()
         for request_id in [name for name, at in self._deadlines.items() if at <= now]:
+            taker = self._takers.get(request_id)
             self.close(request_id)
+            if taker is not None:
+                taker.put_nowait(_cancel([request_id]))
 
     def on_own_outputs(self, outputs: Outputs) -> None:
         """What our own engine said: choices that it finished itself are not handed over, so nothing of them will come through here."""
@@ -120,10 +126,7 @@ class Relay:
                     generations.forward(master, up)
             unknown = [name for name in up.outputs.request_ids if name not in self._masters]
             if unknown:
-                attempts = [0] * len(unknown)
-                queue.put_nowait(
-                    GenerationsDown(cancels=Cancels(request_ids=unknown, attempts=attempts))
-                )
+                queue.put_nowait(_cancel(unknown))
 
     def _on_finish(self, outputs: Outputs, index: int) -> None:
         """An entry passes through. An error, told of one choice, ends them all."""
@@ -182,3 +185,9 @@ class Relay:
             # words on our own first token, told again after a break, may come after the finish went by
             if known > self._finished.get(request_id, {}).get(choice, known):
                 self._end(request_id, choice)
+
+
+def _cancel(request_ids: list[str]) -> GenerationsDown:
+    """Nobody waits for these, whatever the attempt."""
+    attempts = [0] * len(request_ids)
+    return GenerationsDown(cancels=Cancels(request_ids=request_ids, attempts=attempts))
