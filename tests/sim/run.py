@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class Story:
     words: list[tuple[Any, ...]] = field(default_factory=list)
     ends: dict[str, str] = field(default_factory=dict)  # request -> ok, left, or the error's code
     lasted_s: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)  # how often what was met
 
     def digest(self) -> str:
         """Of everything that happened, in order."""
@@ -91,7 +93,7 @@ def run_script(script: Script) -> Story:
 
 async def _live(script: Script, loop: VirtualLoop, story: Story) -> None:
     world = World(script, loop)
-    story.words = world.words
+    story.words, story.counts = world.words, world.tally.counts
     try:
         await world.start()
         began = loop.time()

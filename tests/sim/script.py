@@ -72,18 +72,14 @@ class Script:
 def script_of(seed: int) -> Script:
     """Draw."""
     random = Random(seed)
-    with_cache = random.random()
-    prefix = {
-        name for name in NAMES if with_cache < 0.3 or (with_cache < 0.7 and random.random() < 0.5)
-    }
-    tight = random.random() < 0.5
+    caching = random.random()
     script = Script(
         seed=seed,
         relay=random.random() < 0.25,
-        prefix=frozenset(prefix),
-        num_blocks={
-            name: random.randint(9, 13) if tight else random.randint(14, 40) for name in NAMES
-        },
+        prefix=frozenset(
+            name for name in NAMES if caching < 0.4 or (caching < 0.7 and random.random() < 0.5)
+        ),
+        num_blocks={},
         max_seqs=random.choice((2, 3, 4, 8)),
         chunked=random.random() < 0.8,
         tokens_per_batch=random.choice((24, 32, 64)),
@@ -92,44 +88,54 @@ def script_of(seed: int) -> Script:
         local_decode=random.random() < 0.6,
         asks=[],
     )
-    prefixes = [_tokens(random, random.randint(4, 14)) for _ in range(2)]
-    busy_s = random.choice((0.01, 0.05, 0.2))
-    hasty = random.random() < 0.2
-    leaving = random.random() < 0.35
-    for number in range(random.choice((1, 2, 2, 3, 3, 4, 5, 6))):
-        script.asks.append(_ask(random, number, prefixes, busy_s, hasty, leaving, script))
+    mood = Mood(
+        prefixes=[_tokens(random, random.randint(4, 14)) for _ in range(2)],
+        crowded=random.random() < 0.4,
+        hasty=random.random() < 0.2,
+        leaving=random.random() < 0.35,
+    )
+    numbers = (2, 3, 4, 5, 6) if mood.crowded else (1, 2, 2, 3, 4)
+    script.asks += [_ask(random, n, mood, script) for n in range(random.choice(numbers))]
+    largest = max(-(-(len(ask.prompt) + ask.max_tokens) // BLOCK_SIZE) for ask in script.asks)
+    for name in NAMES:
+        more = random.randint(0, 3) if mood.crowded else random.randint(3, 25)
+        script.num_blocks[name] = largest + more
     if random.random() < 0.6:
         _trouble(random, script)
     return script
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mood:
+    """What the clients of one seed have in common."""
+
+    prefixes: list[tuple[int, ...]]
+    crowded: bool  # they come together, and the caches are small
+    hasty: bool
+    leaving: bool
 
 
 def _tokens(random: Random, count: int) -> tuple[int, ...]:
     return tuple(random.randrange(VOCAB_SIZE - 1) for _ in range(count))
 
 
-def _ask(
-    random: Random,
-    number: int,
-    prefixes: list[tuple[int, ...]],
-    busy_s: float,
-    hasty: bool,
-    leaving: bool,
-    script: Script,
-) -> Ask:
-    prompt = (*random.choice((*prefixes, ())), *_tokens(random, random.randint(1, 9)))
+def _ask(random: Random, number: int, mood: Mood, script: Script) -> Ask:
+    prompt = (*random.choice((*mood.prefixes, ())), *_tokens(random, random.randint(1, 9)))
     if random.random() < 0.15:
-        prompt = prefixes[0]
+        prompt = mood.prefixes[0]
+    hasty = mood.hasty and random.random() < 0.5
+    leaving = mood.leaving and random.random() < 0.5
     return Ask(
         name=f"r{number}",
-        at=random.uniform(0, busy_s),
+        at=random.uniform(0, 0.01 if mood.crowded else 0.15),
         prompt=prompt,
-        max_tokens=random.choice((1, 2, 5, 8, 12)),
+        max_tokens=random.choice((1, 5, 8, 12, 16) if mood.crowded else (1, 2, 5, 8, 12)),
         seed=random.choice((0, random.randrange(1, 1 << 40))),
         best_of=_best_of(random, script),
         ignore_eos=random.random() < 0.5,
-        stop_token_ids=_tokens(random, random.choice((0, 0, 20, 60))),
-        timeout_s=random.uniform(0.005, 0.3) if hasty and random.random() < 0.5 else 30.0,
-        leaves_after_s=random.uniform(0, 0.15) if leaving and random.random() < 0.5 else None,
+        stop_token_ids=_tokens(random, random.choice((0, 0, 0, 20, 60))),
+        timeout_s=random.uniform(0.005, 0.3) if hasty else 30.0,
+        leaves_after_s=random.uniform(0, 0.15) if leaving else None,
         salt=random.choice(("", "", "", "other")),
     )
 

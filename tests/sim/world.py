@@ -15,11 +15,11 @@ from typing import Any
 
 from tests.sim.engine import Engine, Kv
 from tests.sim.grpc_memory import Network, Weather
+from tests.sim.metrics import Tally
 from tests.sim.oracle import sampling_of
 from tests.sim.script import BLOCK_SIZE, DECODES, NAMES, PREFILLS, Ask, Event, Script
 from tests.sim.virtual import PROCESS, Process, VirtualLoop
 from xllm_py.base.errors import RequestError
-from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster import keys
 from xllm_py.cluster.instance_info import Role
@@ -119,7 +119,7 @@ class Instance:
                 enable_disagg_pd=True,
                 routed=True,
                 etcd=EtcdSlice(address=""),
-                heart_beat_interval_s=0.2,
+                heart_beat_interval_s=0.4,
                 rpc_timeout_s=1.0,
             ),
             log=LogSlice(),
@@ -131,6 +131,7 @@ class Instance:
             random=world.random,
             name=name,
             trace=world.trace,
+            tally=world.tally,
         )
         self.tasks = TaskFamily(name)
         self.parts: instance_parts.Parts
@@ -139,7 +140,10 @@ class Instance:
     async def start(self) -> None:
         """As instance/daemon does it."""
         self.parts = parts = instance_parts.Parts(
-            self.config, clock=self._world.loop.clock, tasks=self.tasks, metrics=Metrics()
+            self.config,
+            clock=self._world.loop.clock,
+            tasks=self.tasks,
+            metrics=self._world.tally.as_metrics(),
         )
         pipe = self.engine.api_pipe()
         ready = (await pipe.receive())[0]
@@ -215,6 +219,7 @@ class World:
         self.loop = loop
         self.random = Random(f"{script.seed} on the way")
         self.words: list[tuple[Any, ...]] = []
+        self.tally = Tally()
         self.ending: list[asyncio.Task[Any]] = []
         self.network = Network(loop, self.random, Weather())
         self.network.trace = self.trace
@@ -279,6 +284,8 @@ class World:
             decode_response_to_service=not self.script.relay,
             log=LogSlice(),
             rpc_timeout_s=1.0,
+            suspect_after_s=0.9,
+            gone_after_s=1.8,
         )
         identity = master_parts.Identity(
             incarnation="master.1", cluster_key=KEY, rpc_address=self.process.address
@@ -287,7 +294,7 @@ class World:
             config,
             identity,
             clock=self.loop.clock,
-            metrics=Metrics(),
+            metrics=self.tally.as_metrics(),
             tasks=self.tasks,
             num_streams=lambda: 0,
         )
