@@ -66,6 +66,7 @@ chunked_match_frequency int32 2 B
 prefill_scheduling_memory_usage_threshold double 0.95 B
 enable_schedule_overlap bool false B
 enable_mix_batch bool true B
+use_zero_evict bool false B
 priority_strategy string fcfs B
 enable_online_preempt_offline bool true B
 request_queue_size int32 100000 B
@@ -116,7 +117,7 @@ XLLM_C_BOOL = """
 disable_graph_warmup disable_ttft_profiling dit_debug_print dit_enable_vae_tiling dit_laser_attention_enabled
 dit_sp_communication_overlap dit_sparse_attention_enabled eplb_use_decode_only_load kv_push_dst_rotate
 output_rec_logprobs speculative_suffix_use_tree_spec use_audio_in_video use_contiguous_input_buffer
-use_cpp_chat_template use_mix_scheduler use_zero_evict
+use_cpp_chat_template use_mix_scheduler
 """
 XLLM_C_VALUE = """
 kv_cache_transfer_type device_ip npu_phy_id draft_devices rank_tablefile xservice_addr murmur_hash3_seed num_threads

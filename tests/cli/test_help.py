@@ -120,7 +120,7 @@ def test_asking_for_what_happens_anyway_is_no_warning(model, word):
     assert say("xllm", model, word).config.warnings == ()
 
 
-@pytest.mark.parametrize("word", ["--enable_deterministic=false", "--noenable_mix_batch"])
+@pytest.mark.parametrize("word", ["--enable_deterministic=false"])
 def test_switching_off_what_cannot_be_switched_off_is_a_warning(model, word):
     (warning,) = say("xllm", model, word).config.warnings
     assert "without effect" in warning

@@ -236,6 +236,8 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
             max_tokens_per_batch=values["max_tokens_per_batch"],
             max_seqs_per_batch=values["max_seqs_per_batch"],
             enable_chunked_prefill=values["enable_chunked_prefill"],
+            mix_batch=values["enable_mix_batch"],
+            zero_evict=values["use_zero_evict"],
             max_tokens_per_chunk=values["max_tokens_per_batch"] if chunk == -1 else chunk,
             max_queue=values["request_queue_size"],
             priority_strategy=values["priority_strategy"],

@@ -122,9 +122,13 @@ _CACHE = in_group(
         "enable_mix_batch",
         "bool",
         True,
-        "prefill chunks and decodes in one step",
-        idle=True,
-        does=True,
+        "prompts and decodes in one step; false: prompts first, in steps of their own",
+    ),
+    b(
+        "use_zero_evict",
+        "bool",
+        False,
+        "admit only what can grow to its end beside the others: nobody is preempted",
     ),
     b("priority_strategy", "string", "fcfs", "who goes first: fcfs, priority or deadline"),
     b(
@@ -204,8 +208,7 @@ rec_prefill_only return_mm_full_embeddings rolling_load shm split_rmsnorm_rope s
 xattention_one_stage xtensor"""
 _C_PLAIN_BOOLS = """disable_graph_warmup disable_ttft_profiling dit_debug_print dit_enable_vae_tiling dit_laser_attention_enabled
 dit_sp_communication_overlap dit_sparse_attention_enabled eplb_use_decode_only_load kv_push_dst_rotate output_rec_logprobs
-speculative_suffix_use_tree_spec use_audio_in_video use_contiguous_input_buffer use_cpp_chat_template use_mix_scheduler
-use_zero_evict"""
+speculative_suffix_use_tree_spec use_audio_in_video use_contiguous_input_buffer use_cpp_chat_template use_mix_scheduler"""
 _C_VALUES = """kv_cache_transfer_type device_ip npu_phy_id draft_devices rank_tablefile xservice_addr murmur_hash3_seed num_threads
 num_handling_threads num_response_handling_threads model_impl python_model_path python_graph_backend npu_kernel_backend
 enable_fused_mc2 mmrs_comm_mode flashinfer_workspace_buffer_size indexer_cache_dtype max_linear_state_cache_slots

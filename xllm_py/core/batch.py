@@ -1,7 +1,7 @@
 """The batch: who waits, who runs in which row, and what the next step computes.
 
 Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones in the order of core/waiting,
-until tokens, rows or blocks run out. A waiting one begins behind the blocks that the prefix cache has of it; while another one
+until tokens, rows or blocks run out. With --enable_mix_batch=false prompts go first, in steps of their own. A waiting one begins behind the blocks that the prefix cache has of it; while another one
 computes what comes next in it, it lets others pass. A request that needs a
 block when none is free preempts the youngest running one, whose blocks are freed and whose tokens are computed again later; the
 youngest itself waits with what it has. With --enable_online_preempt_offline running requests stand in the order of core/waiting, so
@@ -19,6 +19,7 @@ import bisect
 from xllm_py.core import decodes
 from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.config import SchedulerConfig
+from xllm_py.core.headroom import Headroom
 from xllm_py.core.journey import Moment
 from xllm_py.core.plan import RowStart, StepPlan
 from xllm_py.core.prefix_cache import PrefixCache
@@ -31,8 +32,15 @@ from xllm_py.core.waiting import Waiting
 class Batch:
     """Owns the queues and the rows; the blocks belong to the block manager."""
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, prefix: PrefixCache) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        blocks: BlockManager,
+        prefix: PrefixCache,
+        headroom: Headroom,
+    ) -> None:
         self._config = config
+        self._headroom = headroom
         self._blocks = blocks
         self._prefix = prefix
         self._free_rows = list(range(config.max_seqs_per_batch - 1, -1, -1))
@@ -82,12 +90,15 @@ class Batch:
         self._planned, self._decoding = [], range(0)
         if self.trial.pending:
             return self._plan_trial(plan)
-        if self._config.online_preempts_offline and self.waiting:
+        if self._config.online_preempts_offline and not self._config.zero_evict and self.waiting:
             self._make_way(self.waiting[0])
-        num_waiting = len(self.waiting)
-        budget = self._plan_running(plan, self._config.max_tokens_per_batch)
-        if len(self.waiting) == num_waiting:  # nobody was preempted: there is room to look for more
-            self._admit(plan, budget, now)
+        if self._config.mix_batch:
+            num_waiting = len(self.waiting)
+            budget = self._plan_running(plan, self._config.max_tokens_per_batch)
+            if len(self.waiting) == num_waiting:  # nobody was preempted: there is room for more
+                self._admit(plan, budget, now)
+        elif not self._plan_prompts(plan, now):
+            self._plan_running(plan, self._config.max_tokens_per_batch)
         # an empty plan is not executed, so rows are told with the next one that is not
         return self._with_starts(plan) if self._started and plan.rows else plan
 
@@ -134,6 +145,15 @@ class Batch:
         )
 
     # ---- parts of a plan ----
+
+    def _plan_prompts(self, plan: StepPlan, now: float) -> bool:
+        """A step without those that decode: prompts that have begun, then waiting ones. False: there is none to compute."""
+        budget = self._config.max_tokens_per_batch
+        for request in [each for each in self.running if each.num_due > 1]:
+            if budget > 0:
+                budget -= self._plan_slowly(request, budget, plan)
+        self._admit(plan, budget, now)
+        return bool(plan.rows)
 
     def _plan_running(self, plan: StepPlan, budget: int) -> int:
         """One pass over the running requests, as many as the budget has tokens for; returns what is left of it."""
@@ -250,7 +270,11 @@ class Batch:
             request.num_computed = len(found) * self._blocks.block_size
             count = self._tokens_now(request, budget)
             need = self._blocks.blocks_for(len(request.tokens)) - len(found)
-            if not count or not self.has_room(need + self._blocks.num_idle(found)):
+            if not (
+                count
+                and self._headroom.has_room(need + self._blocks.num_idle(found))
+                and self._headroom.admits(request)
+            ):
                 request.num_computed = 0
                 return
             self.waiting.remove(request)
@@ -278,10 +302,10 @@ class Batch:
         known = 0 if needy.to_score else len(needy.tokens) - 1
         found = self._prefix.find(needy, known) if victims else []
         lacking = self._blocks.blocks_for(len(needy.tokens)) - len(found)
-        if not self.has_room(lacking + self._blocks.num_idle(found), gain):
+        if not self._headroom.has_room(lacking + self._blocks.num_idle(found), gain):
             return  # nobody gives way for nothing
         for victim in victims:
-            if self._free_rows and self.has_room(lacking + self._blocks.num_idle(found)):
+            if self._free_rows and self._headroom.has_room(lacking + self._blocks.num_idle(found)):
                 return
             self._preempt(victim)
 
@@ -292,19 +316,6 @@ class Batch:
         if not request.num_preemptions:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self._prefix.note(len(request.tokens), request.num_computed)
-
-    def has_room(self, need: int, gain: int = 0) -> bool:
-        """Whether a new prompt may take so many blocks: they are free, and some are left for those who decode.
-
-        gain: blocks that could be freed for it.
-        """
-        free = min(self._blocks.num_free + gain, self._blocks.num_blocks)
-        if need > free:
-            return False
-        total = self._blocks.num_blocks
-        if free == total:
-            return True
-        return total - free + need <= self._config.prefill_usage_threshold * total
 
     def crowded(self, promised: int, best_of: int) -> tuple[str, str]:
         """Why no offer of so many choices is taken now, as reason and text; both empty when there are rows enough."""

@@ -27,11 +27,13 @@ class SchedulerConfig:
     max_tokens_per_batch: int = 10240
     max_seqs_per_batch: int = 200
     enable_chunked_prefill: bool = True
+    mix_batch: bool = True  # prompts and decodes in one step; else prompts go first
     max_tokens_per_chunk: int = 10240
     max_queue: int = 100_000  # waiting requests
     priority_strategy: str = "fcfs"  # fcfs, priority or deadline
     online_preempts_offline: bool = True  # offline requests give way to those that are not
     prefill_usage_threshold: float = 0.95  # no new prefill above this share of used blocks
+    zero_evict: bool = False  # admit only what can grow to its end, so that nobody is preempted
     grant_ttl_s: float = 30.0  # a reservation without a sign of life ends after so long
     handoff_hold_s: float = 5.0  # not read yet; P is to keep a refused request's KV so long
     enable_local_decode: bool = True  # P may decode a request that no D takes

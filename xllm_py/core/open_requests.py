@@ -5,7 +5,9 @@ Used by the scheduler alone; states and blocks are its business.
 
 from __future__ import annotations
 
-from xllm_py.core.request import Request, State
+from collections.abc import Iterator
+
+from xllm_py.core.request import HOLDS_BLOCKS, Request, State
 
 NEVER = float("inf")
 
@@ -57,6 +59,13 @@ class OpenRequests:
         """Find the next deadline anew, after some requests ended."""
         deadlines = (choices[0].deadline for choices in self._choices.values())
         self.next_deadline = min(deadlines, default=NEVER)
+
+    def holding(self) -> Iterator[Request]:
+        """Choices that hold blocks."""
+        for choices in self._choices.values():
+            for request in choices:
+                if request.state in HOLDS_BLOCKS:
+                    yield request
 
     def counts(self) -> dict[str, int]:
         """Choices by state, and requests in all; for the ledger."""

@@ -16,6 +16,7 @@ from xllm_py.core.admission import Admission, Tombstones
 from xllm_py.core.batch import Batch
 from xllm_py.core.block_manager import BlockManager, Holding
 from xllm_py.core.config import ModelFacts, SchedulerConfig
+from xllm_py.core.headroom import Headroom
 from xllm_py.core.journey import Moment
 from xllm_py.core.lifecycle import Lifecycle
 from xllm_py.core.open_requests import NEVER, OpenRequests
@@ -54,10 +55,11 @@ class Scheduler:
         self._admission = Admission(config, facts, num_blocks, block_size)
         self._blocks = BlockManager(num_blocks, block_size)
         self._prefix = PrefixCache(self._blocks, prefix_root)
-        self._batch = Batch(config, self._blocks, self._prefix)
+        self._open = OpenRequests()
+        self._headroom = Headroom(config, self._blocks, self._open)
+        self._batch = Batch(config, self._blocks, self._prefix, self._headroom)
         self._reservations = Reservations(config.grant_ttl_s, self._blocks, self._prefix)
         self._tombstones = Tombstones()
-        self._open = OpenRequests()
         self._outbox = Outbox()
         self._life = Lifecycle(
             blocks=self._blocks,
@@ -125,8 +127,11 @@ class Scheduler:
         if reason:
             return reason, text
         need = self._reservations.need(submission)
-        if not self._batch.has_room(need) or self._batch.waiting.goes_before_new(now):
+        if not self._headroom.has_room(need) or self._batch.waiting.goes_before_new(now):
             return "full_now", f"{need} blocks wanted, {self._blocks.num_free} free"
+        most, choices = self._admission.max_len(submission), submission.sampling.best_of
+        if not self._headroom.fits_to_the_end(most, choices):
+            return "full_now", "the answers that have begun may need the blocks (--use_zero_evict)"
         promised = self._reservations.num_open
         return self._batch.crowded(promised, submission.sampling.best_of)
 
