@@ -109,3 +109,17 @@ def test_answers_are_the_same_in_either_order(seed: int, chunked: bool) -> None:
         given = [rig.add(each) for each in load(seed)]
         rig.run()
         check(rig, given)
+
+
+def test_the_logprobs_of_a_prompt_are_told_once_though_it_was_preempted_in_its_middle(
+    preempted: list[str],
+) -> None:
+    rig = ToyRig(max_tokens_per_batch=8, max_tokens_per_chunk=2)
+    rig.add(submission("old", list(range(8)), 40, ignore_eos=True))
+    for _ in range(5):
+        rig.step()
+    rig.add(submission("young", list(range(50, 90)), 2, prompt_logprobs=0, ignore_eos=True))
+    rig.run()
+    assert "young" in preempted
+    (told,) = [each for outputs in rig.outputs for each in outputs.prompt_logprobs.values()]
+    assert len(told) == 39

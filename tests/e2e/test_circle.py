@@ -80,6 +80,23 @@ def test_a_prompt_seen_before_is_not_computed_again(pd_cluster: Cluster) -> None
     assert received[1] * 13 == received[0]  # only the partial block travels again
 
 
+def test_a_flush_forgets_what_was_cached(pd_cluster: Cluster) -> None:
+    master, prefill, decode = pd_cluster.daemons
+    request = body(pd_cluster, [298, *PROMPTS[5]], temperature=0, ignore_eos=True)
+    cached = []
+    for _ in range(2):
+        status, answer = master.request("POST", "/v1/completions", request)
+        assert status == 200, answer
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        for daemon in (prefill, decode):
+            wait_for("all blocks back", daemon.idle, 10)
+            status, counts = daemon.request("POST", "/debug/flush_cache", {})
+            assert status == 200, counts
+            assert counts["free"] == counts["total"] > 0
+            assert counts["cached"] == 0
+    assert cached == [0, 0]
+
+
 def test_one_token_is_an_ordinary_finish(pd_cluster: Cluster) -> None:
     status, answer = pd_cluster.daemons[0].request(
         "POST", "/v1/completions", body(pd_cluster, "Hi", max_tokens=1, ignore_eos=True)
