@@ -135,7 +135,10 @@ def _went(cluster: Cluster, setup: Setup, asked: Asked, answer: Answer) -> tuple
         good.append(verdict == "refused")  # D cannot share a prompt: all choices stay on P
     elif setup.is_pd:
         is_short = said["usage"]["completion_tokens"] == case.num_candidates
-        good.append(verdict == ("finished_on_p" if is_short else "landed"))
+        ways = {"finished_on_p" if is_short else "landed"}
+        if "stop string" in case.features:  # the door ends it, maybe before P hears that it landed
+            ways.add("cancelled")
+        good.append(verdict in ways)
         good.append((held > 0) == setup.d_cache)
     if setup.chunk == 16:
         good.append(chunks == -(-(len(case.prompt) - cached) // setup.chunk) - 1)

@@ -11,7 +11,7 @@ import pytest
 
 from xllm_py.base.errors import UnsupportedValue
 from xllm_py.openai import structured
-from xllm_py.openai.child import Child
+from xllm_py.openai.child import WORK_TIMEOUT_S, Child
 from xllm_py.openai.schema import CompletionBody, parse
 from xllm_py.openai.structured import Grammars
 
@@ -141,11 +141,20 @@ def grammars() -> Iterator[Grammars]:
 async def test_a_grammar_that_takes_too_long_is_cut_off_and_the_next_one_is_read(
     grammars, monkeypatch
 ) -> None:
+    ask = Child.ask
+
+    def impatient(self: Child[Any], message: Any, timeout_s: float) -> Any:
+        if "slow" in message.grammar:
+            assert timeout_s == WORK_TIMEOUT_S
+            raise TimeoutError
+        return ask(self, message, timeout_s)
+
+    monkeypatch.setattr(Child, "ask", impatient)
     await grammars.grammar(body(guided_regex="a"))
-    with monkeypatch.context() as hasty:
-        hasty.setattr(structured, "WORK_TIMEOUT_S", 1e-6)
-        with pytest.raises(UnsupportedValue, match="too complex"):
-            await grammars.grammar(body(guided_regex="b"))
+    first = grammars._child
+    with pytest.raises(UnsupportedValue, match="too complex"):
+        await grammars.grammar(body(guided_regex="slow"))
+    assert not first.is_alive()
     assert await grammars.grammar(body(guided_regex="c"))
 
 
