@@ -151,6 +151,27 @@ class ToyRig:
         counts = self.scheduler.ledger()
         parts = ("free", "active", "cached", "staged", "quarantined")
         assert counts["total"] == sum(counts[part] for part in parts), counts
+        self._check_decodes()
+
+    def _check_decodes(self) -> None:
+        """Every running request is either among the decodes, whose columns say what it says itself, or among the others."""
+        batch = self.scheduler._batch
+        decodes, others = batch._decodes, batch._others
+        assert len(decodes) + len(others) == len(batch.running)
+        assert set(decodes.requests) | set(others) == set(batch.running)
+        for lane, request in enumerate(decodes.requests):
+            assert [column[lane] for column in decodes._columns[:6]] == [
+                request,
+                request.tokens,
+                request.tokens[-1],
+                request.row,
+                request.num_computed,
+                request.num_generated,
+            ]
+            assert request.lane == lane and request.num_due == 1
+            full = request.num_computed >= len(request.block_ids) * self.block_size
+            assert full == (request in decodes.full)
+        assert all(request.lane < 0 for request in others)
 
     def _check_plan(self, plan: StepPlan) -> None:
         limits = self.config.scheduler

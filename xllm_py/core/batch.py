@@ -1,29 +1,32 @@
 """The batch: who waits, who runs in which row, and what the next step computes.
 
-Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones in the order of core/waiting,
-until tokens, rows or blocks run out. With --enable_mix_batch=false prompts go first, in steps of their own. A waiting one begins behind the blocks that the prefix cache has of it; while another one
-computes what comes next in it, it lets others pass. A request that needs a
-block when none is free preempts the youngest running one, whose blocks are freed and whose tokens are computed again later; the
-youngest itself waits with what it has. With --enable_online_preempt_offline running requests stand in the order of core/waiting, so
-that offline ones that have not waited long are the first to give way, also to an online one that waits for a row or for blocks. A request that is to be given away gets all its blocks when it is admitted and is never
-preempted, because the transport may be reading them.
+Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones in the order of
+core/waiting, until tokens, rows or blocks run out. With --enable_mix_batch=false prompts go first, in steps of their own. A waiting
+one begins behind the blocks that the prefix cache has of it; while another one computes what comes next in it, it lets others pass.
+A request that needs a block when none is free preempts the youngest running one, whose blocks are freed and whose tokens are
+computed again later; the youngest itself waits with what it has. With --enable_online_preempt_offline running requests stand in the
+order of core/waiting, so that offline ones that have not waited long are the first to give way, also to an online one that waits
+for a row or for blocks. A request that is to be given away gets all its blocks when it is admitted and is never preempted, because
+the transport may be reading them.
 
-Used by the scheduler alone. Victims are younger than the request they give way to, and the decodes that need nothing are
-planned last (core/decodes), so what is already in a plan stays.
+Used by the scheduler alone. Victims are younger than the request they give way to, and the decodes are written into a plan last
+(core/decodes), so what is already in a plan stays.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 
-from xllm_py.core import decodes
 from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.config import SchedulerConfig
+from xllm_py.core.decodes import Decodes
 from xllm_py.core.headroom import Headroom
 from xllm_py.core.journey import Moment
-from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.plan import Outputs, RowStart, StepPlan
 from xllm_py.core.prefix_cache import PrefixCache
 from xllm_py.core.request import Request, State
+from xllm_py.core.rows import Rows
 from xllm_py.core.sampling import SamplingParams
 from xllm_py.core.trial import Trial
 from xllm_py.core.waiting import Waiting
@@ -43,12 +46,12 @@ class Batch:
         self._headroom = headroom
         self._blocks = blocks
         self._prefix = prefix
-        self._free_rows = list(range(config.max_seqs_per_batch - 1, -1, -1))
-        self._started: list[Request] = []  # rows assigned since the last plan
+        self._rows = Rows(config.max_seqs_per_batch)
+        self._decodes = Decodes(blocks.block_size)
+        self._others: dict[Request, None] = {}  # those that run and are not among the decodes
+        self._order = itertools.count()
         self._planned: list[Request] = []
-        self._decoding = range(
-            0
-        )  # which of the planned compute their newest token, and draw the next
+        self._decoding = range(0)  # which of the planned are the decodes, until the step is over
         self._step = 0
         self.trial = Trial()
         self.num_copied = 0  # blocks, since the start
@@ -58,30 +61,62 @@ class Batch:
 
     def run(self, request: Request) -> None:
         """A request that has its blocks already: landed, or kept after all."""
-        if self._config.online_preempts_offline:
-            bisect.insort(self.running, request, key=self.waiting.moment)
+        by_moment = self._config.online_preempts_offline
+        moment = self.waiting.moment(request) if by_moment else 0.0
+        request.order = (moment, next(self._order))
+        if by_moment:
+            bisect.insort(self.running, request, key=_order)
         else:
             self.running.append(request)
+        self._others[request] = None
+
+    def settle(self, request: Request) -> None:
+        """A running one has a new token; from now on it may decode with the others."""
+        if request.lane >= 0:
+            self._decodes.look_again(request)
+        elif self._decodes.takes(request):
+            del self._others[request]
+            self._decodes.add(request)
 
     def remove(self, request: Request) -> None:
         """It has ended or is being given: leave queue and row."""
-        self._decoding = range(0)
+        if self._decoding:
+            self._dissolve()  # their places in the plan are not their places any more
         if request.state is State.WAITING:
             self.waiting.remove(request)
         elif request.state is State.RUNNING:
             self.running.remove(request)
             self._prefix.leave(request)
-        self._release_row(request)
+            if request in self._others:
+                del self._others[request]
+            else:
+                self._decodes.drop(request)
+        self._rows.release(request)
 
-    def take_planned(self) -> tuple[list[Request], range]:
-        """The requests of the last plan, in its order, and which of them are surely decoding in their rows still."""
+    def take_planned(self, *, in_columns: bool) -> tuple[list[Request], range]:
+        """The requests of the last plan, in its order, and which of them are the decodes as they are now.
+
+        in_columns: the decodes may be taken in together; otherwise they are taken apart, and none are told.
+        """
+        if not in_columns:
+            self._dissolve()
         planned, self._planned = self._planned, []
-        return planned, self._decoding
+        decoding, self._decoding = self._decoding, range(0)
+        return planned, decoding
+
+    def take_tokens(self, token_ids: list[int], outputs: Outputs) -> list[tuple[int, Request]]:
+        """The decodes got these; see Decodes.apply. Whoever is returned and runs on is to be settled."""
+        return self._decodes.apply(token_ids, outputs)
+
+    def _dissolve(self) -> None:
+        """Every decode is a request like the others again, until it has its next token."""
+        self._others |= dict.fromkeys(self._decodes.clear())
+        self._decoding = range(0)
 
     @property
     def num_rows(self) -> int:
         """Rows in use."""
-        return self._config.max_seqs_per_batch - len(self._free_rows)
+        return self._rows.num_used
 
     def plan(self, now: float) -> StepPlan:
         """Choose what the next step computes; may be empty."""
@@ -100,7 +135,7 @@ class Batch:
         elif not self._plan_prompts(plan, now):
             self._plan_running(plan, self._config.max_tokens_per_batch)
         # an empty plan is not executed, so rows are told with the next one that is not
-        return self._with_starts(plan) if self._started and plan.rows else plan
+        return self._rows.with_starts(plan)
 
     # ---- after a step that raised ----
 
@@ -109,12 +144,13 @@ class Batch:
 
         One whose block was to be copied in it is computed anew: nobody knows whether the copy was made.
         """
-        suspects = [request for request in self.take_planned()[0] if request.state is State.RUNNING]
+        planned, _ = self.take_planned(in_columns=False)
+        suspects = [request for request in planned if request.state is State.RUNNING]
         copied = set(plan.copied_to)
         for request in suspects:
             if copied and not copied.isdisjoint(request.block_ids):
                 self._preempt(request)
-        self._started = [request for request in self.running if request.row >= 0]
+        self._rows.tell_anew(self.running)
         return suspects
 
     def _plan_trial(self, plan: StepPlan) -> StepPlan:
@@ -122,15 +158,15 @@ class Batch:
         request = self.trial.next()
         if request is not None:
             self._plan_slowly(request, self._config.max_tokens_per_batch, plan)
-        elif self.trial.take_proof() and self._free_rows and self._blocks.num_free:
+        elif self.trial.take_proof() and self._rows.num_free and self._blocks.num_free:
             return self._proof()
-        return self._with_starts(plan) if plan.rows else plan
+        return self._rows.with_starts(plan)
 
     def _proof(self) -> StepPlan:
         """A token of nobody, in a block that nobody is given before the step is over."""
         block = self._blocks.allocate(1)
         self._blocks.free(block)
-        row = self._free_rows[-1]
+        row = self._rows.spare
         sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
         start = RowStart(row=row, request_id="", block_ids=tuple(block), sampling=sampling)
         return StepPlan(
@@ -149,39 +185,44 @@ class Batch:
     def _plan_prompts(self, plan: StepPlan, now: float) -> bool:
         """A step without those that decode: prompts that have begun, then waiting ones. False: there is none to compute."""
         budget = self._config.max_tokens_per_batch
-        for request in [each for each in self.running if each.num_due > 1]:
-            if budget > 0:
+        for request in sorted(self._others, key=_order):
+            if budget > 0 and request.num_due > 1 and request.state is State.RUNNING:
                 budget -= self._plan_slowly(request, budget, plan)
         self._admit(plan, budget, now)
         return bool(plan.rows)
 
     def _plan_running(self, plan: StepPlan, budget: int) -> int:
         """One pass over the running requests, as many as the budget has tokens for; returns what is left of it."""
-        chosen = self.running[:budget] if budget < len(self.running) else self.running
-        ready, others = decodes.split(chosen, self._blocks.block_size)
-        budget -= len(ready)
-        num_running = len(self.running)
-        for request in others:
-            if budget > 0 and request.state is State.RUNNING:  # an older one may have preempted it
-                budget -= self._plan_slowly(request, budget, plan)
-        if len(self.running) < num_running:  # the youngest gave way to some of the others
-            still = [request for request in ready if request.state is State.RUNNING]
-            budget += len(ready) - len(still)
-            ready = still
-        decodes.plan(plan, ready)
-        self._decoding = range(len(self._planned), len(self._planned) + len(ready))
-        self._planned += ready
+        if budget < len(self.running):
+            self._dissolve()
+            needy = self.running[:budget]
+        else:
+            needy = sorted([*self._others, *self._decodes.full], key=_order)
+        budget -= len(self._decodes)
+        for request in needy:
+            if request.state is not State.RUNNING:
+                continue  # an older one preempted it
+            if request in self._others:
+                budget -= self._plan_slowly(request, budget, plan) if budget > 0 else 0
+            elif self._grow(request, 1, plan):
+                self._decodes.look_again(request)
+            else:
+                self._decodes.drop(request)
+                self._others[request] = None
+        self._decodes.plan(plan)
+        self._decoding = range(len(self._planned), len(self._planned) + len(self._decodes))
+        self._planned += self._decodes.requests
         return budget
 
     def _plan_slowly(self, request: Request, budget: int, plan: StepPlan) -> int:
         """Rows, blocks and chunks; returns the tokens planned."""
-        if request.row < 0 and self._free_rows:
-            self._assign_row(request)
+        if request.row < 0 and self._rows.num_free:
+            self._rows.assign(request)
         count = self._tokens_now(request, budget) if request.row >= 0 else 0
         if not count:
             return 0
         if request.shares_tail and not self._copy_tail(request, plan):
-            self._release_row(request)  # with a row it would count as ready to write
+            self._rows.release(request)  # with a row it would count as ready to write
             return 0
         if not self._grow(request, count, plan):
             return 0
@@ -259,7 +300,7 @@ class Batch:
 
     def _admit(self, plan: StepPlan, budget: int, now: float) -> None:
         index = 0
-        while index < len(self.waiting) and self._free_rows and budget > 0:
+        while index < len(self.waiting) and self._rows.num_free and budget > 0:
             request = self.waiting[index]
             # matched before the budget is spent: what is there already costs none; one token at least is computed
             known = 0 if request.to_score else len(request.tokens) - 1
@@ -281,7 +322,7 @@ class Batch:
             self._hold(request, found, need)
             request.move(State.RUNNING)
             request.stamp(Moment.ADMITTED, now)
-            self._assign_row(request)
+            self._rows.assign(request)
             self.run(request)
             if request.to_give:
                 self.admitted.append(request)
@@ -305,7 +346,9 @@ class Batch:
         if not self._headroom.has_room(lacking + self._blocks.num_idle(found), gain):
             return  # nobody gives way for nothing
         for victim in victims:
-            if self._free_rows and self._headroom.has_room(lacking + self._blocks.num_idle(found)):
+            if self._rows.num_free and self._headroom.has_room(
+                lacking + self._blocks.num_idle(found)
+            ):
                 return
             self._preempt(victim)
 
@@ -325,17 +368,6 @@ class Batch:
             return "full_now", f"{taken} requests run or are promised already"
         return "", ""
 
-    def _assign_row(self, request: Request) -> None:
-        request.row = self._free_rows.pop()
-        self._started.append(request)
-
-    def _release_row(self, request: Request) -> None:
-        if request.row >= 0:
-            self._free_rows.append(request.row)
-            request.row = -1
-            if request in self._started:
-                self._started.remove(request)
-
     def _plan_row(self, request: Request, count: int, plan: StepPlan) -> None:
         start = request.num_computed
         end = start + count
@@ -349,47 +381,14 @@ class Batch:
         plan.positions.append(len(request.tokens) - request.num_prompt)
         self._planned.append(request)
 
-    def _with_starts(self, plan: StepPlan) -> StepPlan:
-        """Rows of this plan with a new owner are told whole; what they grew by is in their block list already."""
-        planned = set(plan.rows)
-        starts = tuple(_row_start(each) for each in self._started if each.row in planned)
-        self._started = [each for each in self._started if each.row not in planned]
-        fresh = {start.row for start in starts}
-        grown = zip(plan.grown_rows, plan.grown_blocks, strict=True)
-        kept = [(row, block) for row, block in grown if row not in fresh]
-        return StepPlan(
-            step=plan.step,
-            copied_from=plan.copied_from,
-            copied_to=plan.copied_to,
-            started=starts,
-            grown_rows=[row for row, _ in kept],
-            grown_blocks=[block for _, block in kept],
-            rows=plan.rows,
-            num_tokens=plan.num_tokens,
-            num_computed=plan.num_computed,
-            token_ids=plan.token_ids,
-            sample=plan.sample,
-            positions=plan.positions,
-            targets=plan.targets,
-        )
-
     def assert_empty(self) -> None:
         """Nobody waits, runs or sits in a row."""
         assert not self.running
+        assert not self._others
+        assert not len(self._decodes)
         assert not self.waiting
         assert not self.num_rows
 
 
-def _row_start(request: Request) -> RowStart:
-    sampling = request.submission.sampling
-    history = request.tokens if sampling.has_history else []
-    return RowStart(
-        row=request.row,
-        request_id=request.request_id,
-        block_ids=tuple(request.block_ids),
-        sampling=sampling,
-        stop_ids=request.stop_ids,
-        choice=request.choice,
-        prompt_ids=tuple(history[: request.num_prompt]),
-        generated_ids=tuple(history[request.num_prompt :]),
-    )
+def _order(request: Request) -> tuple[float, int]:
+    return request.order

@@ -78,7 +78,7 @@ class PrefixCache:
     def publish(self, request: Request) -> None:
         """Let others share every full block of the request that is computed."""
         if not self._root:
-            request.share_from(_NEVER)
+            request.publish_at = _NEVER
             return
         size = self._blocks.block_size
         count = request.num_computed // size
@@ -89,14 +89,14 @@ class PrefixCache:
             self._blocks.publish(request.block_ids[index], request.hashes[index], ids)
             if self._computing.get(request.hashes[index]) is request:
                 del self._computing[request.hashes[index]]
-        request.share_from((count + 1) * size)
+        request.publish_at = (count + 1) * size
 
     def begin(self, request: Request, num_found: int) -> None:
         """The request holds its blocks; so many leading ones are published already."""
         if not self._root:
-            request.share_from(_NEVER)
+            request.publish_at = _NEVER
             return
-        request.share_from((num_found + 1) * self._blocks.block_size)
+        request.publish_at = (num_found + 1) * self._blocks.block_size
         if request.state is State.WAITING:  # it is about to compute the rest of them
             for digest in request.hashes[num_found:]:
                 self._computing.setdefault(digest, request)

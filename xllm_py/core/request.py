@@ -138,14 +138,13 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of its leading full blocks, as far as known
     publish_at: int = 0  # with so many tokens computed, another block can be shared
-    look_at: int = (
-        0  # with so many tokens computed, a block can be shared or the answer is complete
-    )
     shares_tail: bool = False  # its last block, half full, is another choice's: copy before writing
     num_draws: int = 1  # tokens to draw at once for the next position: best_of for the first one
     first_ids: tuple[int, ...] = ()  # first token of each choice, from then on
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # until the first token
     row: int = -1  # batch row, -1 when it has none
+    lane: int = -1  # its place among the decodes, -1 when it has none
+    order: tuple[float, int] = (0.0, 0)  # among those that run
     num_preemptions: int = 0
     taken: bool = False  # it came by an offer: the receiver is this instance
     kept: bool = False  # nobody took it: it decodes here although a receiver was named
@@ -209,17 +208,11 @@ class Request:
             block_ids=list(self.block_ids),
             hashes=list(self.hashes),
             publish_at=self.publish_at,
-            look_at=self.look_at,
             first_ids=self.first_ids,
             taken=self.taken,
             kept=self.kept,
             journey=dict(self.journey),
         )
-
-    def share_from(self, num_tokens: int) -> None:
-        """Its next block can be shared when so many tokens are computed."""
-        self.publish_at = num_tokens
-        self.look_at = min(num_tokens, self.max_len - 1)
 
     def move(self, to: State) -> None:
         """Change state along the table, or raise IllegalTransition."""

@@ -11,7 +11,6 @@ core/block_manager. Pure: `now` is a parameter. Called by engine/loop and engine
 from __future__ import annotations
 
 from xllm_py.base.errors import ContextLengthExceeded, Draining, QueueFull, RequestError
-from xllm_py.core import decodes
 from xllm_py.core.admission import Admission, Tombstones
 from xllm_py.core.batch import Batch
 from xllm_py.core.block_manager import BlockManager, Holding
@@ -279,17 +278,14 @@ class Scheduler:
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what a step computed. Requests that ended meanwhile are passed over."""
         self._batch.trial.passed()
-        planned, decoding = self._batch.take_planned()
-        if result.failed_rows or result.logprobs:
-            decoding = range(decoding.start, decoding.start)
+        planned, decoding = self._batch.take_planned(in_columns=not result.failed_rows)
         first = sum(plan.sample[: decoding.start])
-        self._apply_rows(plan, result, planned, range(decoding.start), 0, now)
         if decoding:
             token_ids = result.token_ids[first : first + len(decoding)]
-            positions = plan.positions[decoding.start : decoding.stop]
-            ready = planned[decoding.start : decoding.stop]
-            for entry, request in decodes.apply(ready, positions, token_ids, self._outbox.outputs):
+            for entry, request in self._batch.take_tokens(token_ids, self._outbox.outputs):
                 self._look_at(request, entry, now)
+        # after the decodes, because these may become such
+        self._apply_rows(plan, result, planned, range(decoding.start), 0, now)
         rest = range(decoding.stop, len(planned))
         self._apply_rows(plan, result, planned, rest, first + len(decoding), now)
 
@@ -333,6 +329,8 @@ class Scheduler:
             self._outbox.put_reason(entry, request)
             self._life.close(request, now)
             self._outbox.describe(request, entry)
+        else:
+            self._batch.settle(request)
 
     def on_crash(self, plan: StepPlan, message: str, now: float) -> bool:
         """The computation of a planned step raised. False: it was no request's fault, the executor is broken.
