@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tests.core.toy_rig import ToyRig, expected, submission
+from tests.core.toy_rig import RECEIVER, ToyRig, expected, offer_of, submission, take
 from xllm_py.core.request import Submission
 from xllm_py.core.waiting import OFFLINE_S
 
@@ -82,3 +82,57 @@ def test_nobody_gives_way_for_nothing() -> None:
     assert rig.scheduler.ledger()["requests_running"] == 2
     rig.run()
     check(rig, online, offline, big)
+
+
+@pytest.mark.parametrize("lacks", [{"max_seqs_per_batch": 2}, {"num_blocks": 8}])
+def test_an_offered_online_request_is_taken_in_place_of_running_offline_ones(
+    lacks: dict[str, int],
+) -> None:
+    giver, rig = ToyRig(), ToyRig(**lacks)  # type: ignore[arg-type]  # numbers by name
+    offline = [rig.add(given(f"f{salt}", salt, 12, offline=True)) for salt in (1, 2)]
+    for _ in range(7):
+        rig.step()
+    assert rig.scheduler.ledger()["requests_running"] == 2
+    online = giver.add(dataclasses.replace(given("o", 3, 12), receiver=RECEIVER))
+    giver.step()
+    (giving,) = giver.scheduler.take_admitted()
+    answer = rig.scheduler.reserve(offer_of(online), b"g" * 16, rig.now)
+    assert not answer.refusal, answer.text
+    first = take(giver, rig, online, answer, tuple(giving.block_ids))
+    rig.tokens["o"] = giver.tokens["o"]
+    assert rig.scheduler.on_first_token(first, rig.now)
+    rig.step()
+    rig.scheduler.on_landed("o", 1, rig.now)
+    rig.step()
+    assert len(rig.tokens["o"]) == 2, "it decodes in the very next step"
+    assert rig.scheduler.ledger()["requests_waiting"] == 1, "one gave way, not both"
+    rig.run()
+    check(rig, *offline, online)
+
+
+@pytest.mark.parametrize("how", ["offline", "flag", "zero_evict"])
+def test_an_offer_that_may_not_take_their_place_is_refused_and_nobody_loses_anything(
+    how: str,
+) -> None:
+    flags = {"flag": {"online_preempts_offline": False}, "zero_evict": {"zero_evict": True}}
+    rig = ToyRig(num_blocks=8, **flags.get(how, {}))
+    running = [rig.add(given(f"f{salt}", salt, 12, offline=True)) for salt in (1, 2)]
+    for _ in range(7):
+        rig.step()
+    offered = dataclasses.replace(given("o", 3, 12, offline=how == "offline"), receiver=RECEIVER)
+    answer = rig.scheduler.reserve(offer_of(offered), b"g" * 16, rig.now)
+    assert answer.refusal == "full_now"
+    rig.run()
+    check(rig, *running)
+
+
+def test_an_offer_that_would_not_fit_even_then_costs_nobody_anything() -> None:
+    rig = ToyRig(num_blocks=9)
+    online = rig.add(given("o", 1, 16))
+    offline = rig.add(given("f", 2, 4, offline=True))
+    rig.step()
+    big = submission("big", list(range(1, 31)), 2, ignore_eos=True, give=True)
+    assert rig.scheduler.reserve(offer_of(big), b"g" * 16, rig.now).refusal == "full_now"
+    assert rig.scheduler.ledger()["requests_running"] == 2
+    rig.run()
+    check(rig, online, offline)

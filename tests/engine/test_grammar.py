@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import llguidance
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -202,6 +205,27 @@ def test_without_a_tokenizer_or_an_end_it_is_said_what_is_missing(
     endless.begin([0])
     assert "nothing ends the answer" in endless.take().failed[0]
     endless.close()
+
+
+def test_no_step_reads_the_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    read = llguidance.LLTokenizer
+    seen = threading.Event()
+
+    def reading(*args: Any, **fields: Any) -> Any:
+        opened.append(threading.current_thread().name)
+        tokenizer = read(*args, **fields)
+        seen.set()
+        return tokenizer
+
+    monkeypatch.setattr(llguidance, "LLTokenizer", reading)
+    matchers = Matchers(folder, 320, (EOS,))
+    assert seen.wait(30.0), "it is read before anybody asks"
+    matchers.start(start(0))
+    matchers.begin([0])
+    assert matchers.take().allowed
+    assert len(opened) == 1 and opened[0].startswith("grammar")
+    matchers.close()
 
 
 def test_ids_the_tokenizer_does_not_have_are_never_allowed(folder: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from xllm_py.base.errors import UnsupportedValue
 from xllm_py.openai import structured
 from xllm_py.openai.child import WORK_TIMEOUT_S, Child
+from xllm_py.openai.grammar_child import Bytes
 from xllm_py.openai.schema import CompletionBody, parse
 from xllm_py.openai.structured import Grammars
 
@@ -38,16 +39,6 @@ async def grammar_of(door: Any, fields: dict[str, Any]) -> str:
 
 def matches(grammar: str, text: str) -> bool:
     """Whether an engine that follows the grammar may say the text and end there."""
-
-    class Bytes:
-        eos_token_id = 256
-        bos_token_id = None
-        tokens = [*(bytes([byte]) for byte in range(256)), b"</s>"]  # noqa: RUF012 - never written
-        special_token_ids = [256]  # noqa: RUF012 - never written
-
-        def __call__(self, text: bytes) -> list[int]:
-            return list(text)
-
     tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()))
     matcher = llguidance.LLMatcher(tokenizer, grammar)
     assert not matcher.is_error(), matcher.get_error()

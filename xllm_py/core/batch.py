@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Callable
 
 from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.config import SchedulerConfig
 from xllm_py.core.decodes import Decodes
 from xllm_py.core.headroom import Headroom
 from xllm_py.core.journey import Moment
-from xllm_py.core.plan import Outputs, RowStart, StepPlan
+from xllm_py.core.plan import Outputs, StepPlan
 from xllm_py.core.prefix_cache import PrefixCache
 from xllm_py.core.request import Request, State
 from xllm_py.core.rows import Rows
-from xllm_py.core.sampling import SamplingParams
-from xllm_py.core.trial import Trial
+from xllm_py.core.trial import Trial, proof
 from xllm_py.core.waiting import Waiting
 
 
@@ -54,6 +54,7 @@ class Batch:
         self._decoding = range(0)  # which of the planned are the decodes, until the step is over
         self._step = 0
         self.trial = Trial()
+        self._offline_gives_way = config.online_preempts_offline and not config.zero_evict
         self.num_copied = 0  # blocks, since the start
         self.waiting = Waiting(config.priority_strategy)
         self.running: list[Request] = []  # in the order of core/waiting, or of admission
@@ -125,8 +126,8 @@ class Batch:
         self._planned, self._decoding = [], range(0)
         if self.trial.pending:
             return self._plan_trial(plan)
-        if self._config.online_preempts_offline and not self._config.zero_evict and self.waiting:
-            self._make_way(self.waiting[0])
+        if self._offline_gives_way:
+            self._make_way_here()
         if self._config.mix_batch:
             num_waiting = len(self.waiting)
             budget = self._plan_running(plan, self._config.max_tokens_per_batch)
@@ -159,26 +160,10 @@ class Batch:
         if request is not None:
             self._plan_slowly(request, self._config.max_tokens_per_batch, plan)
         elif self.trial.take_proof() and self._rows.num_free and self._blocks.num_free:
-            return self._proof()
+            block = self._blocks.allocate(1)  # nobody is given it before the step is over
+            self._blocks.free(block)
+            return proof(self._step, self._rows.spare, block[0])
         return self._rows.with_starts(plan)
-
-    def _proof(self) -> StepPlan:
-        """A token of nobody, in a block that nobody is given before the step is over."""
-        block = self._blocks.allocate(1)
-        self._blocks.free(block)
-        row = self._rows.spare
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
-        start = RowStart(row=row, request_id="", block_ids=tuple(block), sampling=sampling)
-        return StepPlan(
-            step=self._step,
-            started=(start,),
-            rows=[row],
-            num_tokens=[1],
-            num_computed=[0],
-            token_ids=[0],
-            sample=[1],
-            positions=[0],
-        )
 
     # ---- parts of a plan ----
 
@@ -302,10 +287,9 @@ class Batch:
         index = 0
         while index < len(self.waiting) and self._rows.num_free and budget > 0:
             request = self.waiting[index]
-            # matched before the budget is spent: what is there already costs none; one token at least is computed
-            known = 0 if request.to_score else len(request.tokens) - 1
-            found = self._prefix.find(request, known)
-            if self._prefix.worth_waiting(request, len(found), known):
+            # matched before the budget is spent: what is there already costs none
+            found = self._prefix.find(request, request.num_reusable)
+            if self._prefix.worth_waiting(request, len(found), request.num_reusable):
                 index += 1
                 continue
             request.num_computed = len(found) * self._blocks.block_size
@@ -329,28 +313,58 @@ class Batch:
             self._plan_row(request, count, plan)
             budget -= count
 
-    def _make_way(self, needy: Request) -> None:
-        """Preempt running offline requests that come after the first waiting one, when that lets it in."""
-        if needy.submission.offline or not self.running[-1:]:
-            return
-        place = self.waiting.moment(needy)
-        victims = [
+    # ---- offline ones give way ----
+
+    def _giving_way(self, newcomer: Request) -> list[Request]:
+        """Running offline requests that come after it, the one to give way first in front; none to an offline one."""
+        if newcomer.submission.offline or not self._offline_gives_way:
+            return []
+        place = self.waiting.moment(newcomer)
+        return [
             each
             for each in reversed(self.running)
             if each.submission.offline and not each.to_give and self.waiting.moment(each) > place
         ]
+
+    def make_way(self, newcomer: Request, need: Callable[[], int]) -> None:
+        """Preempt offline requests until so many blocks and a row are there; nobody, when all of them are not enough."""
+        victims = self._giving_way(newcomer)
         gain = sum(len(each.block_ids) for each in victims)
-        known = 0 if needy.to_score else len(needy.tokens) - 1
-        found = self._prefix.find(needy, known) if victims else []
-        lacking = self._blocks.blocks_for(len(needy.tokens)) - len(found)
-        if not self._headroom.has_room(lacking + self._blocks.num_idle(found), gain):
-            return  # nobody gives way for nothing
+        if not victims or not self._headroom.has_room(need(), gain):
+            return
         for victim in victims:
-            if self._rows.num_free and self._headroom.has_room(
-                lacking + self._blocks.num_idle(found)
-            ):
+            if self._rows.num_free and self._headroom.has_room(need()):
                 return
             self._preempt(victim)
+
+    def _make_way_here(self) -> None:
+        """For one that has landed and finds no row, and for the first that waits."""
+        landed = (each for each in self._others if each.row < 0 and not each.submission.offline)
+        newcomer = None if self._rows.num_free else next(landed, None)
+        if newcomer is not None:
+            for victim in self._giving_way(newcomer)[:1]:
+                self._preempt(victim)
+        elif self.waiting:
+            first = self.waiting[0]
+            self.make_way(first, lambda: self._lacking(first))
+
+    def _lacking(self, request: Request) -> int:
+        """Blocks that its admission would take from those that can be allocated."""
+        found = self._prefix.find(request, request.num_reusable)
+        need = self._blocks.blocks_for(len(request.tokens)) - len(found)
+        return need + self._blocks.num_idle(found)
+
+    def crowded(self, newcomer: Request, promised: int) -> tuple[str, str]:
+        """Why it is not taken now, for want of rows, as reason and text; both empty when there are enough."""
+        taken = len(self.running) + len(self.waiting) + promised
+        best_of = newcomer.submission.sampling.best_of
+        wanted = best_of - 1 if taken else 0  # alone, its choices may wait for each other
+        gain = 0
+        if taken + wanted >= self._config.max_seqs_per_batch:
+            gain = len(self._giving_way(newcomer))
+        if taken + wanted - gain >= self._config.max_seqs_per_batch:
+            return "full_now", f"{taken} requests run or are promised already"
+        return "", ""
 
     def _hold(self, request: Request, found: list[int], need: int) -> None:
         self._blocks.acquire(found)
@@ -359,14 +373,6 @@ class Batch:
         if not request.num_preemptions:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self._prefix.note(len(request.tokens), request.num_computed)
-
-    def crowded(self, promised: int, best_of: int) -> tuple[str, str]:
-        """Why no offer of so many choices is taken now, as reason and text; both empty when there are rows enough."""
-        taken = len(self.running) + len(self.waiting) + promised
-        wanted = best_of - 1 if taken else 0  # alone, its choices may wait for each other
-        if taken + wanted >= self._config.max_seqs_per_batch:
-            return "full_now", f"{taken} requests run or are promised already"
-        return "", ""
 
     def _plan_row(self, request: Request, count: int, plan: StepPlan) -> None:
         start = request.num_computed

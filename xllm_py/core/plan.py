@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from xllm_py.base.logprob import TokenLogprob as TokenLogprob
+from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.sampling import SamplingParams
 
 FINISH_STOP = "stop"

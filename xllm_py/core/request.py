@@ -171,6 +171,11 @@ class Request:
         return self.submission.sampling.prompt_logprobs >= 0 and not self.num_generated
 
     @property
+    def num_reusable(self) -> int:
+        """Leading tokens that need not be computed where their KV is found: one at least is computed."""
+        return 0 if self.to_score else len(self.tokens) - 1
+
+    @property
     def to_give(self) -> bool:
         """Whether it is to be handed to another instance after its first token."""
         return self.submission.receiver is not None and not self.kept and not self.taken

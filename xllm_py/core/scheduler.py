@@ -125,14 +125,19 @@ class Scheduler:
         reason, text = self._admission.refusal(submission, shares_prompts=self._prefix.enabled)
         if reason:
             return reason, text
-        need = self._reservations.need(submission)
-        if not self._headroom.has_room(need) or self._batch.waiting.goes_before_new(now):
-            return "full_now", f"{need} blocks wanted, {self._blocks.num_free} free"
-        most, choices = self._admission.max_len(submission), submission.sampling.best_of
-        if not self._headroom.fits_to_the_end(most, choices):
+        newcomer = self._admission.make(submission, State.RESERVED, now)
+        if not self._headroom.admits(newcomer):
             return "full_now", "the answers that have begun may need the blocks (--use_zero_evict)"
-        promised = self._reservations.num_open
-        return self._batch.crowded(promised, submission.sampling.best_of)
+        if self._batch.waiting.goes_before_new(now):
+            return "full_now", "one that lost its blocks goes first"
+        reason, text = self._batch.crowded(newcomer, self._reservations.num_open)
+        if reason:
+            return reason, text
+        self._batch.make_way(newcomer, lambda: self._reservations.need(submission))
+        need = self._reservations.need(submission)
+        if not self._headroom.has_room(need):
+            return "full_now", f"{need} blocks wanted, {self._blocks.num_free} free"
+        return "", ""
 
     def reserved_blocks(self, request_id: str) -> tuple[int, ...]:
         """Blocks of a reservation, relative block i at index i."""

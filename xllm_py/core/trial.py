@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from xllm_py.core.plan import RowStart, StepPlan
 from xllm_py.core.request import Request, State
+from xllm_py.core.sampling import SamplingParams
 
 
 class Trial:
@@ -52,3 +54,18 @@ class Trial:
     def passed(self) -> None:
         """A step succeeded: the executor works."""
         self._proof_due = False
+
+
+def proof(step: int, row: int, block: int) -> StepPlan:
+    """A token of nobody, in a row and a block that are nobody's."""
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
+    return StepPlan(
+        step=step,
+        started=(RowStart(row=row, request_id="", block_ids=(block,), sampling=sampling),),
+        rows=[row],
+        num_tokens=[1],
+        num_computed=[0],
+        token_ids=[0],
+        sample=[1],
+        positions=[0],
+    )

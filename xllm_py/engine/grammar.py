@@ -7,6 +7,7 @@ a grammar, the tokenizer or the library cannot do fails that row alone. Grammars
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
+from xllm_py.base.grammar_limits import GRAMMAR_LIMITS
 from xllm_py.core.plan import RowStart
 
 _MAX_COMPILED = 32  # grammars kept for rows that follow
@@ -46,7 +48,7 @@ class Matchers:
     """Those of all rows that have a grammar. Only the thread touches a matcher."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        """folder: where tokenizer.json is, read when the first grammar comes."""
+        """folder: where tokenizer.json is. Read at once, in the thread: no step waits for it."""
         self._path = folder / "tokenizer.json"
         self._vocab_size = vocab_size
         self._eos_ids = self._within(eos_ids)
@@ -56,6 +58,7 @@ class Matchers:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._work: Future[Masks] | None = None
         self._due: list[int] = []
+        self._thread.submit(self._warm_up)
 
     def start(self, start: RowStart) -> None:
         """A row has a new owner."""
@@ -90,6 +93,10 @@ class Matchers:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     # ---- in the thread ----
+
+    def _warm_up(self) -> None:
+        with contextlib.suppress(_Failed):  # each row that has a grammar is told so
+            self._open_tokenizer()
 
     def _masks(self, rows: dict[int, _Row]) -> Masks:
         masks = Masks()
@@ -131,16 +138,7 @@ class Matchers:
         known = self._compiled.get(grammar)
         if known is None:
             tokenizer = self._open_tokenizer()
-            # the library's own limits, by name: a later version may not lower or raise them
-            limits = llguidance.LLParserLimits(
-                max_items_in_row=2000,
-                initial_lexer_fuel=1_000_000,
-                step_lexer_fuel=200_000,
-                step_max_items=50_000,
-                max_lexer_states=250_000,
-                max_grammar_size=500_000,
-                verbose_errors=False,
-            )
+            limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
             known = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
             if known.is_error():
                 raise _Failed(f"its grammar cannot be compiled: {_line(known.get_error())}")

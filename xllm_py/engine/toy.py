@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xllm_py.base.hashing import fingerprint
+from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.config import EngineConfig, ModelFacts
 from xllm_py.core.executor import Capacity, LayerDone
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
-from xllm_py.core.plan import RowStart, StepPlan, StepResult, TokenLogprob
+from xllm_py.core.plan import RowStart, StepPlan, StepResult
 from xllm_py.core.sampling import SamplingParams
 
 VOCAB_SIZE = 320  # the bytes and room for special tokens

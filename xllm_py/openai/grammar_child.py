@@ -1,7 +1,7 @@
 """The process that compiles grammars of clients: `python -m xllm_py.openai.grammar_child <fd>`.
 
 Started and, when it overstays, killed by `structured`, through `child`. Compiles each grammar for a vocabulary of single bytes
-and takes the first step of it, as an engine would. Knows nothing but llguidance.
+and takes the first step of it, as an engine would.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import llguidance
 import msgspec
 
+from xllm_py.base.grammar_limits import GRAMMAR_LIMITS
 from xllm_py.openai.child import serve
 
 
@@ -26,7 +27,7 @@ class Checked(msgspec.Struct, tag=True, frozen=True):
     cause: str = ""
 
 
-class _Bytes:
+class Bytes:
     """A vocabulary of 256 bytes and an end, in the shape llguidance asks for."""
 
     eos_token_id = 256
@@ -43,8 +44,8 @@ class Checker:
     """Holds the vocabulary, so that a check costs only its own."""
 
     def __init__(self) -> None:
-        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()))
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()))
+        self._limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
 
     def check(self, message: Check) -> Checked:
         """Whether an engine can follow it."""
