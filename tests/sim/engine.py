@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import select
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any, cast
 
@@ -122,8 +122,11 @@ class Stepping:
     def execute(self, plan: StepPlan, layer_done: LayerDone | None = None) -> StepResult:
         step_s = self._engine.begin_step(plan)
         layers = self.kv_memory().layout.num_layers
+        poisonous = self._engine.is_poisonous(plan)
 
         def done(layer: int) -> None:
+            if poisonous:
+                raise RuntimeError("a poisonous request")
             self._engine.wire.release(self._engine.now + step_s * (layer + 1) / layers)
             if layer_done is not None:
                 layer_done(layer)
@@ -147,7 +150,9 @@ class Engine:
         name: str,
         trace: Callable[..., None],
         tally: Tally,
+        poison: Mapping[str, int],
     ) -> None:
+        """poison: request -> the token of it that cannot be computed."""
         self.name = name
         self.alive = True
         self.wire = Wire(loop, random)
@@ -155,6 +160,8 @@ class Engine:
         self.step_s = lambda: random.uniform(0.0005, 0.006)
         self._kv, self._loop, self._random, self._trace = kv, loop, random, trace
         self._tally = tally
+        self._poison = poison
+        self._poisonous: dict[int, int] = {}  # row -> token
         self._rows_given: set[tuple[str, int]] = set()  # request and choice
         self._stepped_s = 0.0
         self._busy_until = 0.0
@@ -228,6 +235,18 @@ class Engine:
             self._tally.counts["rows given again"] += key in self._rows_given
             self._rows_given.add(key)
         return step_s
+
+    def is_poisonous(self, plan: StepPlan) -> bool:
+        """Whether this step raises."""
+        for start in plan.started:
+            self._poisonous.pop(start.row, None)
+            if start.request_id in self._poison:
+                self._poisonous[start.row] = self._poison[start.request_id]
+        ends = zip(plan.rows, plan.num_computed, plan.num_tokens, strict=True)
+        return any(
+            row in self._poisonous and start + count > self._poisonous[row]
+            for row, start, count in ends
+        )
 
     def _turn(self) -> None:
         self._timer = None

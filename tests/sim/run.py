@@ -39,13 +39,16 @@ class Story:
 
 
 class _Errors(logging.Handler):
-    """What the product logs as an error is one: no simulation may bring it to that."""
+    """What the product logs as an error is one: no simulation may bring it to that, but by a poisonous request."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: Script) -> None:
         super().__init__(logging.ERROR)
         self.found: list[str] = []
+        self._poison = any(ask.poison_at is not None for ask in script.asks)
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self._poison and record.getMessage() == "step failed":
+            return
         text = f"{record.getMessage()} {getattr(record, 'fields', '')}"
         if record.exc_info and record.exc_info[1] is not None:
             text += f" {record.exc_info[1]!r}"
@@ -75,7 +78,7 @@ def run(seed: int) -> Story:
 def run_script(script: Script) -> Story:
     """As `run`, of a script made by hand."""
     loop = VirtualLoop(HandClock())
-    logger, errors = logging.getLogger("xllm_py"), _Errors()
+    logger, errors = logging.getLogger("xllm_py"), _Errors(script)
     logger.addHandler(errors)
     story = Story(script=script)
     try:
@@ -119,6 +122,8 @@ def _judge(told: Told, script: Script) -> str:
     whole = not told.error and not told.left
     if whole and set(told.finishes) != set(range(ask.best_of)):
         raise Wrong(f"{ask.name}: choices {sorted(told.finishes)} of {ask.best_of} have an end")
+    if whole and ask.poison_at is not None and ask.poison_at < len(ask.prompt):
+        raise Wrong(f"{ask.name} has an answer to a prompt that cannot be computed")
     for choice, tokens in told.choices.items():
         right, reason = right_answer(ask, choice)
         if tokens != right[: len(tokens)]:
@@ -135,6 +140,8 @@ def _judge(told: Told, script: Script) -> str:
 def _allowed(told: Told, script: Script) -> set[str]:
     """Errors that this request may end with in this script."""
     codes = set()
+    if told.ask.poison_at is not None:
+        codes.add("internal_error")
     if told.ask.timeout_s < 10.0:
         codes.add("deadline_exceeded")
     if not script.local_decode:

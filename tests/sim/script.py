@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from tests.sim.grpc_memory import Weather
@@ -29,6 +29,9 @@ class Ask:
     timeout_s: float
     leaves_after_s: float | None
     salt: str
+    priority: int = 0
+    offline: bool = False
+    poison_at: int | None = None  # a step that computes this token of it raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class Script:
     tokens_per_chunk: int
     threshold: float
     local_decode: bool
+    strategy: str = "fcfs"
     asks: list[Ask]
     events: list[Event] = field(default_factory=list)
     weather: Weather = field(default_factory=Weather)
@@ -64,9 +68,10 @@ class Script:
 
     @property
     def calm(self) -> bool:
-        """Whether nothing breaks: then no request may be lost."""
+        """Whether nothing breaks: then no request may be lost, but those that break it themselves."""
         losses = self.weather.lost or self.weather.unanswered or self.weather.slow_s > 1.0
-        return not self.events and not losses and self.kv_fault in ("", "late")
+        events = [event for event in self.events if event.kind != "flush"]
+        return not events and not losses and self.kv_fault in ("", "late")
 
 
 def script_of(seed: int) -> Script:
@@ -102,7 +107,37 @@ def script_of(seed: int) -> Script:
         script.num_blocks[name] = largest + more
     if random.random() < 0.6:
         _trouble(random, script)
+    # from a source of its own: the rest of a seed's story is what it was without these
+    random = Random(f"{seed} kinds of clients")
+    if random.random() < 0.3:
+        _classes(random, script)
+    if random.random() < 0.15:
+        _flushes(random, script)
+    if random.random() < 0.1:
+        _poison(random, script)
     return script
+
+
+def _classes(random: Random, script: Script) -> None:
+    """Priorities, and some that may wait."""
+    script.strategy = random.choice(("fcfs", "priority", "deadline"))
+    script.asks = [
+        replace(ask, priority=random.randrange(4), offline=random.random() < 0.5)
+        for ask in script.asks
+    ]
+
+
+def _flushes(random: Random, script: Script) -> None:
+    for _ in range(random.choice((1, 3))):
+        at = random.uniform(0, 0.15)
+        script.events.append(Event(at=at, kind="flush", who=random.choice(NAMES)))
+
+
+def _poison(random: Random, script: Script) -> None:
+    """The model cannot compute one of them: in its prompt, or later."""
+    number = random.randrange(len(script.asks))
+    ask = script.asks[number]
+    script.asks[number] = replace(ask, poison_at=random.randrange(len(ask.prompt) + 6))
 
 
 @dataclass(frozen=True, kw_only=True)

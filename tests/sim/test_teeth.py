@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.sim import run as sim
 from tests.sim import seeds
 from tests.sim.run import Story, run, simulating
 from tests.sim.world import Wrong
@@ -14,7 +15,7 @@ from xllm_py.cluster import inflight
 from xllm_py.core.batch import Batch
 from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.handoff import Action, FreeBlocks, Giver, GiverState, Verdict
-from xllm_py.core.plan import Outputs
+from xllm_py.core.plan import Outputs, StepPlan
 from xllm_py.core.request import Request
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.taking import TakingAgent
@@ -121,6 +122,34 @@ def relay_ends_with_one_choice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Relay, "_end", lambda self, request_id, choice: self.close(request_id))
 
 
+def all_fail_with_the_poisonous(patch: pytest.MonkeyPatch) -> None:
+    """A step that raises is held against everybody in it."""
+    genuine = Scheduler.on_crash
+
+    def harsh(self: Scheduler, plan: StepPlan, message: str, now: float) -> bool:
+        for request in list(self._batch._planned):
+            self.fail(
+                request.request_id, request.submission.attempt, "internal_error", message, now
+            )
+        return genuine(self, plan, message, now)
+
+    patch.setattr(Scheduler, "on_crash", harsh)
+
+
+def flush_takes_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
+    """Published blocks are forgotten although somebody reads them."""
+
+    def flush(self: BlockManager) -> int:
+        held = [block for block in self._published if block not in self._idle]
+        for block in held:
+            digest, _ = self._published.pop(block)
+            del self._by_hash[digest]
+            self._free.append(block)
+        return len(held)
+
+    patch.setattr(BlockManager, "flush", flush)
+
+
 PLANTS: list[Plant] = [
     finish_dropped,
     block_freed_early,
@@ -132,12 +161,15 @@ PLANTS: list[Plant] = [
     lost_instance_not_told,
     both_decode,
     relay_ends_with_one_choice,
+    all_fail_with_the_poisonous,
+    flush_takes_what_is_in_use,
 ]
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
+    monkeypatch.setattr(sim, "MOST_S", 8.0)  # what hangs is found sooner
     with simulating():
         for seed in SEEDS:
             try:

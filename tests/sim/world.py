@@ -108,6 +108,7 @@ class Instance:
                     prefill_usage_threshold=script.threshold,
                     grant_ttl_s=GRANT_TTL_S,
                     enable_local_decode=script.local_decode,
+                    priority_strategy=script.strategy,
                 ),
                 incarnation=self.incarnation,
                 cluster_key=KEY,
@@ -132,6 +133,7 @@ class Instance:
             name=name,
             trace=world.trace,
             tally=world.tally,
+            poison={ask.name: ask.poison_at for ask in script.asks if ask.poison_at is not None},
         )
         self.tasks = TaskFamily(name)
         self.parts: instance_parts.Parts
@@ -172,6 +174,12 @@ class Instance:
         self.parts.engine.drain()
         self.routed.service.draining = True
         await self.routed.announcer.announce(self.routed.card("DRAINING"))
+
+    async def flush(self) -> None:
+        """As POST /admin/flush_cache asks for it."""
+        if self.ready:
+            with contextlib.suppress(RequestError):
+                await self.parts.engine.flush_cache()
 
     def die(self) -> None:
         """kill -9 of both processes."""
@@ -356,6 +364,9 @@ class World:
             case "drain":
                 assert instance is not None
                 self._begin(instance.drain(), instance.process)
+            case "flush":
+                assert instance is not None
+                self._begin(instance.flush(), instance.process)
 
     def _stall(self, engine: Engine, lasts_s: float) -> None:
         """Its next step takes so long."""
@@ -390,6 +401,8 @@ class World:
             timeout_s=ask.timeout_s,
             model="toy",
             cache_salt=ask.salt,
+            priority=ask.priority,
+            offline=ask.offline,
         )
         try:
             async with contextlib.aclosing(self.parts.backend.generate(submission)) as source:
