@@ -7,7 +7,14 @@ from typing import Any
 from xllm_py.base.clock import HandClock
 from xllm_py.core.config import CacheConfig, EngineConfig, ModelFacts, SchedulerConfig
 from xllm_py.core.plan import Outputs, StepPlan
-from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Receiver, Submission
+from xllm_py.core.request import (
+    FirstToken,
+    Offer,
+    OfferAnswer,
+    Receiver,
+    State,
+    Submission,
+)
 from xllm_py.core.sampling import SamplingParams
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.toy import EOS, VOCAB_SIZE, ToyExecutor, lone_answer
@@ -179,6 +186,9 @@ class ToyRig:
         assert len(plan.rows) <= limits.max_seqs_per_batch
         assert len(plan.token_ids) == sum(plan.num_tokens)
         assert all(count > 0 for count in plan.num_tokens)
+        planned = self.scheduler._batch._planned  # nobody in a plan was preempted after all
+        assert not planned or [request.row for request in planned] == plan.rows
+        assert all(request.state is State.RUNNING for request in planned)
         if limits.enable_chunked_prefill:
             assert len(plan.token_ids) <= limits.max_tokens_per_batch
             assert all(count <= limits.max_tokens_per_chunk for count in plan.num_tokens)

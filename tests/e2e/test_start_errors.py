@@ -281,7 +281,9 @@ def test_a_cache_of_less_than_two_blocks_is_exit_4_with_numbers_and_flag(tiny_mo
     assert re.search(r"two blocks need 0\.188 MiB; raise --max_cache_size", line), line
 
 
-@pytest.mark.parametrize(("device", "cause"), [("npu:0", "torch_npu"), ("cuda:63", "cpu:0")])
+@pytest.mark.parametrize(
+    ("device", "cause"), [("npu:0", "torch_npu"), ("cuda:63", "cpu:0"), ("mlu:0", "cpu:0")]
+)
 def test_a_device_that_is_not_there_is_exit_4(tiny_model: Path, device: str, cause: str) -> None:
     code, line = end_of("xllm", *instance_flags(tiny_model, f"--devices={device}"))
     assert code == 4, line

@@ -55,12 +55,13 @@ def test_a_pair_says_what_one_instance_says(
             assert each["text"] in fields["guided_choice"]
 
 
-def test_a_stream_says_the_same(pd_cluster: Cluster) -> None:
-    pending = Pending(pd_cluster.daemons[0], {**body(ASKED[0]), "stream": True})
+@pytest.mark.parametrize("fields", [ASKED[0], ASKED[2]], ids=lambda fields: "+".join(fields))
+def test_a_stream_says_the_same(pd_cluster: Cluster, fields: dict[str, Any]) -> None:
+    pending = Pending(pd_cluster.daemons[0], {**body(fields), "stream": True})
     assert pending.answer().status == 200
     assert pending.pieces[-1] == "[DONE]"
     text = "".join(piece["choices"][0]["text"] for piece in pending.pieces[:-1])
-    assert text == choices(pd_cluster, ASKED[0])[0]["text"]
+    assert text == choices(pd_cluster, fields)[0]["text"]
 
 
 def test_the_openai_client_gets_an_object(pd_cluster: Cluster) -> None:

@@ -28,6 +28,7 @@ class Rig:
         max_seqs: int = 64,
         threads: int = 1,
         prefix_root: bytes = b"",
+        mix_batch: bool = True,
     ) -> None:
         config = EngineConfig(
             model_path=str(model),
@@ -35,7 +36,10 @@ class Rig:
             cpu_threads=threads,
             cache=CacheConfig(block_size=block_size, max_cache_bytes=cache_bytes),
             scheduler=SchedulerConfig(
-                max_seqs_per_batch=max_seqs, max_tokens_per_chunk=chunk, prefill_usage_threshold=1.0
+                max_seqs_per_batch=max_seqs,
+                max_tokens_per_chunk=chunk,
+                prefill_usage_threshold=1.0,
+                mix_batch=mix_batch,
             ),
         )
         executor = open_executor(config)

@@ -99,6 +99,15 @@ def test_logits_do_not_depend_on_who_came_when(model: Path, alone: Answers) -> N
     same(rig.logits, alone)
 
 
+def test_logits_do_not_depend_on_prompts_going_first(model: Path, alone: Answers) -> None:
+    rig = Rig(model, block_size=16, chunk=100, mix_batch=False)
+    for name, prompt in prompts().items():
+        rig.add(name, prompt, COUNT, temperature=0.8, seed=9)
+        rig.step()
+    rig.run()
+    same(rig.logits, alone)
+
+
 @pytest.mark.parametrize("chunk", [16, 10240])
 def test_logits_do_not_depend_on_what_was_cached(model: Path, alone: Answers, chunk: int) -> None:
     rig = Rig(model, block_size=16, chunk=chunk, prefix_root=b"root")

@@ -51,16 +51,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def executor(folder: Path) -> Iterator[Executor]:
-    made = open_executor(
+    made = opened(folder)
+    yield made
+    made.close()
+
+
+def opened(folder: Path, **fields: str) -> Executor:
+    return open_executor(
         EngineConfig(
             model_path=str(folder),
             cpu_threads=1,
             cache=CacheConfig(block_size=16, max_cache_bytes=8 << 20),
             scheduler=SchedulerConfig(max_seqs_per_batch=4),
+            **fields,  # type: ignore[arg-type]  # by name
         )
     )
-    yield made
-    made.close()
 
 
 def start(
@@ -205,6 +210,22 @@ def test_without_a_tokenizer_or_an_end_it_is_said_what_is_missing(
     endless.begin([0])
     assert "nothing ends the answer" in endless.take().failed[0]
     endless.close()
+
+
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_processed_log_probabilities_are_those_of_what_the_grammar_allows(
+    folder: Path, mode: str
+) -> None:
+    executor = opened(folder, logprobs_mode=mode)
+    result = step(executor, (start(0, logprobs=3),), {0: [5]})
+    executor.close()
+    (token,) = result.token_ids
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).decode([token]) == "{"
+    told = result.logprobs[0]
+    if mode == "processed":  # nothing else may be said
+        assert (told.logprob, told.top_ids[0], told.top_logprobs[0]) == (0.0, token, 0.0)
+    else:  # what the model thought of it
+        assert told.logprob < -1.0
 
 
 def test_no_step_reads_the_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
