@@ -12,16 +12,16 @@ import argparse
 import json
 import random
 import tempfile
-import time
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.models import config_of
 from benchmarks.report import emit, summary
+from benchmarks.steps import decode_ms
 from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
 from xllm_py.core.executor import Executor
-from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.plan import RowStart
 from xllm_py.core.sampling import SamplingParams
 from xllm_py.engine.ranks import open_executor
 
@@ -42,26 +42,6 @@ def write_tokenizer(path: Path, size: int) -> None:
     tokenizer.save(str(path))
 
 
-def step_ms(executor: Executor, started: tuple[RowStart, ...], number: int, rows: int) -> float:
-    """One token for each row."""
-    plan = StepPlan(
-        step=number,
-        started=started,
-        rows=list(range(rows)),
-        num_tokens=[1] * rows,
-        num_computed=[number] * rows,
-        token_ids=[(31 * row + number) % 1000 for row in range(rows)],
-        sample=[1] * rows,
-        positions=[number] * rows,
-    )
-    began = time.perf_counter()
-    result = executor.execute(plan)
-    seconds = time.perf_counter() - began
-    if result.failed_rows:
-        raise SystemExit(f"rows failed: {result.failed_rows}")
-    return seconds * 1000
-
-
 def measure(executor: Executor, grammar: str, rounds: int, rows: int) -> list[float]:
     """Milliseconds of steps; the first two, which compile and warm up, do not count."""
     starts = tuple(
@@ -74,7 +54,7 @@ def measure(executor: Executor, grammar: str, rounds: int, rows: int) -> list[fl
         for row in range(rows)
     )
     times = [
-        step_ms(executor, starts if not number else (), number, rows)
+        decode_ms(executor, starts if not number else (), number, rows, number)
         for number in range(rounds + 2)
     ]
     return times[2:]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ import torch
 
 from benchmarks.models import config_of
 from benchmarks.report import emit, summary
+from benchmarks.steps import decode_ms
 from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
-from xllm_py.core.executor import Executor
-from xllm_py.core.plan import RowStart, StepPlan
+from xllm_py.core.plan import RowStart
 from xllm_py.core.sampling import SamplingParams
 from xllm_py.engine.ranks import open_executor
 
@@ -57,26 +56,6 @@ def starts(mixed: bool) -> tuple[RowStart, ...]:
     return tuple(found)
 
 
-def step_ms(executor: Executor, rows: tuple[RowStart, ...], number: int) -> float:
-    """One token for each row."""
-    plan = StepPlan(
-        step=number,
-        started=rows,
-        rows=list(range(ROWS)),
-        num_tokens=[1] * ROWS,
-        num_computed=[CONTEXT] * ROWS,
-        token_ids=[(31 * row + number) % 1000 for row in range(ROWS)],
-        sample=[1] * ROWS,
-        positions=[number] * ROWS,
-    )
-    began = time.perf_counter()
-    result = executor.execute(plan)
-    seconds = time.perf_counter() - began
-    assert len(result.token_ids) == ROWS
-    assert not result.failed_rows
-    return seconds * 1000
-
-
 def main() -> None:
     """Greedy and mixed steps in turn."""
     parser = argparse.ArgumentParser()
@@ -96,12 +75,12 @@ def main() -> None:
             )
         )
         greedy, mixed = starts(mixed=False), starts(mixed=True)
-        step_ms(executor, greedy, 0)
-        step_ms(executor, mixed, 0)
+        decode_ms(executor, greedy, 0, ROWS, CONTEXT)
+        decode_ms(executor, mixed, 0, ROWS, CONTEXT)
         plain, asked, ratios = [], [], []
         for number in range(1, options.rounds + 1):
-            plain.append(step_ms(executor, greedy, number))
-            asked.append(step_ms(executor, mixed, number))
+            plain.append(decode_ms(executor, greedy, number, ROWS, CONTEXT))
+            asked.append(decode_ms(executor, mixed, number, ROWS, CONTEXT))
             ratios.append(asked[-1] / plain[-1])
     settings = {
         "shape": options.shape,

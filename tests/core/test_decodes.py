@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from tests.core.toy_rig import ToyRig, submission
-from xllm_py.core.plan import StepResult
+from xllm_py.core.plan import StepPlan, StepResult
 
 PROMPT = [5, 6, 7]
 
 
 def _decoding(rig: ToyRig) -> list[str]:
     return [request.request_id for request in rig.scheduler._batch._decodes.requests]
+
+
+def mid_step() -> tuple[ToyRig, StepPlan, StepResult]:
+    """Three decode; a step of theirs is computed and not taken in."""
+    rig = ToyRig(num_blocks=40)
+    for name in "abc":
+        rig.add(submission(name, PROMPT, 8, ignore_eos=True))
+    for _ in range(3):
+        rig.step()
+    plan = rig.scheduler.schedule(rig.now)
+    return rig, plan, rig.executor.execute(plan)
 
 
 def test_requests_join_the_decodes_with_their_second_token_and_leave_with_their_last() -> None:
@@ -27,13 +38,7 @@ def test_requests_join_the_decodes_with_their_second_token_and_leave_with_their_
 
 
 def test_one_that_ends_between_plan_and_result_takes_nobodys_token_with_it() -> None:
-    rig = ToyRig(num_blocks=40)
-    for name in "abc":
-        rig.add(submission(name, PROMPT, 8, ignore_eos=True))
-    for _ in range(3):
-        rig.step()
-    plan = rig.scheduler.schedule(rig.now)
-    result = rig.executor.execute(plan)
+    rig, plan, result = mid_step()
     rig.scheduler.abort("a", 0, rig.now)
     assert _decoding(rig) == []  # the columns are not those of the plan any more
     rig.scheduler.apply(plan, result, rig.now)
@@ -46,13 +51,7 @@ def test_one_that_ends_between_plan_and_result_takes_nobodys_token_with_it() -> 
 
 
 def test_a_row_that_fails_fails_alone() -> None:
-    rig = ToyRig(num_blocks=40)
-    for name in "abc":
-        rig.add(submission(name, PROMPT, 8, ignore_eos=True))
-    for _ in range(3):
-        rig.step()
-    plan = rig.scheduler.schedule(rig.now)
-    result = rig.executor.execute(plan)
+    rig, plan, result = mid_step()
     tokens = list(result.token_ids)
     tokens[1] = -1
     failed = StepResult(token_ids=tokens, failed_rows={plan.rows[1]: "its logits are not finite"})
