@@ -80,6 +80,18 @@ def test_a_prompt_seen_before_is_not_computed_again(pd_cluster: Cluster) -> None
     assert received[1] * 13 == received[0]  # only the partial block travels again
 
 
+def test_an_answer_that_a_stop_string_ends_tells_what_was_cached(pd_cluster: Cluster) -> None:
+    master, _, _ = pd_cluster.daemons
+    request = body(pd_cluster, [297, *PROMPTS[5]], temperature=0, ignore_eos=True)
+    status, whole = master.request("POST", "/v1/completions", request)
+    assert status == 200, whole
+    stop = whole["choices"][0]["text"][3:5]
+    status, answer = master.request("POST", "/v1/completions", {**request, "stop": [stop]})
+    assert status == 200, answer
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 192
+
+
 def test_a_flush_forgets_what_was_cached(pd_cluster: Cluster) -> None:
     master, prefill, decode = pd_cluster.daemons
     request = body(pd_cluster, [298, *PROMPTS[5]], temperature=0, ignore_eos=True)

@@ -293,6 +293,19 @@ async def test_the_models_are_those_of_routable_instances() -> None:
         assert model.fingerprint == "fp_abcdef012345"
 
 
+async def test_what_was_cached_is_told_with_the_first_token() -> None:
+    """A stop string ends an answer at the door, which then hears no end."""
+    async with running_master() as master:
+        prefill, decode = await master.pair()
+        reader = master.read(submission())
+        await until("the submission", lambda: prefill.submissions)
+        await prefill.say(0, 11, journey={"received": 0.0})
+        await until("the first token", lambda: reader.deltas)
+        assert reader.deltas[0].cached_tokens == 2
+        await decode.say(1, 12, "stop")
+        await reader.ended()
+
+
 async def test_the_journey_is_laid_on_one_clock_in_order() -> None:
     async with running_master() as master:
         prefill, decode = await master.pair()

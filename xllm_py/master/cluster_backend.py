@@ -150,7 +150,7 @@ class ClusterBackend:
                         position=each.position,
                         token_ids=each.token_ids,
                         finish_reason=each.finish_reason,
-                        cached_tokens=opened.cached_tokens if each.finish_reason else 0,
+                        cached_tokens=opened.cached_tokens,
                         logprobs=each.logprobs,
                         prompt_logprobs=each.prompt_logprobs,
                     )

@@ -25,7 +25,9 @@ class Delta:
     position: int
     token_ids: tuple[int, ...]
     finish_reason: str = ""
-    cached_tokens: int = 0  # prompt tokens that were not computed; valid in the last delta
+    cached_tokens: int = (
+        0  # prompt tokens that were not computed, as far as known; the greatest counts
+    )
     logprobs: tuple[TokenLogprob, ...] = ()  # one per token when sampling.logprobs >= 0
     # of the prompt's tokens from the second on, when asked for; in the first delta of choice 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
