@@ -67,7 +67,7 @@ def fingerprint(*parts: str | bytes) -> str:
 
 def mac(key: bytes, message: bytes) -> bytes:
     """HMAC-SHA256, 32 bytes."""
-    return hmac.new(key, message, hashlib.sha256).digest()
+    return hmac.digest(key, message, "sha256")
 
 
 def same(left: bytes, right: bytes) -> bool:

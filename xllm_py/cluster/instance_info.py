@@ -82,7 +82,7 @@ def card_key(cluster_key: bytes) -> bytes:
 
 def card_to_json(card: Card, key: bytes) -> bytes:
     """The card with its MAC over everything else, keys sorted."""
-    body = dataclasses.asdict(card)
+    body = {name: getattr(card, name) for name in _FIELDS}
     return _canonical({**body, "mac": mac(key, _canonical(body)).hex()})
 
 
