@@ -98,6 +98,8 @@ def test_an_offered_online_request_is_taken_in_place_of_running_offline_ones(
     (giving,) = giver.scheduler.take_admitted()
     answer = rig.scheduler.reserve(offer_of(online), b"g" * 16, rig.now)
     assert not answer.refusal, answer.text
+    preempted = rig.scheduler.ledger()["requests_waiting"]
+    assert preempted == ("num_blocks" in lacks), "blocks are needed now, a row is not"
     first = take(giver, rig, online, answer, tuple(giving.block_ids))
     rig.tokens["o"] = giver.tokens["o"]
     assert rig.scheduler.on_first_token(first, rig.now)

@@ -326,14 +326,14 @@ class Batch:
             if each.submission.offline and not each.to_give and self.waiting.moment(each) > place
         ]
 
-    def make_way(self, newcomer: Request, need: Callable[[], int]) -> None:
-        """Preempt offline requests until so many blocks and a row are there; nobody, when all of them are not enough."""
+    def make_way(self, newcomer: Request, need: Callable[[], int], *, row: bool) -> None:
+        """Preempt offline requests until so many blocks, and a row, are there; nobody, when all of them are not enough."""
         victims = self._giving_way(newcomer)
         gain = sum(len(each.block_ids) for each in victims)
         if not victims or not self._headroom.has_room(need(), gain):
             return
         for victim in victims:
-            if self._rows.num_free and self._headroom.has_room(need()):
+            if (self._rows.num_free or not row) and self._headroom.has_room(need()):
                 return
             self._preempt(victim)
 
@@ -346,7 +346,7 @@ class Batch:
                 self._preempt(victim)
         elif self.waiting:
             first = self.waiting[0]
-            self.make_way(first, lambda: self._lacking(first))
+            self.make_way(first, lambda: self._lacking(first), row=True)
 
     def _lacking(self, request: Request) -> int:
         """Blocks that its admission would take from those that can be allocated."""

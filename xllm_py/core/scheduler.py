@@ -133,7 +133,8 @@ class Scheduler:
         reason, text = self._batch.crowded(newcomer, self._reservations.num_open)
         if reason:
             return reason, text
-        self._batch.make_way(newcomer, lambda: self._reservations.need(submission))
+        # a row is made when it has landed; until then it would go to the next one that waits
+        self._batch.make_way(newcomer, lambda: self._reservations.need(submission), row=False)
         need = self._reservations.need(submission)
         if not self._headroom.has_room(need):
             return "full_now", f"{need} blocks wanted, {self._blocks.num_free} free"
