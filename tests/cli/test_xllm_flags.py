@@ -126,6 +126,7 @@ def test_values_reach_their_slices(build):
         "--rpc_channel_timeout_ms=250",
         "--health_check_interval_ms=500",
         "--random_seed=11",
+        "--kv_streams=4",
         "--dtype=float32",
         "--log_level=error",
         "--log_format=json",
@@ -142,6 +143,7 @@ def test_values_reach_their_slices(build):
     assert (config.cluster.heart_beat_interval_s, config.cluster.rpc_timeout_s) == (0.5, 0.25)
     assert (config.stalled_after_s, config.random_seed) == (0.5, 11)
     assert config.engine.dtype == "float32"
+    assert config.engine.kv_streams == 4
     assert (config.log.level, config.engine.log_level, config.log.form) == (
         "error",
         "error",
@@ -214,6 +216,8 @@ def test_minus_one_means_our_default_and_is_said(build):
         "--rpc_channel_timeout_ms=0",
         "--health_check_interval_ms=0",
         "--grant_ttl_s=0",
+        "--kv_streams=0",
+        "--kv_streams=17",
         "--handoff_hold_s=-1",
         "--request_timeout_s=0",
         "--drain_timeout_s=-3",

@@ -6,6 +6,7 @@ import random
 import select
 import time
 from collections.abc import Callable
+from functools import partial
 
 from xllm_py.base.clock import RealClock
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
@@ -38,8 +39,15 @@ def make_memory(
     return KvMemory(layout, num_blocks, regions)
 
 
-def make_tcp(*, memory: KvMemory, incarnation: str, cluster_key: bytes = KEY) -> KvTransport:
-    return TcpKvTransport(memory=memory, incarnation=incarnation, cluster_key=cluster_key)
+def make_tcp(
+    *, memory: KvMemory, incarnation: str, cluster_key: bytes = KEY, num_streams: int = 1
+) -> KvTransport:
+    return TcpKvTransport(
+        memory=memory, incarnation=incarnation, cluster_key=cluster_key, num_streams=num_streams
+    )
+
+
+make_streams = partial(make_tcp, num_streams=3)
 
 
 def memory_maker() -> Make:
@@ -64,6 +72,7 @@ class Pair:
         self.extra: list[KvTransport] = []
         self.given: list[KvEvent] = []
         self.taken: list[KvEvent] = []
+        self.num_streams = 1
         self._grants = 0
 
     def add(self, **made: object) -> KvTransport:
@@ -164,6 +173,15 @@ class Pair:
             for layer in range(LAYOUT.num_layers):
                 for part in range(PARTS):
                     assert self.taker_memory.span(layer, part, block) == whole, block
+
+    def wipe(self, blocks: tuple[int, ...]) -> None:
+        """Canaries in these blocks of D again."""
+        for block in blocks:
+            for layer in range(LAYOUT.num_layers):
+                for part in range(PARTS):
+                    self.taker_memory.span(layer, part, block)[:] = (
+                        bytes([CANARY]) * LAYOUT.block_bytes
+                    )
 
     def close(self) -> None:
         """Everything."""

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.conformance.kv_pair import LAYOUT, Pair, make_memory, make_tcp, memory_maker
+from tests.conformance.kv_pair import (
+    LAYOUT,
+    Pair,
+    make_memory,
+    make_streams,
+    make_tcp,
+    memory_maker,
+)
 from xllm_py.core.kv_memory import PARTS, KvLayout
 from xllm_py.transport.base import GiverGrant, KvEventKind
 
@@ -16,9 +23,13 @@ ACKNOWLEDGED, LANDED = KvEventKind.ACKNOWLEDGED, KvEventKind.LANDED
 FAILED, RELEASED = KvEventKind.FAILED, KvEventKind.RELEASED
 
 
-@pytest.fixture(params=["memory", "tcp"])
+MAKERS = {"memory": memory_maker, "tcp": lambda: make_tcp, "tcp streams": lambda: make_streams}
+
+
+@pytest.fixture(params=list(MAKERS))
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    made = Pair(make_tcp if request.param == "tcp" else memory_maker())
+    made = Pair(MAKERS[request.param]())
+    made.num_streams = 3 if request.param == "tcp streams" else 1
     yield made
     made.close()
 
@@ -296,7 +307,7 @@ def test_many_grants_share_a_link_and_come_interleaved(pair: Pair) -> None:
         pair.taken_event(LANDED, grant)
     for index, blocks in enumerate(sources):
         pair.assert_copied(blocks, (index, 31 - index))
-    assert pair.giver.ledger()["links"] == 1
+    assert pair.giver.ledger()["links"] == pair.num_streams
 
 
 def test_an_abandoned_grant_is_silent(pair: Pair) -> None:

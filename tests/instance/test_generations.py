@@ -309,6 +309,7 @@ async def test_verdicts_go_out_beside_outputs(speaker: Speaker) -> None:
         reasons=[""],
         num_bytes=[9],
         seconds=[0.1],
+        exposed=[0.05],
     )
     speaker.generations.send_verdicts(MASTER, verdicts)
     stream = await speaker.network.stream("master:1")

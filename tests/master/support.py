@@ -187,8 +187,8 @@ class FakeInstance:
 
     async def judge(self, kind: str, request_id: str = "r1") -> None:
         """Report how a handoff ended."""
-        columns = ([request_id], [1], [kind], [""], [4096], [0.01])
-        names = ("request_ids", "attempts", "kinds", "reasons", "num_bytes", "seconds")
+        columns = ([request_id], [1], [kind], [""], [4096], [0.01], [0.002])
+        names = ("request_ids", "attempts", "kinds", "reasons", "num_bytes", "seconds", "exposed")
         await self._send(Outputs(), Verdicts(**dict(zip(names, columns, strict=True))))  # type: ignore[arg-type]
 
     async def cut_stream(self) -> None:

@@ -163,6 +163,10 @@ async def test_losing_the_giver_after_the_handoff_changes_nothing() -> None:
         await reader.ended()
         assert reader.error is None
         assert reader.ids == [11, 12]
+        record = master.parts.journeys.get("r1")
+        assert record is not None
+        moved = {"bytes": 4096, "seconds": 0.01, "exposed_seconds": 0.002}
+        assert record.row()["transfer"] == moved
 
 
 async def test_a_giver_that_keeps_the_request_needs_no_taker() -> None:

@@ -210,7 +210,7 @@ def test_a_damaged_payload_is_answered_with_the_reason(
     frame = bytearray(giver.frame(payload_of(1)))
     frame[-1] ^= 1
     giver.sock.sendall(frame)
-    assert giver.answer() == kv_session.Closed(Reason.BAD_CHECKSUM, by_peer=True)
+    assert giver.answer() == kv_session.Closed(Reason.BAD_CHECKSUM, True, GRANT)
     assert read(giver.sock, 1) == b""
     assert "checksum" in wait_for(taker, KvEventKind.FAILED).text
     assert untouched(memory, but=(4,))
@@ -223,7 +223,7 @@ def test_a_rejected_giver_that_still_sends_is_not_reset(
     frame = bytearray(giver.frame(payload_of(1)))
     frame[-1] ^= 1
     giver.sock.sendall(bytes(frame) + bytes(100_000))
-    assert giver.answer() == kv_session.Closed(Reason.BAD_CHECKSUM, by_peer=True)
+    assert giver.answer() == kv_session.Closed(Reason.BAD_CHECKSUM, True, GRANT)
     assert read(giver.sock, 1) == b""
     giver.sock.close()
     until("the end of the link", lambda: taker.ledger()["links"] == 0)
@@ -299,7 +299,7 @@ BIG = KvLayout(num_layers=1, block_size=4, block_bytes=4 << 20, shape="big")
 
 
 class RawTaker:
-    """A taker that knows the key, shakes hands, and then reads only what the test reads."""
+    """A taker that knows the key, shakes hands once, and then reads only what the test reads."""
 
     def __init__(self, layout: KvLayout) -> None:
         self._server = socket.socket()
@@ -312,6 +312,7 @@ class RawTaker:
     def accept(self) -> socket.socket:
         self._server.settimeout(DEADLINE_S)
         sock, _ = self._server.accept()
+        self._server.close()
         welcome = self.session.on_hello(read(sock, codec.HELLO_BYTES))
         assert isinstance(welcome, bytes)
         sock.sendall(welcome)
@@ -568,7 +569,7 @@ def test_a_commit_that_is_still_under_way_on_a_slow_link_is_waited_for(
 ) -> None:
     """The kernel had taken it at once; the answer counts from when the peer's kernel has it."""
     (link,) = committed.giver._links.values()
-    until("the kernel", lambda: not link._queue and not link._reading)
+    until("the kernel", lambda: link._givings.next() is None and not link._reading)
     committed.clock.turn(ACK_S + 1)
     other = b"o" * 16
     committed.connect(other)

@@ -12,6 +12,8 @@ from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState, GrantTable
 from xllm_py.wire.kv_session import (
     MAX_LATE_FRAMES,
     Acknowledged,
+    Again,
+    Asked,
     Closed,
     GiverSession,
     Landed,
@@ -339,6 +341,53 @@ def test_a_damaged_commit_closes_the_link_and_the_grant_lives_on(taker: Taker, l
     payload = link.give(1, 1).commit_payload(DIGEST)
     assert link.commit(1, payload, crc=0) == Reject(Reason.BAD_CHECKSUM, entry.grant)
     assert isinstance(taker.link().commit(1, payload), Landed)
+
+
+# ---- what became of a COMMIT
+
+
+def ask(link: Link, number: int, **fields: int) -> object:
+    """RESUME, and what the taker makes of it."""
+    name = number.to_bytes(16, "big")
+    header = Header(type=FrameType.RESUME, seq=0, grant=name)
+    return link.session.on_header(link.forge(header._replace(**fields)))
+
+
+def test_a_giver_that_comes_back_learns_whether_its_commit_landed(taker: Taker) -> None:
+    name = (1).to_bytes(16, "big")
+    taker.grants.open(grant(1, (5,)))
+    first = taker.link()
+    payload = first.give(1, 1).commit_payload(DIGEST)
+    assert ask(taker.link(), 1) == Asked(name, landed=False)
+    assert isinstance(first.commit(1, payload), Landed)
+    assert ask(taker.link(), 1) == Asked(name, landed=True)
+    taker.grants.revoke(name)
+    assert ask(taker.link(), 1) == Asked(name, landed=True)
+
+
+def test_a_giver_that_comes_back_to_nothing_is_told_so(taker: Taker) -> None:
+    for number in (1, 2, 3):
+        taker.grants.open(grant(number, (number,), peer="q" if number == 3 else "p"))
+    one, two, three, four = (number.to_bytes(16, "big") for number in (1, 2, 3, 4))
+    taker.grants.revoke(one)
+    assert ask(taker.link(), 1) == Late(one)
+    assert isinstance(taker.link().commit(2, bytes(codec.COMMIT_BYTES)), Reject)
+    assert ask(taker.link(), 2) == Reject(Reason.WRONG_STATE, two)
+    assert ask(taker.link(), 3) == Reject(Reason.UNKNOWN_GRANT, three)
+    taker.grants.revoke(three)
+    assert ask(taker.link(), 3) == Reject(Reason.UNKNOWN_GRANT, three)
+    assert ask(taker.link(), 4) == Reject(Reason.UNKNOWN_GRANT, four)
+
+
+@pytest.mark.parametrize("field", ["first", "num_blocks", "layer", "part", "length"])
+def test_a_question_with_strange_fields_is_refused(taker: Taker, field: str) -> None:
+    taker.grants.open(grant(1, (5,)))
+    assert isinstance(ask(taker.link(), 1, **{field: 1}), Reject)
+
+
+def test_the_giver_hears_that_nothing_landed(link: Link) -> None:
+    assert codec.unpack_header(link.giver.resume(b"g" * 16))[0].type == FrameType.RESUME
+    assert link.giver.on_header(link.session.again(b"g" * 16)) == Again(b"g" * 16)
 
 
 # ---- revoke

@@ -120,6 +120,7 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
     ):
         need(values[name] in known, f"--{name}={values[name]} is unknown. Use {', '.join(known)}")
     need(2 <= values["etcd_ttl"] <= 60, f"--etcd_ttl={values['etcd_ttl']}. Use 2 to 60 s")
+    need(1 <= values["kv_streams"] <= 16, f"--kv_streams={values['kv_streams']}. Use 1 to 16")
     need(
         0.05 <= values["heart_beat_interval"] <= 10,
         "--heart_beat_interval must lie in 0.05 to 10 s. Use 0.1",
@@ -250,6 +251,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
         kv_host=host,
         kv_port=values["transfer_listen_port"],
         kv_listen=values["enable_disagg_pd"],
+        kv_streams=values["kv_streams"],
         kv_port_may_move="transfer_listen_port" not in given.by_hand,
         log_level=rules.logs(rules.Causes(), values).level,
         log_format=values["log_format"],

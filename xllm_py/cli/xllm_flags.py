@@ -180,6 +180,7 @@ _CLUSTER = in_group(
         idle=True,
     ),
     a("kv_transport", "string", "tcp", "tcp"),
+    b("kv_streams", "int32", 1, "TCP connections from this instance to one peer, 1 to 16"),
     a("hccn_conf", "string", "/etc/hccn.conf", "device addresses of npu hosts", idle=True),
     a(
         "grant_ttl_s",

@@ -61,6 +61,7 @@ def from_up(up: cm.GenerationsUp) -> pb.GenerationsUp:
             reasons=verdicts.reasons,
             num_bytes=verdicts.num_bytes,
             seconds=verdicts.seconds,
+            exposed=verdicts.exposed,
         ),
     )
 
@@ -149,6 +150,7 @@ def _to_verdicts(message: pb.Verdicts) -> Verdicts:
         reasons=column(labels(message.reasons), length, "reasons"),
         num_bytes=column(message.num_bytes, length, "num_bytes"),
         seconds=column(message.seconds, length, "seconds"),
+        exposed=column(message.exposed, length, "exposed"),
     )
 
 

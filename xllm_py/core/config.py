@@ -66,6 +66,7 @@ class EngineConfig:
     kv_host: str = "127.0.0.1"
     kv_port: int = 0  # 0: any free port
     kv_listen: bool = False  # an instance with a role other than DEFAULT moves KV
+    kv_streams: int = 1  # TCP connections to one peer
     kv_port_may_move: bool = True  # take the next free port when this one is busy (SPEC 1.1)
     cluster_key: bytes = b""
     toy_step_s: float = 0.0  # how long the toy executor pretends to compute a step

@@ -76,6 +76,7 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
         port=config.kv_port,
         listen=True,
         port_may_move=config.kv_port_may_move,
+        num_streams=config.kv_streams,
         layout_fingerprint=memory.layout.fingerprint,
     )
 

@@ -40,6 +40,7 @@ class _Giving:
     grant: bytes = b""
     num_bytes: int = 0
     seconds: float = 0.0
+    exposed_s: float = 0.0
 
 
 class GivingAgent:
@@ -136,6 +137,7 @@ class GivingAgent:
         if giving is None:
             return False
         giving.num_bytes, giving.seconds = event.num_bytes, event.seconds
+        giving.exposed_s = event.exposed_s
         if event.kind is KvEventKind.ACKNOWLEDGED:
             self._act(giving, giving.machine.on_acknowledged(), now)
         elif event.kind is KvEventKind.FAILED:
@@ -346,5 +348,6 @@ class GivingAgent:
                 reasons=[reason],
                 num_bytes=[giving.num_bytes],
                 seconds=[giving.seconds],
+                exposed=[giving.exposed_s],
             )
         )

@@ -183,6 +183,7 @@ class Routed:
                 reasons=[verdicts.reasons[index]],
                 num_bytes=[verdicts.num_bytes[index]],
                 seconds=[verdicts.seconds[index]],
+                exposed=[verdicts.exposed[index]],
             )
             self.generations.send_verdicts(destination, one)
             if verdicts.kinds[index] == "landed":

@@ -19,7 +19,7 @@ from xllm_py.cluster.routing import Route
 from xllm_py.core.plan import Outputs
 from xllm_py.core.request import Submission
 from xllm_py.master.instance_manager import InstanceManager
-from xllm_py.master.journeys import Record
+from xllm_py.master.journeys import Record, Transfer
 from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, Heartbeat, HeartbeatReply
 from xllm_py.wire.messages import Verdicts
 
@@ -75,6 +75,9 @@ class Generations:
         self._handoffs = metrics.counter("handoff_offers", "Handoffs by their end", ["result"])
         self._moved = metrics.counter("kv_transfer_bytes", "KV bytes moved", ["direction"])
         self._seconds = metrics.seconds("kv_transfer_seconds", "KV transfer of a handoff")
+        self._exposed = metrics.seconds(
+            "kv_transfer_exposed_seconds", "Part of it that no computation hid"
+        )
         manager.on_lost.append(self._on_lost)
 
     # ---- requests ----
@@ -192,14 +195,19 @@ class Generations:
             verdicts.reasons,
             verdicts.num_bytes,
             verdicts.seconds,
+            verdicts.exposed,
             strict=True,
         )
-        for request_id, attempt, kind, reason, num_bytes, seconds in columns:
+        for request_id, attempt, kind, reason, num_bytes, seconds, exposed in columns:
             self._inflight.on_verdict(request_id, attempt, incarnation, kind)
             self._handoffs.labels(result=kind).inc()
             if kind == "landed":
                 self._moved.labels(direction="out").inc(num_bytes)
                 self._seconds.observe(seconds)
+                self._exposed.observe(exposed)
+                if request_id in self._open:
+                    moved = Transfer(num_bytes=num_bytes, seconds=seconds, exposed_s=exposed)
+                    self._open[request_id].record.transfer = moved
             else:
                 _log.info("handoff", request=request_id, result=kind, reason=reason)
 

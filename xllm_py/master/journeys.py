@@ -26,6 +26,15 @@ _ONE_AFTER_ANOTHER = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """What the KV of a handoff cost, as P saw it."""
+
+    num_bytes: int
+    seconds: float  # from the first byte to D's word that all is there
+    exposed_s: float  # of these, what came after the last computation
+
+
 @dataclass(slots=True, kw_only=True)
 class Record:
     """One request's story."""
@@ -37,6 +46,7 @@ class Record:
     state: str = "received"
     attempt: int = 1
     moments: dict[str, float] = field(default_factory=dict)  # since received_at
+    transfer: Transfer | None = None
 
     def stamp(self, moment: Moment, now: float) -> None:
         """A moment the master saw itself; the first time counts."""
@@ -77,6 +87,17 @@ class Record:
             "prefill_instance": self.route.first.name if self.route else None,
             "decode_instance": decode.name if decode else None,
             "moments": self._ordered(),
+            "transfer": self._moved(),
+        }
+
+    def _moved(self) -> dict[str, float] | None:
+        moved = self.transfer
+        if moved is None:
+            return None
+        return {
+            "bytes": moved.num_bytes,
+            "seconds": round(moved.seconds, 6),
+            "exposed_seconds": round(moved.exposed_s, 6),
         }
 
     def _ordered(self) -> dict[str, float]:

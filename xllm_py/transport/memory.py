@@ -93,7 +93,7 @@ class _Link:
         self.open = False
         self.giver.network.links.remove(self)
         for grant in self.givings:
-            self.giver.tell(KvEventKind.FAILED, grant, reason)
+            self.giver.failed(grant, reason)
         if self._known:
             self.taker.taking.link_lost(self.giver.incarnation, reason)
 
@@ -170,8 +170,8 @@ class _Link:
             part, body = body[: view.nbytes], body[view.nbytes :]
             view[: part.nbytes] = part
 
-    def _answer(self, result: kv_session.Result | kv_session.Closed) -> None:
-        match result:
+    def _answer(self, result: kv_session.Result | kv_session.Asked | kv_session.Closed) -> None:
+        match result:  # a link in memory never comes back after it broke, so its giver never asks
             case kv_session.Landed(grant=grant):
                 self.taker.taking.landed(result, self.taker.network.clock.now())
                 self._reply(self._in.ack(grant))
@@ -192,12 +192,19 @@ class _Link:
         match self._out.on_header(data):
             case kv_session.Acknowledged(grant=grant) if grant in self.givings:
                 giving = self.givings.pop(grant)
-                seconds = self.giver.network.clock.now() - giving.since_s
-                num_bytes = giving.frames.num_bytes
-                self.giver.tell(KvEventKind.ACKNOWLEDGED, grant, "", num_bytes, seconds)
+                now = self.giver.network.clock.now()
+                self.giver.end_grant(
+                    KvEvent(
+                        kind=KvEventKind.ACKNOWLEDGED,
+                        grant=grant,
+                        num_bytes=giving.frames.num_bytes,
+                        seconds=now - giving.since_s,
+                        exposed_s=now - (giving.committed_s or now),
+                    )
+                )
             case kv_session.Refused(grant=grant, reason=reason) if grant in self.givings:
                 self.drop(grant)
-                self.giver.tell(KvEventKind.FAILED, grant, codec.TEXTS[reason])
+                self.giver.failed(grant, codec.TEXTS[reason])
             case kv_session.Closed(reason=reason):
                 self.end(codec.TEXTS[reason])
 
@@ -236,15 +243,15 @@ class MemoryKvTransport:
             nonce=self.network.fresh().to_bytes(codec.NONCE_BYTES, "little"),
         )
 
-    def tell(
-        self, kind: KvEventKind, grant: bytes, text: str, num_bytes: int = 0, seconds: float = 0.0
-    ) -> None:
-        """Giver: an event for `poll`."""
-        self._by_grant.pop(grant, None)
-        self.counts.add("failures", kind is KvEventKind.FAILED)
-        self._events.put(
-            KvEvent(kind=kind, grant=grant, text=text, num_bytes=num_bytes, seconds=seconds)
-        )
+    def failed(self, grant: bytes, text: str) -> None:
+        """Giver: this grant is dead."""
+        self.counts.add("failures")
+        self.end_grant(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=text))
+
+    def end_grant(self, event: KvEvent) -> None:
+        """Giver: a grant has ended, well or not."""
+        self._by_grant.pop(event.grant, None)
+        self._events.put(event)
 
     @property
     def wake_fd(self) -> int:
@@ -263,7 +270,7 @@ class MemoryKvTransport:
         """See KvTransport."""
         taker = self.network.listeners.get(grant.endpoint)
         if taker is None:
-            self.tell(KvEventKind.FAILED, grant.grant, "nobody listens there")
+            self.failed(grant.grant, "nobody listens there")
             return
         for link in self.network.links:
             if link.giver is self and link.taker is taker:

@@ -45,10 +45,11 @@ class TcpKvTransport:
         port: int = 0,
         listen: bool = True,
         port_may_move: bool = False,
+        num_streams: int = 1,
         layout_fingerprint: str = "",
         clock: Clock | None = None,
     ) -> None:
-        """port 0: any free port. port_may_move: take the next free one when `port` is busy.
+        """port 0: any free port. port_may_move: take the next free one when `port` is busy. num_streams: links to one peer.
 
         Raises PortInUse, UsageError when the cluster key is missing, LayoutMismatch when a block exceeds a frame or
         `layout_fingerprint` is not that of `memory`.
@@ -67,10 +68,16 @@ class TcpKvTransport:
         self._cluster_key = cluster_key
         self._clock = clock or RealClock()
         self._counts = Counts(
-            "bytes_sent", "bytes_received", "frames_rejected", "frames_late", "failures"
+            "bytes_sent",
+            "bytes_received",
+            "frames_rejected",
+            "frames_late",
+            "links_broken",
+            "failures",
         )
         self._events = EventQueue()
-        self._links: dict[tuple[str, str], GiverLink] = {}
+        self._num_streams = num_streams
+        self._links: dict[tuple[str, str, int], GiverLink] = {}
         self._by_grant: dict[bytes, GiverLink] = {}
         self._taking = Taking(memory=memory, events=self._events, counts=self._counts)
         self._listener: Listener | None = None
@@ -91,8 +98,9 @@ class TcpKvTransport:
             sock=sock, taking=self._taking, make_identity=self._identity, clock=self._clock
         )
 
-    def _identity(self) -> Identity:
+    def _identity(self, stream: int = 0) -> Identity:
         return Identity(
+            stream=stream,
             incarnation=self._incarnation,
             layout=self._memory.layout,
             cluster_key=self._cluster_key,
@@ -119,16 +127,23 @@ class TcpKvTransport:
 
     def connect(self, grant: GiverGrant) -> None:
         """See KvTransport."""
-        key = (grant.endpoint, grant.peer_incarnation)
-        link = self._links.get(key)
+        place = (grant.endpoint, grant.peer_incarnation, self._stream_for(grant))
+        link = self._links.get(place)
         if link is None or not link.add(grant):
             self._sweep()
             try:
-                link = self._links[key] = self._open_link(grant)
+                link = self._links[place] = self._open_link(grant, place[2])
             except (OSError, RuntimeError) as error:  # no descriptor, no thread
                 self._fail(grant.grant, f"no KV link can be made: {error}")
                 return
         self._by_grant[grant.grant] = link
+
+    def _stream_for(self, grant: GiverGrant) -> int:
+        """All frames of a grant go over one link, the one with the fewest grants; a further one is opened when all are busy."""
+        peer = (grant.endpoint, grant.peer_incarnation)
+        links = [self._links.get((*peer, stream)) for stream in range(self._num_streams)]
+        loads = [link.num_grants if link is not None else 0 for link in links]
+        return loads.index(min(loads))
 
     def _fail(self, grant: bytes, text: str) -> None:
         self._counts.add("failures")
@@ -142,10 +157,10 @@ class TcpKvTransport:
                 link.close()
                 del self._links[key]
 
-    def _open_link(self, first: GiverGrant) -> GiverLink:
+    def _open_link(self, first: GiverGrant, stream: int) -> GiverLink:
         return GiverLink(
             first=first,
-            session=GiverSession(self._identity(), first.peer_incarnation),
+            make_session=lambda: GiverSession(self._identity(stream), first.peer_incarnation),
             memory=self._memory,
             events=self._events,
             counts=self._counts,

@@ -1,8 +1,9 @@
 """P's end of one KV link over TCP: a thread that connects, proves itself, and sends what the engine thread queues.
 
-One link per peer, shared by all grants to it. The engine thread queues (grant, layer, blocks) and goes on; this thread
-computes the checksums and hands the cache's own memory to the kernel. Made by transport/tcp. It never copies a block, save the
-rest of a frame whose grant is abandoned while it is being sent.
+Shared by many grants to one peer. The engine thread queues (grant, layer, blocks) and goes on; this thread computes the
+checksums and hands the cache's own memory to the kernel. Made by transport/tcp. It never copies a block, save the rest of a frame
+whose grant is abandoned while it is being sent. A connection that breaks is opened again and the grants go on under it
+(transport/kv_giving); only when that fails, or fails too often, have they failed.
 """
 
 from __future__ import annotations
@@ -10,49 +11,30 @@ from __future__ import annotations
 import select
 import socket
 import threading
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import InternalError
 from xllm_py.core.kv_memory import PARTS, KvMemory
-from xllm_py.transport import tcp_socket
+from xllm_py.transport import tcp_handshake, tcp_socket
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind
 from xllm_py.transport.kv_events import Counts, EventQueue, Wake
+from xllm_py.transport.kv_giving import Giving, Givings, Item
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.wire import codec, kv_session
+from xllm_py.wire.codec import FrameType
 from xllm_py.wire.kv_session import GiverSession
 
-ACK_S = 5.0  # a verified COMMIT is answered in microseconds; the peer's interpreter may be busy
+ACK_S = 1.0  # a verified COMMIT is answered in microseconds; after so long the peer is asked again over a new connection
 ABANDON_S = 0.5  # how long `abandon` lets the thread come out of the kernel before it cuts the link
 BATCH_BYTES = codec.FRAME_BYTES  # frames that wait go out in one call, up to about so many bytes
 CUT_S = 10.0  # the kernel returns from a cut link at once; only a machine that starves the thread makes this last
+REOPEN_S = 0.25  # a connection that cannot be had within so long, and at the second try, has failed
+_FIRST_WAIT_S = 0.02  # between two tries, doubling
 _IDLE_MS = 250
 
 _log = log.get(__name__)
-
-
-@dataclass(slots=True)
-class _Giving:
-    """One grant as this side sees it."""
-
-    grant: GiverGrant
-    frames: codec.FrameLog = field(default_factory=codec.FrameLog)
-    started_s: float = 0.0
-    committed_s: float = 0.0  # 0: COMMIT has not been sent
-
-
-class _Item(NamedTuple):
-    """One frame to come: blocks of one layer and part, or, without blocks, COMMIT."""
-
-    grant: bytes
-    layer: int = 0
-    part: int = 0
-    first: int = 0
-    block_ids: tuple[int, ...] = ()
 
 
 class GiverLink:
@@ -62,21 +44,22 @@ class GiverLink:
         self,
         *,
         first: GiverGrant,
-        session: GiverSession,
+        make_session: Callable[[], GiverSession],
         memory: KvMemory,
         events: EventQueue,
         counts: Counts,
         clock: Clock,
     ) -> None:
         self._endpoint = first.endpoint
-        self._session = session
+        self._make_session = make_session
+        self._session = make_session()
         self._memory = memory
         self._events = events
         self._counts = counts
         self._clock = clock
         self._state = threading.Condition()  # guards everything down to _ended
-        self._givings: dict[bytes, _Giving] = {first.grant: _Giving(first)}
-        self._queue: deque[_Item] = deque()
+        self._givings = Givings()
+        self._givings.add(first)
         self._reading: set[bytes] = set()  # grants whose blocks the thread may be reading
         self._idle = False
         self._sock: socket.socket | None = None
@@ -98,30 +81,36 @@ class GiverLink:
         with self._state:
             return self._ended
 
+    @property
+    def num_grants(self) -> int:
+        """How many it serves."""
+        with self._state:
+            return len(self._givings)
+
     def add(self, grant: GiverGrant) -> bool:
         """Serve this grant; False when the link has ended."""
         with self._state:
             if self._ended:
                 return False
-            self._givings[grant.grant] = _Giving(grant)
+            self._givings.add(grant)
             return True
 
     def push(self, grant: bytes, layer: int, first: int, block_ids: tuple[int, ...]) -> None:
         """Queue blocks; passed over when the grant has ended."""
         step = self._blocks_per_frame
         self._enqueue(
-            _Item(grant, layer, part, first + start, block_ids[start : start + step])
+            Item(FrameType.DATA, grant, layer, part, first + start, block_ids[start : start + step])
             for part in range(PARTS)
             for start in range(0, len(block_ids), step)
         )
 
     def commit(self, grant: bytes) -> None:
         """Queue COMMIT."""
-        self._enqueue([_Item(grant)])
+        self._enqueue([Item(FrameType.COMMIT, grant)])
 
-    def _enqueue(self, items: Iterable[_Item]) -> None:
+    def _enqueue(self, items: Iterable[Item]) -> None:
         with self._state:
-            self._queue.extend(item for item in items if item.grant in self._givings)
+            self._givings.put(items)
             idle, self._idle = self._idle, False
         if idle:
             self._wake.ring()
@@ -129,17 +118,12 @@ class GiverLink:
     def abandon(self, grant: bytes) -> None:
         """Forget the grant; on return none of its blocks is read. Raises InternalError when the thread does not obey."""
         with self._state:
-            self._drop(grant)
+            self._givings.drop(grant)
             if self._state.wait_for(lambda: grant not in self._reading, ABANDON_S):
                 return
             self._cut()
             if not self._state.wait_for(lambda: grant not in self._reading, CUT_S):
                 raise InternalError("a KV link does not let go of its blocks")
-
-    def _drop(self, grant: bytes) -> None:
-        """Lock held."""
-        self._givings.pop(grant, None)
-        self._queue = deque(item for item in self._queue if item.grant != grant)
 
     def _cut(self) -> None:
         """Lock held. A thread inside the kernel comes back at once."""
@@ -154,6 +138,7 @@ class GiverLink:
         with self._state:
             self._closing = True
             self._cut()
+            self._state.notify_all()
         self._wake.ring()
         self._thread.join(tcp_socket.HANDSHAKE_S + 1.0)
         if self._thread.is_alive():
@@ -164,56 +149,81 @@ class GiverLink:
     def _run(self) -> None:
         reason = "the link's thread broke"
         try:
-            with self._connect() as sock:
-                self._serve(sock)
-            reason = "closed"
-        except LinkBroken as broken:
-            reason = broken.message
-        except OSError as error:
-            reason = f"KV link to {self._endpoint}: {error.strerror or error}"
+            reason = self._serve_grants()
         finally:
             self._end(reason)
+
+    def _serve_grants(self) -> str:
+        """Over one connection after the other. Returns why there is no next one."""
+        since, tries, cause = self._clock.now(), 0, ""
+        while True:
+            opened = False
+            try:
+                with self._connect() as sock:
+                    opened = True
+                    self._serve(sock)
+                return "closed"
+            except LinkBroken as broken:
+                reason = broken.message
+            except OSError as error:
+                reason = f"KV link to {self._endpoint}: {error.strerror or error}"
+            if opened:
+                since, tries, cause = self._clock.now(), 0, f"{reason}; opened again: "
+                self._counts.add("links_broken")
+                self._fail(self._take_stock(), reason)
+            wait_s = _FIRST_WAIT_S * 2**tries
+            tries += 1
+            late = tries > 1 and self._clock.now() + wait_s - since > REOPEN_S
+            if late or not self._pause(wait_s):
+                return cause + reason
+
+    def _take_stock(self) -> list[bytes]:
+        """The connection broke: what was sent is to be sent again. Returns the grants that saw this too often."""
+        with self._state:
+            self._sock = None
+            self._reading.clear()
+            self._state.notify_all()
+            return self._givings.reopened()
+
+    def _pause(self, wait_s: float) -> bool:
+        """Before the next try; False when nobody waits for it."""
+        with self._state:
+            closing = self._state.wait_for(lambda: self._closing, wait_s)
+            if not len(self._givings):
+                self._ended = True  # nobody can add a grant to a link that is not tried any more
+            return not closing and not self._ended
 
     def _end(self, reason: str) -> None:
         with self._state:
             self._ended, self._sock = True, None
             self._reading.clear()
-            lost = [] if self._closing else list(self._givings)
-            self._givings.clear()
-            self._queue.clear()
+            lost = self._givings.clear()
+            if self._closing:
+                lost = []
             self._state.notify_all()
-        if lost:
+        self._fail(lost, reason)
+
+    def _fail(self, grants: list[bytes], reason: str) -> None:
+        if grants:
             self._counts.add("failures")
             _log.warning("KV link failed", endpoint=self._endpoint, reason=reason)
-        for grant in lost:
+        for grant in grants:
             self._events.put(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=reason))
 
     def _connect(self) -> socket.socket:
-        deadline = self._clock.now() + tcp_socket.HANDSHAKE_S
-        address = tcp_socket.split_endpoint(self._endpoint)
-        try:
-            sock = socket.create_connection(address, tcp_socket.HANDSHAKE_S)
-        except ValueError as error:  # also of the name's encoding
-            raise LinkBroken(f"{self._endpoint!r} is not host:port") from error
-        try:
-            tcp_socket.tune(sock)
-            with self._state:
-                self._sock = sock
-                if self._closing:
-                    raise LinkBroken("closed")
-            sock.sendall(self._session.hello())
-            size = kv_session.WELCOME_BYTES
-            welcome = tcp_socket.read_handshake(sock, size, deadline, self._clock)
-            proof = self._session.on_welcome(welcome)
-            if isinstance(proof, codec.Reason):
-                raise LinkBroken(f"KV link to {self._endpoint}: {codec.TEXTS[proof]}")
-            sock.sendall(proof)
-            tcp_socket.set_slices(sock)
-        except BaseException:
-            sock.close()
-            raise
+        self._session = self._make_session()
+        sock = tcp_handshake.call(
+            self._endpoint, self._session, clock=self._clock, on_socket=self._hold
+        )
         _log.debug("KV link open", endpoint=self._endpoint)
         return sock
+
+    def _hold(self, sock: socket.socket) -> None:
+        """From here on the engine thread can cut it."""
+        with self._state:
+            self._sock = sock
+            if self._closing:
+                raise LinkBroken("closed")
 
     def _serve(self, sock: socket.socket) -> None:
         poller = select.poll()
@@ -240,23 +250,23 @@ class GiverLink:
         num_bytes = 0
         while num_bytes < BATCH_BYTES and len(views) < codec.MAX_FRAME_BLOCKS:
             with self._state:
-                if not self._queue:
+                found = self._givings.next()
+                if found is None:
                     self._idle = not views
                     break
-                item = self._queue.popleft()
-                giving = self._givings[item.grant]
-                if item.block_ids:
+                giving, item = found
+                if item.kind is FrameType.DATA:
                     self._reading.add(item.grant)
-            if item.block_ids:
+            if item.kind is FrameType.DATA:
                 views += self._data(giving, item)
                 num_bytes += codec.HEADER_BYTES + len(item.block_ids) * self._block_bytes
             else:
-                views.append(self._commit(giving))
-                num_bytes += codec.HEADER_BYTES + codec.COMMIT_BYTES
+                views.append(self._commit(giving, item))
+                num_bytes += views[-1].nbytes
         return views, num_bytes
 
-    def _data(self, giving: _Giving, item: _Item) -> list[memoryview]:
-        grant, layer, part, first, block_ids = item
+    def _data(self, giving: Giving, item: Item) -> list[memoryview]:
+        _, grant, layer, part, first, block_ids = item
         giving.started_s = giving.started_s or self._clock.now()
         views = self._memory.spans(layer, part, block_ids)
         crc = tcp_socket.checksum(views)
@@ -265,11 +275,15 @@ class GiverLink:
         self._counts.add("bytes_sent", header.length)
         return [memoryview(data), *views]
 
-    def _commit(self, giving: _Giving) -> memoryview:
+    def _commit(self, giving: Giving, item: Item) -> memoryview:
+        """COMMIT, or the question what became of it."""
+        giving.committed_s = self._clock.now()
+        giving.all_sent_s = giving.all_sent_s or giving.committed_s
+        giving.started_s = giving.started_s or giving.committed_s
+        if item.kind is FrameType.RESUME:
+            return memoryview(self._session.resume(item.grant))
         payload = giving.frames.commit_payload(giving.grant.prompt_digest)
         crc = tcp_socket.checksum([memoryview(payload)])
-        giving.committed_s = self._clock.now()
-        giving.started_s = giving.started_s or giving.committed_s
         return memoryview(self._session.commit(giving.grant.grant, payload, crc) + payload)
 
     def _write(self, sock: socket.socket, views: list[memoryview], num_bytes: int) -> None:
@@ -299,7 +313,7 @@ class GiverLink:
 
     def _is_abandoned(self) -> bool:
         with self._state:
-            return not self._reading <= self._givings.keys()
+            return any(grant not in self._givings for grant in self._reading)
 
     def _copy(self, views: list[memoryview]) -> memoryview:
         """Abandoned in mid-frame: the peer counts on the rest, so it goes out from a copy."""
@@ -325,7 +339,7 @@ class GiverLink:
         """On a slow link the kernel holds bytes for long; while some are under way TCP itself sees to it that they move."""
         now = self._clock.now()
         with self._state:
-            waiting = [giving for giving in self._givings.values() if giving.committed_s]
+            waiting = [giving for giving in self._givings if giving.committed_s]
         if not any(now - giving.committed_s > ACK_S for giving in waiting):
             return
         if not tcp_socket.num_under_way(sock):
@@ -344,10 +358,16 @@ class GiverLink:
         match self._session.on_header(bytes(data)):
             case kv_session.Acknowledged(grant=grant):
                 self._on_acknowledged(grant)
+            case kv_session.Again(grant=grant):
+                with self._state:
+                    self._givings.again(grant)
             case kv_session.Refused(grant=grant, reason=reason):
                 self._on_refused(grant, codec.TEXTS[reason])
-            case kv_session.Closed(reason=reason):
-                raise LinkBroken(f"KV link to {self._endpoint}: {codec.TEXTS[reason]}")
+            case kv_session.Closed(reason=reason, by_peer=by_peer, grant=grant):
+                text = f"KV link to {self._endpoint}: {codec.TEXTS[reason]}"
+                if by_peer and reason in codec.OF_THE_GRANT:
+                    self._on_refused(grant, text)
+                raise LinkBroken(text)
 
     def _on_acknowledged(self, grant: bytes) -> None:
         with self._state:
@@ -356,19 +376,20 @@ class GiverLink:
                 return  # abandoned while the answer was under way
             if not giving.committed_s:
                 raise LinkBroken(f"KV link to {self._endpoint}: an answer to no COMMIT")
-            self._drop(grant)
+            self._givings.drop(grant)
+        now = self._clock.now()
         self._events.put(
             KvEvent(
                 kind=KvEventKind.ACKNOWLEDGED,
                 grant=grant,
                 num_bytes=giving.frames.num_bytes,
-                seconds=self._clock.now() - giving.started_s,
+                seconds=now - giving.started_s,
+                exposed_s=now - giving.all_sent_s,
             )
         )
 
     def _on_refused(self, grant: bytes, text: str) -> None:
         with self._state:
-            known = grant in self._givings
-            self._drop(grant)
-        if known:
+            known = self._givings.drop(grant)
+        if known is not None:
             self._events.put(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=text))

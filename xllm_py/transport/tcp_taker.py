@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
-from xllm_py.transport import tcp_socket
+from xllm_py.transport import tcp_handshake, tcp_socket
 from xllm_py.transport.kv_events import Wake
 from xllm_py.transport.kv_taking import Taking
 from xllm_py.transport.tcp_socket import LinkBroken
@@ -26,6 +26,7 @@ from xllm_py.wire.kv_session import Take, TakerSession
 
 MAX_HANDSHAKES = 64  # strangers at a time
 MAX_LINKS = 512
+RETURN_S = 1.0  # a giver whose last link broke and that has not come back for so long has given up what it began
 LINGER_S = 0.25  # how long a rejected peer gets to read why
 _SINK_BYTES = 1 << 18
 _PAUSE_MS = 100  # after accept failed for want of file descriptors
@@ -49,8 +50,9 @@ class Listener:
         self._taking = taking
         self._make_identity = make_identity
         self._clock = clock
-        self._lock = threading.Lock()  # guards _links, _closing
+        self._lock = threading.Lock()  # guards the three below
         self._links: set[TakerLink] = set()
+        self._lost: dict[str, tuple[float, str]] = {}  # peer -> until when it may come back, why
         self._closing = False
         self._wake = Wake()
         self._sock.setblocking(False)
@@ -84,6 +86,7 @@ class Listener:
         poller.register(self._wake.fd, select.POLLIN)
         while not self._closing:
             poller.poll(_IDLE_MS)
+            self._give_up()
             try:
                 sock, _ = self._sock.accept()
             except BlockingIOError:
@@ -106,6 +109,7 @@ class Listener:
                 sock=sock,
                 session=session,
                 taking=self._taking,
+                on_known=self._on_link_known,
                 on_end=self._on_link_end,
                 clock=self._clock,
             )
@@ -117,13 +121,42 @@ class Listener:
                 return
             self._links.add(link)
 
+    def _on_link_known(self, link: TakerLink) -> None:
+        """Called in its thread before it takes a frame: the link that it takes the place of must have let go of its blocks."""
+        with self._lock:
+            self._lost.pop(link.peer, None)
+            old = [
+                other
+                for other in self._links
+                if other is not link and other.known and _place(other) == _place(link)
+            ]
+        for other in old:
+            other.cut()
+            if not other.join():
+                raise LinkBroken("an earlier link of this peer does not end")
+
     def _on_link_end(self, link: TakerLink, reason: str) -> None:
         with self._lock:
             self._links.discard(link)
-            others = any(other.known and other.peer == link.peer for other in self._links)
-            silent = self._closing or not link.known or others
-        if not silent:
-            self._taking.link_lost(link.peer, reason)
+            if link.known and not self._closing and not self._has(link.peer):
+                self._lost[link.peer] = (self._clock.now() + RETURN_S, reason)
+
+    def _has(self, peer: str) -> bool:
+        """Lock held."""
+        return any(link.known and link.peer == peer for link in self._links)
+
+    def _give_up(self) -> None:
+        """Peers whose last link ended, and that did not come back."""
+        with self._lock:
+            now = self._clock.now()
+            late = [peer for peer, (until, _) in self._lost.items() if now >= until]
+            gone = [(peer, self._lost.pop(peer)[1]) for peer in late]
+        for peer, reason in gone:
+            self._taking.link_lost(peer, reason)
+
+
+def _place(link: TakerLink) -> tuple[str, int]:
+    return link.peer, link.stream
 
 
 class TakerLink:
@@ -135,12 +168,14 @@ class TakerLink:
         sock: socket.socket,
         session: TakerSession,
         taking: Taking,
+        on_known: Callable[[TakerLink], None],
         on_end: Callable[[TakerLink, str], None],
         clock: Clock,
     ) -> None:
         self._sock = sock
         self._session = session
         self._taking = taking
+        self._on_known = on_known
         self._on_end = on_end
         self._clock = clock
         self.known = False  # the handshake is done
@@ -154,6 +189,11 @@ class TakerLink:
         """Incarnation of the giver, true once `known`."""
         return self._session.peer
 
+    @property
+    def stream(self) -> int:
+        """Which of the giver's links, true once `known`."""
+        return self._session.stream
+
     def start(self) -> None:
         """Run."""
         self._thread.start()
@@ -165,9 +205,10 @@ class TakerLink:
         except OSError:
             return  # it is over already
 
-    def join(self) -> None:
-        """Wait for the thread."""
+    def join(self) -> bool:
+        """Wait for the thread; whether it has ended."""
         self._thread.join(tcp_socket.HANDSHAKE_S + 1.0)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         reason = "the link's thread broke"
@@ -186,36 +227,30 @@ class TakerLink:
             _log.debug("KV link ended", peer=self.peer, reason=reason)
 
     def _shake_hands(self) -> None:
-        deadline = self._clock.now() + tcp_socket.HANDSHAKE_S
-        sock = self._sock
-        tcp_socket.tune(sock)
-        hello = tcp_socket.read_handshake(sock, codec.HELLO_BYTES, deadline, self._clock)
-        answer = self._session.on_hello(hello)
-        if isinstance(answer, Reason):
-            self._refuse(answer)
-        else:
-            sock.sendall(answer)
-            proof = tcp_socket.read_handshake(sock, codec.PROOF_BYTES, deadline, self._clock)
-            refusal = self._session.on_proof(proof)
-            if refusal is not None:
-                self._refuse(refusal)
-        tcp_socket.set_slices(sock)
+        refusal = tcp_handshake.answer(self._sock, self._session, clock=self._clock)
+        if refusal is not None:
+            self._taking.counts.add("frames_rejected")
+            _log.warning("KV link refused", reason=codec.TEXTS[refusal])
+            raise LinkBroken(codec.TEXTS[refusal])
         self.known = True
-
-    def _refuse(self, reason: Reason) -> None:
-        self._taking.counts.add("frames_rejected")
-        _log.warning("KV link refused", reason=codec.TEXTS[reason])
-        raise LinkBroken(codec.TEXTS[reason])
+        self._on_known(self)
 
     def _serve_frame(self) -> bool:
         """Take one frame; False when the link is to be closed."""
         data = self._read_header()
         with self._taking.lock:
             judged = self._session.on_header(data)
-        if isinstance(judged, Take):
-            return self._take(judged)
-        if isinstance(judged, kv_session.Reject):
-            self._reject(judged)
+        match judged:
+            case Take():
+                return self._take(judged)
+            case kv_session.Asked(grant=grant, landed=landed):
+                say = self._session.ack if landed else self._session.again
+                tcp_socket.write_all(self._sock, say(grant), self._clock)
+                return True
+            case kv_session.Late():
+                return self._answer(judged)
+            case kv_session.Reject():
+                self._reject(judged)
         return False
 
     def _read_header(self) -> bytes:

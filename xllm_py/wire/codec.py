@@ -53,6 +53,7 @@ class FrameType(IntEnum):
     COMMIT = 2
     ACK = 3
     ERROR = 4
+    RESUME = 5  # giver, on a new link: what became of my COMMIT? taker: nothing yet, send again (else ACK or ERROR)
 
 
 _KINDS = frozenset(int(kind) for kind in FrameType)
@@ -107,6 +108,21 @@ TEXTS: Mapping[Reason, str] = {
     Reason.WRONG_LAYOUT: "the peer's KV layout differs (model, dtype or block size)",
     Reason.TOO_MANY_LATE: "too many frames for grants that were revoked",
 }
+
+
+# said against the grant that an ERROR names; whatever else is said may be the wire's fault, and the grants are served again
+OF_THE_GRANT = frozenset(
+    {
+        Reason.UNKNOWN_GRANT,
+        Reason.WRONG_STATE,
+        Reason.OUT_OF_RANGE,
+        Reason.BAD_LENGTH,
+        Reason.CONFLICT,
+        Reason.INCOMPLETE,
+        Reason.DIGEST_DIFFERS,
+        Reason.TOO_MANY_LATE,
+    }
+)
 
 
 class Header(NamedTuple):
@@ -229,6 +245,9 @@ class Hello:
     nonce: bytes  # 32 fresh random bytes
     rank: int = 0
     num_ranks: int = 1
+    stream: int = (
+        0  # of several links between the same two; a new one takes the place of an older one
+    )
 
 
 def pack_hello(hello: Hello) -> bytes:
@@ -242,7 +261,7 @@ def pack_hello(hello: Hello) -> bytes:
         hello.step,
         hello.rank,
         hello.num_ranks,
-        0,
+        hello.stream,
         incarnation,
         layout,
         hello.nonce,
@@ -251,8 +270,8 @@ def pack_hello(hello: Hello) -> bytes:
 
 def unpack_hello(data: bytes, step: Step) -> Hello | Reason:
     """The expected message of exactly HELLO_BYTES, or why it is not one."""
-    magic, version, kind, rank, num_ranks, spare, incarnation, layout, nonce = _HELLO.unpack(data)
-    if magic != HANDSHAKE_MAGIC or kind != step or spare:
+    magic, version, kind, rank, num_ranks, stream, incarnation, layout, nonce = _HELLO.unpack(data)
+    if magic != HANDSHAKE_MAGIC or kind != step:
         return Reason.BAD_FRAME
     if version != VERSION:
         return Reason.WRONG_VERSION
@@ -267,6 +286,7 @@ def unpack_hello(data: bytes, step: Step) -> Hello | Reason:
         nonce=nonce,
         rank=rank,
         num_ranks=num_ranks,
+        stream=stream,
     )
 
 

@@ -16,7 +16,9 @@ from xllm_py.wire.messages import Verdicts
 
 def no_verdicts() -> Verdicts:
     """Empty columns."""
-    return Verdicts(request_ids=[], attempts=[], kinds=[], reasons=[], num_bytes=[], seconds=[])
+    return Verdicts(
+        request_ids=[], attempts=[], kinds=[], reasons=[], num_bytes=[], seconds=[], exposed=[]
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

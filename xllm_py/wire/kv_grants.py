@@ -92,6 +92,17 @@ class GrantTable:
             return None
         return entry
 
+    def state(self, grant: bytes, peer: str) -> GrantState | None:
+        """Where a grant of this peer stands; one that was taken back after it had landed stays COMMITTED. None: it has none."""
+        entry = self.find(grant, peer)
+        if entry is not None:
+            return entry.state
+        revoked = self._revoked.get(grant)
+        if revoked is None or not same(revoked.peer.encode(), peer.encode()):
+            return None
+        landed = revoked.state is GrantState.COMMITTED
+        return GrantState.COMMITTED if landed else GrantState.REVOKED
+
     def is_late(self, grant: bytes, peer: str) -> bool:
         """Whether a frame of this peer may still be on its way although the grant was revoked before its COMMIT."""
         revoked = self._revoked.get(grant)

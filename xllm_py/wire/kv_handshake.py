@@ -21,6 +21,7 @@ class Identity:
     layout: KvLayout
     cluster_key: bytes
     nonce: bytes  # fresh for every link
+    stream: int = 0  # giver: which of its links to this peer
 
     def hello(self, step: Step) -> bytes:
         """HELLO or WELCOME."""
@@ -30,6 +31,7 @@ class Identity:
                 incarnation=self.incarnation,
                 layout=self.layout.fingerprint,
                 nonce=self.nonce,
+                stream=self.stream,
             )
         )
 

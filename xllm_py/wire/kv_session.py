@@ -17,10 +17,12 @@ from xllm_py.base.hashing import same
 from xllm_py.core.kv_memory import PARTS
 from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameLog, FrameType, Header, Reason, Step
+from xllm_py.wire.kv_frames import Frames
 from xllm_py.wire.kv_grants import OPEN, Grant, GrantState, GrantTable
 from xllm_py.wire.kv_handshake import Agreement, Identity, fits
 
 WELCOME_BYTES = codec.HELLO_BYTES + codec.PROOF_BYTES
+_ANSWERS = (FrameType.ACK, FrameType.ERROR, FrameType.RESUME)
 MAX_LATE_FRAMES = 4096  # of one revoked grant; an honest giver stops at the first ERROR
 
 
@@ -54,6 +56,21 @@ class Landed:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """The giver asks on a new link what became of a COMMIT: acknowledge it when it has `landed`, else say resume."""
+
+    grant: bytes
+    landed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The taker says: this grant has not landed, send its frames and COMMIT again."""
+
+    grant: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Acknowledged:
     """The taker says: landed."""
 
@@ -74,6 +91,7 @@ class Closed:
 
     reason: Reason
     by_peer: bool
+    grant: bytes = codec.NO_GRANT  # what the peer's ERROR was about
 
 
 class Take:
@@ -100,36 +118,6 @@ class Take:
         return self.grant.block_ids[first : first + self.header.num_blocks]
 
 
-class _Frames:
-    """One direction of a link: sequence and key."""
-
-    def __init__(self, key: bytes) -> None:
-        self._signer = codec.Signer(key)
-        self._seq = 0
-
-    @property
-    def seq(self) -> int:
-        """Of the next frame."""
-        return self._seq
-
-    def pack(self, header: Header) -> bytes:
-        """The next frame out; `header.seq` must be `seq`."""
-        self._seq += 1
-        return codec.pack_header(header, self._signer)
-
-    def unpack(self, data: bytes) -> Header | Reason:
-        """The next frame in: the first three checks."""
-        header, ours = codec.unpack_header(data)
-        if not ours:
-            return Reason.BAD_FRAME
-        if header.seq != self._seq:
-            return Reason.BAD_SEQUENCE
-        if not codec.is_signed(data, self._signer):
-            return Reason.BAD_MAC
-        self._seq += 1
-        return header
-
-
 class GiverSession:
     """P's end."""
 
@@ -137,8 +125,8 @@ class GiverSession:
         self._identity = identity
         self._peer_incarnation = peer_incarnation
         self._hello = identity.hello(Step.HELLO)
-        self._out = _Frames(b"")
-        self._in = _Frames(b"")
+        self._out = Frames(b"")
+        self._in = Frames(b"")
 
     def hello(self) -> bytes:
         """The first bytes on the link."""
@@ -159,7 +147,7 @@ class GiverSession:
             return Reason.WRONG_INCARNATION
         if not fits(peer, self._identity.layout):
             return Reason.WRONG_LAYOUT
-        self._out, self._in = _Frames(agreed.giver_key), _Frames(agreed.taker_key)
+        self._out, self._in = Frames(agreed.giver_key), Frames(agreed.taker_key)
         return codec.pack_proof(agreed.giver_proof)
 
     def data(
@@ -186,19 +174,25 @@ class GiverSession:
         )
         return self._out.pack(header)
 
-    def on_header(self, data: bytes) -> Acknowledged | Refused | Closed:
+    def resume(self, grant: bytes) -> bytes:
+        """Ask what became of a COMMIT that went over a link which broke before it was answered."""
+        return self._out.pack(Header(type=FrameType.RESUME, seq=self._out.seq, grant=grant))
+
+    def on_header(self, data: bytes) -> Acknowledged | Again | Refused | Closed:
         """64 bytes from the taker; its frames have no payload."""
         header = self._in.unpack(data)
         if isinstance(header, Reason):
             return Closed(header, by_peer=False)
-        if header.length or header.type not in (FrameType.ACK, FrameType.ERROR):
+        if header.length or header.type not in _ANSWERS:
             return Closed(Reason.BAD_FRAME, by_peer=False)
         if header.type == FrameType.ACK:
             return Acknowledged(header.grant)
+        if header.type == FrameType.RESUME:
+            return Again(header.grant)
         reason = _reason(header.num_blocks)
         if reason is Reason.REVOKED:
             return Refused(header.grant, reason)
-        return Closed(reason, by_peer=True)
+        return Closed(reason, by_peer=True, grant=header.grant)
 
 
 class TakerSession:
@@ -209,9 +203,10 @@ class TakerSession:
         self._grants = grants
         self._agreed: Agreement | None = None
         self._layout = identity.layout
-        self._out = _Frames(b"")
-        self._in = _Frames(b"")
+        self._out = Frames(b"")
+        self._in = Frames(b"")
         self.peer = ""  # incarnation of the giver; set by on_hello, true after on_proof
+        self.stream = 0  # likewise
         self._peer_fits = False
 
     def on_hello(self, data: bytes) -> bytes | Reason:
@@ -221,7 +216,8 @@ class TakerSession:
             return peer
         welcome = self._identity.hello(Step.WELCOME)
         self._agreed = self._identity.agreement(data, welcome)
-        self.peer, self._peer_fits = peer.incarnation, fits(peer, self._layout)
+        self.peer, self.stream = peer.incarnation, peer.stream
+        self._peer_fits = fits(peer, self._layout)
         return welcome + codec.pack_proof(self._agreed.taker_proof)
 
     def on_proof(self, data: bytes) -> Reason | None:
@@ -233,10 +229,10 @@ class TakerSession:
             return Reason.WRONG_KEY
         if not self._peer_fits:
             return Reason.WRONG_LAYOUT
-        self._out, self._in = _Frames(self._agreed.taker_key), _Frames(self._agreed.giver_key)
+        self._out, self._in = Frames(self._agreed.taker_key), Frames(self._agreed.giver_key)
         return None
 
-    def on_header(self, data: bytes) -> Take | Reject | Closed:
+    def on_header(self, data: bytes) -> Take | Asked | Late | Reject | Closed:
         """64 bytes from the giver. After a Take comes on_payload or on_lost, whatever happens."""
         header = self._in.unpack(data)
         if isinstance(header, Reason):
@@ -245,6 +241,8 @@ class TakerSession:
             return Closed(_reason(header.num_blocks), by_peer=True)
         if header.type == FrameType.ACK:
             return Reject(Reason.BAD_FRAME)
+        if header.type == FrameType.RESUME:
+            return self._judge_resume(header)
         grant = self._grants.find(header.grant, self.peer)
         if grant is None:
             return self._judge_unknown(header)
@@ -253,6 +251,18 @@ class TakerSession:
         if header.type == FrameType.COMMIT:
             return self._judge_commit(header, grant)
         return self._judge_data(header, grant)
+
+    def _judge_resume(self, header: Header) -> Asked | Late | Reject:
+        if header.length or header.first or header.num_blocks or header.layer or header.part:
+            return Reject(Reason.OUT_OF_RANGE, header.grant)
+        state = self._grants.state(header.grant, self.peer)
+        if state is None:
+            return Reject(Reason.UNKNOWN_GRANT, header.grant)
+        if state is GrantState.REVOKED:
+            return Late(header.grant)
+        if state is GrantState.FAILED:
+            return Reject(Reason.WRONG_STATE, header.grant)
+        return Asked(header.grant, landed=state is GrantState.COMMITTED)
 
     def _judge_unknown(self, header: Header) -> Take | Reject:
         if not self._grants.is_late(header.grant, self.peer):
@@ -345,6 +355,10 @@ class TakerSession:
     def ack(self, grant: bytes) -> bytes:
         """Say landed."""
         return self._out.pack(Header(type=FrameType.ACK, seq=self._out.seq, grant=grant))
+
+    def again(self, grant: bytes) -> bytes:
+        """Say that a grant has not landed."""
+        return self._out.pack(Header(type=FrameType.RESUME, seq=self._out.seq, grant=grant))
 
     def error(self, reason: Reason, grant: bytes = codec.NO_GRANT) -> bytes:
         """Say why; REVOKED ends a grant, every other reason the link."""

@@ -163,6 +163,7 @@ class Verdicts:
     reasons: list[str]
     num_bytes: list[int]
     seconds: list[float]
+    exposed: list[float]  # of these seconds, what no computation hid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

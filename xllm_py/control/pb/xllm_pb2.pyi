@@ -336,20 +336,22 @@ class Outputs(_message.Message):
     def __init__(self, step: _Optional[int] = ..., request_ids: _Optional[_Iterable[str]] = ..., attempts: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Mapping[int, str]] = ..., messages: _Optional[_Mapping[int, str]] = ..., cached_tokens: _Optional[_Mapping[int, int]] = ..., journeys: _Optional[_Mapping[int, Journey]] = ..., scored: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Mapping[int, Logprobs]] = ...) -> None: ...
 
 class Verdicts(_message.Message):
-    __slots__ = ("request_ids", "attempts", "kinds", "reasons", "num_bytes", "seconds")
+    __slots__ = ("request_ids", "attempts", "kinds", "reasons", "num_bytes", "seconds", "exposed")
     REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     KINDS_FIELD_NUMBER: _ClassVar[int]
     REASONS_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_FIELD_NUMBER: _ClassVar[int]
     request_ids: _containers.RepeatedScalarFieldContainer[str]
     attempts: _containers.RepeatedScalarFieldContainer[int]
     kinds: _containers.RepeatedScalarFieldContainer[str]
     reasons: _containers.RepeatedScalarFieldContainer[str]
     num_bytes: _containers.RepeatedScalarFieldContainer[int]
     seconds: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., attempts: _Optional[_Iterable[int]] = ..., kinds: _Optional[_Iterable[str]] = ..., reasons: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[_Iterable[int]] = ..., seconds: _Optional[_Iterable[float]] = ...) -> None: ...
+    exposed: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., attempts: _Optional[_Iterable[int]] = ..., kinds: _Optional[_Iterable[str]] = ..., reasons: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[_Iterable[int]] = ..., seconds: _Optional[_Iterable[float]] = ..., exposed: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GenerationsUp(_message.Message):
     __slots__ = ("name", "incarnation", "sequence", "outputs", "verdicts")

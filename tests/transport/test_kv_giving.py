@@ -1,0 +1,104 @@
+"""What a link sends again after it broke."""
+
+from __future__ import annotations
+
+from xllm_py.transport.base import GiverGrant
+from xllm_py.transport.kv_giving import MAX_TRIES, Givings, Item
+from xllm_py.wire.codec import FrameType
+
+A, B = b"a" * 16, b"b" * 16
+DATA, COMMIT, RESUME = FrameType.DATA, FrameType.COMMIT, FrameType.RESUME
+
+
+def grant(name: bytes) -> GiverGrant:
+    return GiverGrant(grant=name, endpoint="", peer_incarnation="d", prompt_digest=b"")
+
+
+def givings(*names: bytes) -> Givings:
+    made = Givings()
+    for name in names:
+        made.add(grant(name))
+    return made
+
+
+def block(name: bytes, number: int) -> Item:
+    return Item(DATA, name, 0, 0, number, (number,))
+
+
+def commit(name: bytes) -> Item:
+    return Item(COMMIT, name)
+
+
+def send(made: Givings, count: int) -> list[Item]:
+    """As the link does it."""
+    sent = []
+    for _ in range(count):
+        found = made.next()
+        assert found is not None
+        giving, item = found
+        if item.kind is not DATA:
+            giving.committed_s = 1.0
+        sent.append(item)
+    return sent
+
+
+def rest(made: Givings) -> list[Item]:
+    items = []
+    while (found := made.next()) is not None:
+        items.append(found[1])
+    return items
+
+
+def test_what_was_sent_goes_first_and_in_its_order() -> None:
+    made = givings(A, B)
+    made.put([block(A, 0), block(B, 0), block(A, 1), block(B, 1), commit(A)])
+    send(made, 3)
+    assert made.reopened() == []
+    again = rest(made)
+    assert [item for item in again if item.grant == A] == [block(A, 0), block(A, 1), commit(A)]
+    assert [item for item in again if item.grant == B] == [block(B, 0), block(B, 1)]
+
+
+def test_a_commit_that_left_is_asked_for_before_anything_is_sent_again() -> None:
+    made = givings(A)
+    made.put([block(A, 0), commit(A)])
+    send(made, 2)
+    made.reopened()
+    assert send(made, 1) == [Item(RESUME, A)]
+    assert made.next() is None
+    made.reopened()  # the question was lost too: it is put once
+    assert send(made, 1) == [Item(RESUME, A)]
+    made.again(A)
+    assert rest(made) == [block(A, 0), commit(A)]
+
+
+def test_an_answer_to_no_question_changes_nothing() -> None:
+    made = givings(A)
+    made.put([block(A, 0)])
+    send(made, 1)
+    made.again(A)
+    made.again(B)
+    assert made.next() is None
+
+
+def test_a_grant_sees_only_so_many_links_break() -> None:
+    made = givings(A)
+    made.put([block(A, 0)])
+    for _ in range(MAX_TRIES - 1):
+        send(made, 1)
+        assert made.reopened() == []
+    made.add(grant(B))
+    assert made.reopened() == [A]
+    assert A not in made
+    assert B in made
+    assert made.next() is None
+
+
+def test_frames_of_a_dropped_grant_are_gone() -> None:
+    made = givings(A, B)
+    made.put([block(A, 0), block(B, 0)])
+    made.drop(A)
+    made.put([block(A, 1)])
+    assert rest(made) == [block(B, 0)]
+    assert made.clear() == [B]
+    assert len(made) == 0

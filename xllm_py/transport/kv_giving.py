@@ -1,0 +1,124 @@
+"""What one link has to send, and what it has sent that is not acknowledged yet: P's half of a KV link as a plain machine.
+
+    add -> push ... commit -> next ... next -> acknowledged
+                                 '--the link broke: reopened--> next ... (again, or RESUME when COMMIT had left)
+
+Whatever was sent over a link that broke may not have come, so it is sent again over the next one with the frame boundaries it
+had; a taker passes over what it has. Has COMMIT left, the taker is asked first, since a grant that has landed takes no frames. No
+lock, no clock, no socket: the link (transport/tcp_giver) owns one and guards it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from xllm_py.transport.base import GiverGrant
+from xllm_py.wire.codec import FrameLog, FrameType
+
+MAX_TRIES = 4  # links that a grant may see break
+
+
+class Item(NamedTuple):
+    """One frame to come: blocks of one layer and part, COMMIT, or RESUME."""
+
+    kind: FrameType
+    grant: bytes
+    layer: int = 0
+    part: int = 0
+    first: int = 0
+    block_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Giving:
+    """One grant as this side sees it."""
+
+    grant: GiverGrant
+    frames: FrameLog = field(default_factory=FrameLog)
+    sent: list[Item] = field(default_factory=list)  # over the link that is open, in order
+    broken: int = 0  # links that broke under it
+    started_s: float = 0.0
+    all_sent_s: float = 0.0  # when COMMIT was sent for the first time
+    committed_s: float = 0.0  # when COMMIT or RESUME was sent last; 0: no answer is awaited
+
+
+class Givings:
+    """All grants of one link."""
+
+    def __init__(self) -> None:
+        self._givings: dict[bytes, Giving] = {}
+        self._queue: deque[Item] = deque()
+
+    def __len__(self) -> int:
+        return len(self._givings)
+
+    def __contains__(self, grant: bytes) -> bool:
+        return grant in self._givings
+
+    def __iter__(self) -> Iterator[Giving]:
+        return iter(self._givings.values())
+
+    def get(self, grant: bytes) -> Giving | None:
+        """The grant, while it is open."""
+        return self._givings.get(grant)
+
+    def add(self, grant: GiverGrant) -> None:
+        """Serve it."""
+        self._givings[grant.grant] = Giving(grant)
+
+    def put(self, items: Iterable[Item]) -> None:
+        """Queue frames; those of a grant that has ended are passed over."""
+        self._queue.extend(item for item in items if item.grant in self._givings)
+
+    def next(self) -> tuple[Giving, Item] | None:
+        """The frame that is to be sent now; it counts as sent."""
+        if not self._queue:
+            return None
+        item = self._queue.popleft()
+        giving = self._givings[item.grant]
+        if item.kind is FrameType.DATA:
+            giving.sent.append(item)
+        return giving, item
+
+    def drop(self, grant: bytes) -> Giving | None:
+        """Forget a grant."""
+        giving = self._givings.pop(grant, None)
+        if giving is not None:
+            self._queue = deque(item for item in self._queue if item.grant != grant)
+        return giving
+
+    def reopened(self) -> list[bytes]:
+        """The link broke and another one will be there. Returns the grants, forgotten now, that have seen too many break."""
+        for giving in self._givings.values():
+            giving.broken += 1
+        hopeless = [name for name, each in self._givings.items() if each.broken >= MAX_TRIES]
+        for grant in hopeless:
+            self.drop(grant)
+        first: list[Item] = []
+        for giving in self._givings.values():
+            if giving.committed_s:
+                first.append(Item(FrameType.RESUME, giving.grant.grant))
+            else:
+                first += giving.sent
+                giving.sent = []
+        rest = [item for item in self._queue if item.kind is not FrameType.RESUME]
+        self._queue = deque([*first, *rest])
+        return hopeless
+
+    def again(self, grant: bytes) -> None:
+        """The taker says that it has not landed: all its frames and COMMIT once more."""
+        giving = self._givings.get(grant)
+        if giving is None or not giving.committed_s:
+            return
+        items, giving.sent, giving.committed_s = giving.sent, [], 0.0
+        self.put([*items, Item(FrameType.COMMIT, grant)])
+
+    def clear(self) -> list[bytes]:
+        """Forget everything; returns the grants that were open."""
+        grants = list(self._givings)
+        self._givings.clear()
+        self._queue.clear()
+        return grants
