@@ -27,6 +27,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
             "control.client",
             "control.server",
             "control.status",
+            "control.tls",
             "registry.embedded",
             "registry.embedded_services",
             "registry.etcd",

@@ -50,7 +50,8 @@ def test_helpfull_shows_every_flag_with_type_default_and_priority(program):
     assert "  --metrics (bool, default true) [A]\n" in said.out
     assert (
         "  --tls_cert_file (string, default empty) [B]\n"
-        "      certificate; all three tls flags or none (no effect yet)\n"
+        "      certificate that names the announced host: mutual TLS on KV and control ports, HTTPS; all three tls flags "
+        "or none\n"
     ) in said.out
     assert "  --vmodule (string, default empty) [C]\n" in said.out
 

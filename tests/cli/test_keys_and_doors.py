@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
+from tests.certificates import flags_of, make_certificates
 from tests.cli.support import say, write_model
 from xllm_py.openai.key_check import KeyRing
 
@@ -125,12 +129,43 @@ def test_loopback_needs_nothing(model, host):
     assert (said.code, said.config.warnings) == (0, ())
 
 
-def test_ports_for_peers_beyond_loopback_wait_for_tls(model, tmp_path, key_file):
+def test_ports_for_peers_beyond_loopback_need_a_key_or_tls(model, tmp_path, key_file):
     keys = f"--api_key_file={key_file(KEYS)}"
-    said = say("xllm", model, "--host=10.0.0.1", "--etcd_addr=10.0.0.9:2379", keys)
-    assert (said.code, "need TLS, which is not built yet" in said.err) == (2, True)
-    said = say("xllm-master", f"--tokenizer_path={tmp_path}", "--server_host=10.0.0.1", keys)
-    assert (said.code, "need TLS, which is not built yet" in said.err) == (2, True)
+    instance = ("xllm", model, "--host=10.0.0.1", "--etcd_addr=10.0.0.9:2379", keys)
+    master = ("xllm-master", f"--tokenizer_path={tmp_path}", "--server_host=10.0.0.1", keys)
+    secret = tmp_path / "cluster.key"
+    secret.write_bytes(b"k" * 32)
+    secret.chmod(0o600)
+    certificates = make_certificates(tmp_path)
+    for words in (instance, master):
+        said = say(*words)
+        assert (said.code, "need to know who comes in. Pass --cluster_key_file" in said.err) == (
+            2,
+            True,
+        )
+        said = say(*words, f"--cluster_key_file={secret}")
+        assert said.code == 0
+        assert ["NOT encrypted" in line for line in said.config.warnings] == [True]
+        said = say(*words, *flags_of(certificates))
+        assert (said.code, said.config.warnings) == (0, ())
+    assert say(*master, *flags_of(certificates)).config.tls == certificates
+    config = say(*instance, *flags_of(certificates)).config
+    assert config.cluster.tls == config.engine.kv_tls == certificates
+
+
+def test_tls_files_are_looked_at_before_anything_starts(model, tmp_path):
+    good, other = make_certificates(tmp_path), make_certificates(tmp_path, "other")
+    cases = {
+        "belong together": dataclasses.replace(good, key_file=other.key_file),
+        "cannot be read": dataclasses.replace(good, cert_file=str(tmp_path / "none")),
+        "--tls_ca_file": dataclasses.replace(good, ca_file=good.key_file),
+    }
+    for text, files in cases.items():
+        said = say("xllm", model, *flags_of(files))
+        assert (said.code, text in said.err) == (2, True), said.err
+        assert len(said.errors) == 1
+    Path(good.key_file).chmod(0o644)
+    assert "can be read by others" in say("xllm", model, *flags_of(good)).err
 
 
 def test_the_tls_flags_go_together(model):

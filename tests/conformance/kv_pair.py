@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 import select
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+from tests.certificates import make_certificates
 from xllm_py.base.clock import RealClock
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, KvTransport, TakerGrant
 from xllm_py.transport.memory import MemoryKvTransport, MemoryNetwork
 from xllm_py.transport.tcp import TcpKvTransport
+from xllm_py.transport.tcp_tls import KvTls
 
 LAYOUT = KvLayout(num_layers=3, block_size=4, block_bytes=96, shape="test")
 NUM_BLOCKS = 32
@@ -40,14 +44,29 @@ def make_memory(
 
 
 def make_tcp(
-    *, memory: KvMemory, incarnation: str, cluster_key: bytes = KEY, num_streams: int = 1
+    *,
+    memory: KvMemory,
+    incarnation: str,
+    cluster_key: bytes = KEY,
+    num_streams: int = 1,
+    tls: KvTls | None = None,
 ) -> KvTransport:
     return TcpKvTransport(
-        memory=memory, incarnation=incarnation, cluster_key=cluster_key, num_streams=num_streams
+        memory=memory,
+        incarnation=incarnation,
+        cluster_key=cluster_key,
+        num_streams=num_streams,
+        tls=tls,
     )
 
 
 make_streams = partial(make_tcp, num_streams=3)
+
+
+def tls_maker() -> Make:
+    with tempfile.TemporaryDirectory() as folder:
+        tls = KvTls(make_certificates(Path(folder)))
+    return partial(make_tcp, tls=tls)
 
 
 def memory_maker() -> Make:

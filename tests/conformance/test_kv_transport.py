@@ -15,6 +15,7 @@ from tests.conformance.kv_pair import (
     make_streams,
     make_tcp,
     memory_maker,
+    tls_maker,
 )
 from xllm_py.core.kv_memory import PARTS, KvLayout
 from xllm_py.transport.base import GiverGrant, KvEventKind
@@ -23,7 +24,12 @@ ACKNOWLEDGED, LANDED = KvEventKind.ACKNOWLEDGED, KvEventKind.LANDED
 FAILED, RELEASED = KvEventKind.FAILED, KvEventKind.RELEASED
 
 
-MAKERS = {"memory": memory_maker, "tcp": lambda: make_tcp, "tcp streams": lambda: make_streams}
+MAKERS = {
+    "memory": memory_maker,
+    "tcp": lambda: make_tcp,
+    "tcp streams": lambda: make_streams,
+    "tcp tls": tls_maker,
+}
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -349,7 +355,7 @@ def test_blocks_may_change_once_their_grant_is_abandoned(pair: Pair) -> None:
 
 
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
-    for make in (make_tcp, memory_maker()):
+    for make in (make_tcp, memory_maker(), tls_maker()):
         threads, descriptors = threading.active_count(), psutil.Process().num_fds()
         for _ in range(3):
             pair = Pair(make)

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -65,6 +66,7 @@ class Daemon:
     env: dict[str, str]
     port: int
     log_file: Path
+    tls: ssl.SSLContext | None = None  # its port speaks HTTPS
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +80,13 @@ class Daemon:
                 self.command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, **self.env}
             )
 
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        if self.tls is None:
+            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        return http.client.HTTPSConnection(
+            "127.0.0.1", self.port, timeout=timeout_s, context=self.tls
+        )
+
     def exchange(
         self,
         method: str,
@@ -87,7 +96,7 @@ class Daemon:
         timeout_s: float = 60.0,
     ) -> Answer:
         """One request as bytes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        connection = self._connection(timeout_s)
         try:
             sent = {"content-type": "application/json", **(headers or {})}
             connection.request(method, path, raw, sent)
@@ -110,7 +119,7 @@ class Daemon:
 
     def stream(self, path: str, body: Any, timeout_s: float = 60.0) -> Iterator[Any]:
         """The `data:` lines of an SSE answer, parsed; the last one is the text `[DONE]` when it ended well."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        connection = self._connection(timeout_s)
         try:
             raw = json.dumps({**body, "stream": True}).encode()
             connection.request("POST", path, raw, {"content-type": "application/json"})
@@ -214,6 +223,7 @@ class Cluster:
     folder: Path
     model: Path
     etcd_port: int = 0
+    tls: ssl.SSLContext | None = None  # how to reach daemons that speak HTTPS
     daemons: list[Daemon] = field(default_factory=list)
 
     def start(
@@ -221,7 +231,7 @@ class Cluster:
     ) -> Daemon:
         """Start one daemon without waiting."""
         command = [sys.executable, "-m", f"xllm_py.{program}", *flags]
-        daemon = Daemon(name, command, env or {}, port, self.folder / f"{name}.log")
+        daemon = Daemon(name, command, env or {}, port, self.folder / f"{name}.log", self.tls)
         self.daemons.append(daemon)
         return daemon
 

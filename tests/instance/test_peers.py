@@ -66,6 +66,7 @@ async def test_the_next_life_of_a_dead_receiver_is_reached_at_once() -> None:
         cluster_key=KEY,
         incarnation="P",
         timeout_s=5.0,
+        tls=None,
         tasks=tasks,
     )
 

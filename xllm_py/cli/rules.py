@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from xllm_py.cli.flag_types import FALSE, TRUE
 from xllm_py.cli.flags import one_line
 from xllm_py.core.sampling import MAX_BEST_OF, MAX_LOGPROBS
-from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
+from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice, TlsSlice
 
 _ENDPOINT = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _MIN_KEY_BYTES = 32
@@ -187,14 +188,44 @@ def etcd(causes: Causes, values: Mapping[str, Any], ttl_s: int) -> EtcdSlice:
     )
 
 
-def security(causes: Causes, values: Mapping[str, Any], host: str, *, has_peers: bool) -> bytes:
-    """Check who may come in, and read the cluster key file; empty when none was given."""
-    tls = [bool(values[name]) for name in ("tls_cert_file", "tls_key_file", "tls_ca_file")]
-    plain_ca = tls == [False, False, True] and values["etcd_addr"].startswith("https://")
+def tls(causes: Causes, values: Mapping[str, Any]) -> TlsSlice | None:
+    """Check that the three files belong together; None when TLS is off."""
+    names = ("tls_cert_file", "tls_key_file", "tls_ca_file")
+    given = [bool(values[name]) for name in names]
+    plain_ca = given == [False, False, True] and values["etcd_addr"].startswith("https://")
     causes.need(
-        all(tls) or not any(tls) or plain_ca,
+        all(given) or not any(given) or plain_ca,
         "the three --tls_*_file flags go together. Pass all or none",
     )
+    if not all(given):
+        return None
+    cert, key, authority = (values[name] for name in names)
+    _private_file(causes, "tls_key_file", key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ValueError) as error:
+        what = "cannot be used together" if isinstance(error, ssl.SSLError) else "cannot be read"
+        causes.need(
+            False,
+            f"--tls_cert_file={cert} and --tls_key_file={key} {what} ({_why(error)}). Pass PEM files "
+            "that belong together",
+        )
+    try:
+        context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:
+        causes.need(
+            False, f"--tls_ca_file={authority} cannot be used ({_why(error)}). Pass a PEM file"
+        )
+    return TlsSlice(cert_file=cert, key_file=key, ca_file=authority)
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+
+
+def security(causes: Causes, values: Mapping[str, Any], host: str, *, has_peers: bool) -> bytes:
+    """Check who may come in, and read the cluster key file; empty when none was given."""
     if not is_loopback(host):
         _check_open_door(causes, values, host, has_peers=has_peers)
     path = values["cluster_key_file"]
@@ -212,10 +243,17 @@ def _check_open_door(
     causes: Causes, values: Mapping[str, Any], host: str, *, has_peers: bool
 ) -> None:
     """What a bind beyond loopback needs."""
-    causes.need(
-        not has_peers,
-        f"KV and control ports on {host} need TLS, which is not built yet. Bind to 127.0.0.1",
-    )
+    encrypted = all(values[name] for name in ("tls_cert_file", "tls_key_file", "tls_ca_file"))
+    if has_peers and not encrypted:
+        causes.need(
+            bool(values["cluster_key_file"]),
+            f"KV and control ports on {host} need to know who comes in. Pass --cluster_key_file, better the "
+            "three --tls_*_file flags, or bind to 127.0.0.1",
+        )
+        causes.warn(
+            f"KV and control on {host} are authenticated by the cluster key but NOT encrypted: who is on the "
+            "wire reads prompts and can change KV. Pass the three --tls_*_file flags"
+        )
     if values["api_key_file"]:
         return
     causes.need(

@@ -50,9 +50,20 @@ def security() -> list[Flag]:
             "",
             "file with at least 32 random bytes, mode 0600; else the key in etcd",
         ),
-        b("tls_cert_file", "string", "", "certificate; all three tls flags or none", idle=True),
-        b("tls_key_file", "string", "", "private key", idle=True),
-        b("tls_ca_file", "string", "", "authority; also for https etcd"),
+        b(
+            "tls_cert_file",
+            "string",
+            "",
+            "certificate that names the announced host: mutual TLS on KV and control ports, HTTPS; "
+            "all three tls flags or none",
+        ),
+        b("tls_key_file", "string", "", "private key, mode 0600"),
+        b(
+            "tls_ca_file",
+            "string",
+            "",
+            "authority of the cluster's certificates; also for https etcd",
+        ),
         b("api_key_file", "string", "", "one id:key a line; then only /health and /ready are open"),
         a("allow_insecure_http", "bool", False, "serve HTTP beyond loopback without api keys"),
     ]

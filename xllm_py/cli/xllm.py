@@ -49,7 +49,9 @@ def build(given: Given) -> InstanceConfig:
     addresses = _addresses(causes, given, host)
     etcd = rules.etcd(causes, values, values["etcd_ttl"])
     routed = _is_routed(causes, given)
+    tls = rules.tls(causes, values)
     cluster = ClusterSlice(
+        tls=tls,
         role=role,
         enable_disagg_pd=values["enable_disagg_pd"],
         routed=routed,
@@ -71,7 +73,7 @@ def build(given: Given) -> InstanceConfig:
     return InstanceConfig(
         model_path=str(folder),
         served_names=tuple(dict.fromkeys(name for name in names if name)),
-        engine=_engine(given, str(folder), devices, host),
+        engine=dataclasses.replace(_engine(given, str(folder), devices, host), kv_tls=tls),
         addresses=addresses,
         http=http,
         cluster=cluster,

@@ -41,6 +41,7 @@ def build(given: Given) -> MasterConfig:
         etcd=rules.etcd(causes, values, _LEASE_S),
         embedded_etcd=values["embedded_etcd"],
         cluster_key=rules.security(causes, values, host, has_peers=True),
+        tls=rules.tls(causes, values),
         http=rules.http(
             causes,
             values,

@@ -13,6 +13,9 @@ from typing import Any
 
 from grpc import aio
 
+from xllm_py.control.tls import channel_credentials
+from xllm_py.core.service_config import TlsSlice
+
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 # unary calls in flight on one channel; of 3,000 at once on one grpc.aio channel a quarter came back CANCELLED
 MAX_CALLS = 256
@@ -46,7 +49,8 @@ class Channel:
 class Channels:
     """One per process; a channel is opened when its address is first asked for."""
 
-    def __init__(self, *, connect_timeout_s: float = 1.0) -> None:
+    def __init__(self, *, connect_timeout_s: float = 1.0, tls: TlsSlice | None = None) -> None:
+        self._credentials = channel_credentials(tls) if tls is not None else None
         self._options = (
             *_COMMON,
             ("grpc.enable_http_proxy", 0),
@@ -64,9 +68,13 @@ class Channels:
         """The channel to `host:port`; connecting happens with the first call."""
         channel = self._open.get(address)
         if channel is None:
-            opened = aio.insecure_channel(address, options=self._options)
-            channel = self._open[address] = Channel(opened)
+            channel = self._open[address] = Channel(self._dial(address))
         return channel
+
+    def _dial(self, address: str) -> aio.Channel:
+        if self._credentials is None:
+            return aio.insecure_channel(address, options=self._options)
+        return aio.secure_channel(address, self._credentials, options=self._options)
 
     def drop(self, address: str) -> Coroutine[Any, Any, None]:
         """Forget the channel to an address at once, and close it when awaited; its open calls end then."""

@@ -19,6 +19,7 @@ from xllm_py.control import convert, convert_streams, methods, proof, status
 from xllm_py.control.channels import Channels
 from xllm_py.control.pb import xllm_pb2 as pb
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Submission
+from xllm_py.core.service_config import TlsSlice
 from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, Heartbeat, HeartbeatReply
 
 CANCEL_TIMEOUT_S = 1.0
@@ -48,13 +49,14 @@ class _Caller:
         sender: str,
         addressee: str,
         channels: Channels | None,
+        tls: TlsSlice | None = None,
     ) -> None:
         self.address = address
         self._service = service
         self._key = proof.control_key(cluster_key)
         self._sender = sender
         self._addressee = addressee
-        self._channels = channels or Channels()
+        self._channels = channels or Channels(tls=tls)
         self._owns_channels = channels is None
         self._channel = self._channels.get(address)
 
@@ -216,7 +218,7 @@ class InstanceClient:
 
 
 class MasterClient:
-    """Calls one master's rpc_server_port; the arguments are InstanceClient's."""
+    """Calls one master's rpc_server_port; the arguments are InstanceClient's. tls: of the channel when it is our own."""
 
     def __init__(
         self,
@@ -227,6 +229,7 @@ class MasterClient:
         timeout_s: float,
         addressee: str = "",
         channels: Channels | None = None,
+        tls: TlsSlice | None = None,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
@@ -237,6 +240,7 @@ class MasterClient:
             sender=sender,
             addressee=addressee,
             channels=channels,
+            tls=tls,
         )
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
@@ -274,6 +278,7 @@ class GenerationsStream:
         sender: str,
         addressee: str = "",
         channels: Channels | None = None,
+        tls: TlsSlice | None = None,
     ) -> None:
         service = methods.MASTER if target == "master" else methods.INSTANCE
         self.address = address
@@ -284,6 +289,7 @@ class GenerationsStream:
             sender=sender,
             addressee=addressee,
             channels=channels,
+            tls=tls,
         )
         self._call = self._caller.stream("Generations")
 

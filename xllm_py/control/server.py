@@ -29,7 +29,9 @@ from xllm_py.base.ports import port_taken
 from xllm_py.control import convert, convert_streams, methods, proof, status
 from xllm_py.control.channels import SERVER_OPTIONS
 from xllm_py.control.pb import xllm_pb2 as pb
+from xllm_py.control.tls import server_credentials
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Submission
+from xllm_py.core.service_config import TlsSlice
 from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, Heartbeat, HeartbeatReply
 
 _log = log.get(__name__)
@@ -96,11 +98,12 @@ async def serve_instance(
     may_move: bool,
     cluster_key: bytes,
     incarnation: str,
+    tls: TlsSlice | None = None,
 ) -> ControlServer:
     """Serve DisaggPDService. may_move: take the next free port when this one is busy. Raises PortInUse, UsageError."""
     guard = _Guard(methods.INSTANCE, cluster_key, incarnation)
     server = _server(guard, _instance_table(guard, handlers))
-    bound = _bind(server, host, port, "--disagg_pd_port", may_move)
+    bound = _bind(server, host, port, "--disagg_pd_port", may_move, tls)
     return await _started(server, host, bound)
 
 
@@ -112,11 +115,12 @@ async def serve_master(
     may_move: bool,
     cluster_key: bytes,
     incarnation: str,
+    tls: TlsSlice | None = None,
 ) -> ControlServer:
     """Serve XllmRpcService; the arguments are serve_instance's."""
     guard = _Guard(methods.MASTER, cluster_key, incarnation)
     server = _server(guard, _master_table(guard, handlers))
-    bound = _bind(server, host, port, "--rpc_server_port", may_move)
+    bound = _bind(server, host, port, "--rpc_server_port", may_move, tls)
     return await _started(server, host, bound)
 
 
@@ -142,13 +146,19 @@ def require_free(host: str, port: int, flag: str) -> None:
         raise port_taken(port, flag)
 
 
-def _bind(server: aio.Server, host: str, port: int, flag: str, may_move: bool) -> int:
+def _bind(
+    server: aio.Server, host: str, port: int, flag: str, may_move: bool, tls: TlsSlice | None
+) -> int:
     most = _MOST_PORTS if may_move and port else 1
     for candidate in range(port, min(port + most, 65536)):
         if not _is_free(host, candidate):
             continue
         try:
-            bound = server.add_insecure_port(join_address(host, candidate))
+            address = join_address(host, candidate)
+            if tls is None:
+                bound = server.add_insecure_port(address)
+            else:
+                bound = server.add_secure_port(address, server_credentials(tls))
         except RuntimeError:  # taken between the look and the bind
             continue
         if bound:

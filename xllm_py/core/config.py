@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from xllm_py.core.service_config import TlsSlice
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
@@ -69,6 +71,7 @@ class EngineConfig:
     kv_streams: int = 1  # TCP connections to one peer
     kv_port_may_move: bool = True  # take the next free port when this one is busy (SPEC 1.1)
     cluster_key: bytes = b""
+    kv_tls: TlsSlice | None = None  # of the KV port
     toy_step_s: float = 0.0  # how long the toy executor pretends to compute a step
     toy_num_blocks: int = 256
     log_level: str = "info"

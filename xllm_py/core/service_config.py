@@ -38,6 +38,15 @@ class EtcdSlice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsSlice:
+    """Certificate and private key of this process, and the authority whose certificates peers must show: PEM files."""
+
+    cert_file: str
+    key_file: str
+    ca_file: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogSlice:
     """What is said, and how."""
 

@@ -66,6 +66,7 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
     if not config.kv_listen:
         return None
     from xllm_py.transport.tcp import TcpKvTransport
+    from xllm_py.transport.tcp_tls import KvTls
 
     memory = executor.kv_memory()
     return TcpKvTransport(
@@ -77,6 +78,7 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
         listen=True,
         port_may_move=config.kv_port_may_move,
         num_streams=config.kv_streams,
+        tls=KvTls(config.kv_tls) if config.kv_tls is not None else None,
         layout_fingerprint=memory.layout.fingerprint,
     )
 

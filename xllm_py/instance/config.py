@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from xllm_py.cluster.instance_info import Role
 from xllm_py.core.config import EngineConfig
-from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
+from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice, TlsSlice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class ClusterSlice:
     routed: bool = False  # registers and takes work from masters
     etcd: EtcdSlice
     cluster_key: bytes = b""  # from the key file; empty: the key in etcd
+    tls: TlsSlice | None = None
     heart_beat_interval_s: float = 0.1
     rpc_timeout_s: float = 5.0
 

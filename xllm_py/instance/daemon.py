@@ -80,7 +80,8 @@ class Instance:
             loop.add_signal_handler(number, self._on_signal, number)
         loop.add_signal_handler(signal.SIGHUP, log.on_hangup)
         self._closers.push_async_callback(self._tasks.close)
-        http = await serve_http(self._app, config.addresses.host, config.addresses.port)
+        host, port = config.addresses.host, config.addresses.port
+        http = await serve_http(self._app, host, port, tls=config.cluster.tls)
         self._closers.push_async_callback(http.close)
         _require_ports(config)
         registry = await self._open_registry()

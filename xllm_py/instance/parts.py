@@ -264,7 +264,8 @@ async def routed_parts(
     )
 
     def connect(address: str, kind: Literal["master", "instance"]) -> GenerationsStream:
-        return GenerationsStream(address, kind, cluster_key=key, sender=identity.incarnation)
+        sender, tls = identity.incarnation, config.cluster.tls
+        return GenerationsStream(address, kind, cluster_key=key, sender=sender, tls=tls)
 
     generations = Generations(
         name=name,
@@ -316,6 +317,7 @@ async def _open_control(parts: Parts, identity: Identity, service: ControlServic
         may_move=addresses.disagg_pd_port_may_move,
         cluster_key=identity.cluster_key,
         incarnation=identity.incarnation,
+        tls=parts.config.cluster.tls,
     )
 
 
@@ -331,6 +333,7 @@ def _peers(
         cluster_key=identity.cluster_key,
         incarnation=identity.incarnation,
         timeout_s=parts.config.cluster.rpc_timeout_s,
+        tls=parts.config.cluster.tls,
         tasks=parts.tasks,
     )
 
@@ -350,6 +353,7 @@ def _masters(
             timeout_s=cluster.rpc_timeout_s,
             cluster_key=identity.cluster_key,
             sender=identity.incarnation,
+            tls=cluster.tls,
         ),
         beat=beat,
         interval_s=cluster.heart_beat_interval_s,

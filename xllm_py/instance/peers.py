@@ -16,6 +16,7 @@ from xllm_py.base.tasks import TaskFamily
 from xllm_py.control.channels import Channels
 from xllm_py.control.client import InstanceClient
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer
+from xllm_py.core.service_config import TlsSlice
 from xllm_py.instance.engine_link import EngineLink
 from xllm_py.wire.messages import CancelsOut, FirstTaken, FirstTokensOut
 
@@ -27,7 +28,7 @@ _CANCEL_WAIT_S = 0.2
 class Peers:
     """Clients of the decode instances this P gives to."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what it takes to call a peer and to be believed
         self,
         *,
         engine: Callable[[], EngineLink],
@@ -36,6 +37,7 @@ class Peers:
         cluster_key: bytes,
         incarnation: str,
         timeout_s: float,
+        tls: TlsSlice | None,
         tasks: TaskFamily,
     ) -> None:
         """identify fills our name, address and incarnation into an offer; card_json is our signed card."""
@@ -46,7 +48,7 @@ class Peers:
         self._incarnation = incarnation
         self._timeout_s = timeout_s
         self._tasks = tasks
-        self._channels = Channels()
+        self._channels = Channels(tls=tls)
         self._clients: dict[tuple[str, str], InstanceClient] = {}
         self._lives: dict[str, str] = {}  # address -> incarnation that was offered to last
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
+from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice, TlsSlice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,7 @@ class MasterConfig:
     etcd: EtcdSlice
     embedded_etcd: bool = False
     cluster_key: bytes = b""  # from the key file; empty: the key in etcd
+    tls: TlsSlice | None = None
     http: HttpSlice
     decode_response_to_service: bool = True  # D streams to the master; False: through P
     load_balance_policy: str = "RR"

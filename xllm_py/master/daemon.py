@@ -69,7 +69,9 @@ class Master:
         self._starting = asyncio.current_task()
         self._take_signals()
         failed = self._tasks.start(self._tasks.wait_failed(), name="failure")
-        http = await serve_http(self._app, config.host, config.http_port, flag="--http_server_port")
+        http = await serve_http(
+            self._app, config.host, config.http_port, flag="--http_server_port", tls=config.tls
+        )
         http_failed = self._tasks.start(http.wait_failed(), name="http failure")
         self._failures = (failed, http_failed)
         self._http = http
@@ -141,6 +143,7 @@ class Master:
             may_move=False,
             cluster_key=identity.cluster_key,
             incarnation=identity.incarnation,
+            tls=self._config.tls,
         )
         self._closers.push_async_callback(rpc.close)
         return rpc

@@ -10,6 +10,7 @@ from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Card
 from xllm_py.cluster.membership import Patience
+from xllm_py.control.channels import Channels
 from xllm_py.control.server import join_address
 from xllm_py.master.admin import AdminRoutes
 from xllm_py.master.cluster_backend import AnswerWay, ClusterBackend
@@ -71,7 +72,7 @@ def assemble(
         cluster_key=identity.cluster_key,
         sender=identity.incarnation,
         timeout_s=config.rpc_timeout_s,
-        connect_timeout_s=config.connect_timeout_s,
+        channels=Channels(connect_timeout_s=config.connect_timeout_s, tls=config.tls),
     )
 
     def forget(card: Card) -> None:

@@ -11,12 +11,12 @@ class Peers:
     """Opened once by the daemon."""
 
     def __init__(
-        self, *, cluster_key: bytes, sender: str, timeout_s: float, connect_timeout_s: float
+        self, *, cluster_key: bytes, sender: str, timeout_s: float, channels: Channels
     ) -> None:
         self._cluster_key = cluster_key
         self._sender = sender
         self._timeout_s = timeout_s
-        self._channels = Channels(connect_timeout_s=connect_timeout_s)
+        self._channels = channels
         self._clients: dict[str, InstanceClient] = {}
 
     def of(self, card: Card) -> InstanceClient:

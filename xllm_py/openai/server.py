@@ -11,7 +11,6 @@ import errno
 import logging
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import uvicorn
 
@@ -19,6 +18,7 @@ from xllm_py.base import log
 from xllm_py.base.errors import UsageError
 from xllm_py.base.ports import port_taken
 from xllm_py.base.tasks import TaskFamily
+from xllm_py.core.service_config import TlsSlice
 from xllm_py.openai.app import App
 from xllm_py.openai.protocol import limited_protocol
 
@@ -115,11 +115,11 @@ async def serve_http(
     *,
     flag: str = "--port",
     family: socket.AddressFamily = socket.AF_UNSPEC,
-    ssl: dict[str, Any] | None = None,
+    tls: TlsSlice | None = None,
 ) -> HttpServer:
     """Bind, start, and return the running server. Raises PortInUse or UsageError before anything runs.
 
-    flag: what chooses the port. ssl: `ssl_certfile` and `ssl_keyfile` paths, or None for plain HTTP.
+    flag: what chooses the port. tls: HTTPS with its certificate; clients need none.
     """
     settings = app.settings
     listener = bind(host, port, family, flag)
@@ -137,7 +137,8 @@ async def serve_http(
         backlog=_BACKLOG,
         timeout_keep_alive=int(settings.idle_connection_s),
         timeout_graceful_shutdown=_STOP_TIMEOUT_S,
-        **(ssl or {}),
+        ssl_certfile=tls.cert_file if tls is not None else None,
+        ssl_keyfile=tls.key_file if tls is not None else None,
     )
     server = HttpServer(app, _Server(config), listener)
     await server.start()

@@ -21,6 +21,7 @@ from xllm_py.transport.kv_events import Counts, EventQueue
 from xllm_py.transport.kv_taking import Taking
 from xllm_py.transport.tcp_giver import GiverLink
 from xllm_py.transport.tcp_taker import Listener
+from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec
 from xllm_py.wire.kv_handshake import Identity
 from xllm_py.wire.kv_session import GiverSession
@@ -46,6 +47,7 @@ class TcpKvTransport:
         listen: bool = True,
         port_may_move: bool = False,
         num_streams: int = 1,
+        tls: KvTls | None = None,
         layout_fingerprint: str = "",
         clock: Clock | None = None,
     ) -> None:
@@ -77,6 +79,7 @@ class TcpKvTransport:
         )
         self._events = EventQueue()
         self._num_streams = num_streams
+        self._tls = tls
         self._links: dict[tuple[str, str, int], GiverLink] = {}
         self._by_grant: dict[bytes, GiverLink] = {}
         self._taking = Taking(memory=memory, events=self._events, counts=self._counts)
@@ -95,7 +98,11 @@ class TcpKvTransport:
         shown = f"[{host}]" if ":" in host else host
         self._endpoint = f"{shown}:{sock.getsockname()[1]}"
         self._listener = Listener(
-            sock=sock, taking=self._taking, make_identity=self._identity, clock=self._clock
+            sock=sock,
+            taking=self._taking,
+            make_identity=self._identity,
+            clock=self._clock,
+            tls=self._tls,
         )
 
     def _identity(self, stream: int = 0) -> Identity:
@@ -165,6 +172,7 @@ class TcpKvTransport:
             events=self._events,
             counts=self._counts,
             clock=self._clock,
+            tls=self._tls,
         )
 
     def push(

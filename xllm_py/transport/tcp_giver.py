@@ -22,6 +22,7 @@ from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind
 from xllm_py.transport.kv_events import Counts, EventQueue, Wake
 from xllm_py.transport.kv_giving import Giving, Givings, Item
 from xllm_py.transport.tcp_socket import LinkBroken
+from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import FrameType
 from xllm_py.wire.kv_session import GiverSession
@@ -49,6 +50,7 @@ class GiverLink:
         events: EventQueue,
         counts: Counts,
         clock: Clock,
+        tls: KvTls | None,
     ) -> None:
         self._endpoint = first.endpoint
         self._make_session = make_session
@@ -57,6 +59,7 @@ class GiverLink:
         self._events = events
         self._counts = counts
         self._clock = clock
+        self._tls = tls
         self._state = threading.Condition()  # guards everything down to _ended
         self._givings = Givings()
         self._givings.add(first)
@@ -128,10 +131,7 @@ class GiverLink:
     def _cut(self) -> None:
         """Lock held. A thread inside the kernel comes back at once."""
         if self._sock is not None:
-            try:
-                self._sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                return  # the peer was quicker
+            tcp_socket.cut(self._sock)
 
     def close(self) -> None:
         """Close the link; no events follow. Returns when the thread has ended or will not."""
@@ -213,7 +213,7 @@ class GiverLink:
     def _connect(self) -> socket.socket:
         self._session = self._make_session()
         sock = tcp_handshake.call(
-            self._endpoint, self._session, clock=self._clock, on_socket=self._hold
+            self._endpoint, self._session, clock=self._clock, tls=self._tls, on_socket=self._hold
         )
         _log.debug("KV link open", endpoint=self._endpoint)
         return sock

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from xllm_py.base.clock import Clock
 from xllm_py.transport import tcp_socket
 from xllm_py.transport.tcp_socket import LinkBroken
+from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_session import GiverSession, TakerSession
@@ -18,9 +19,13 @@ def call(
     session: GiverSession,
     *,
     clock: Clock,
+    tls: KvTls | None,
     on_socket: Callable[[socket.socket], None],
 ) -> socket.socket:
-    """Giver: connect and shake hands. `on_socket` gets the socket as soon as there is one and may raise. Raises LinkBroken, OSError."""
+    """Giver: connect and shake hands. `on_socket` gets the socket, and the one over TLS, as soon as there is one, and may raise.
+
+    Raises LinkBroken, OSError.
+    """
     deadline = clock.now() + tcp_socket.HANDSHAKE_S
     address = tcp_socket.split_endpoint(endpoint)
     try:
@@ -30,6 +35,9 @@ def call(
     try:
         tcp_socket.tune(sock)
         on_socket(sock)
+        if tls is not None:
+            sock = tls.as_giver(sock, address[0])
+            on_socket(sock)
         sock.sendall(session.hello())
         welcome = tcp_socket.read_handshake(sock, kv_session.WELCOME_BYTES, deadline, clock)
         proof = session.on_welcome(welcome)
@@ -46,7 +54,6 @@ def call(
 def answer(sock: socket.socket, session: TakerSession, *, clock: Clock) -> Reason | None:
     """Taker: shake hands; None: the peer is known now, else why it is refused. Raises LinkBroken, OSError."""
     deadline = clock.now() + tcp_socket.HANDSHAKE_S
-    tcp_socket.tune(sock)
     hello = tcp_socket.read_handshake(sock, codec.HELLO_BYTES, deadline, clock)
     welcome = session.on_hello(hello)
     if isinstance(welcome, Reason):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import socket
+import ssl
 import struct
 import sys
 import termios
@@ -17,6 +18,7 @@ from zlib_ng import zlib_ng
 
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import PeerUnavailable
+from xllm_py.transport import tcp_tls
 
 HANDSHAKE_S = 2.0
 STALL_S = 1.0  # bytes outstanding and none taken for so long: the link has failed
@@ -49,10 +51,23 @@ def tune(sock: socket.socket) -> None:
 
 def set_slices(sock: socket.socket) -> None:
     """After the handshake: block, but never longer than a slice in one call."""
+    if isinstance(sock, ssl.SSLSocket):
+        sock.settimeout(_SLICE_S)
+        return
     sock.settimeout(None)
     value = _TIMEVAL.pack(0, int(_SLICE_S * 1_000_000))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def cut(sock: socket.socket) -> None:
+    """From any thread: whoever waits in the kernel for this socket comes back. Quiet when the peer was quicker."""
+    try:
+        socket.socket.shutdown(
+            sock, socket.SHUT_RDWR
+        )  # TLS's own would take the encryption off first
+    except OSError:
+        return
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
@@ -84,6 +99,11 @@ def read_handshake(sock: socket.socket, size: int, deadline: float, clock: Clock
 def read_into(sock: socket.socket, views: Sequence[memoryview]) -> int:
     """What comes within a slice, at most all of `views`; 0 when nothing came. LinkBroken at the end of the stream."""
     try:
+        if isinstance(sock, ssl.SSLSocket):
+            found = tcp_tls.read_into(sock, views)
+            if found is None:
+                raise LinkBroken("the peer closed the link")
+            return found
         if len(views) == 1:
             count = sock.recv_into(views[0], 0, socket.MSG_WAITALL)
         else:
@@ -97,6 +117,8 @@ def read_into(sock: socket.socket, views: Sequence[memoryview]) -> int:
 
 def write_from(sock: socket.socket, views: Sequence[memoryview]) -> int:
     """What the kernel takes within a slice; 0 when it takes nothing."""
+    if isinstance(sock, ssl.SSLSocket):
+        return tcp_tls.write_from(sock, views)
     try:
         return sock.sendmsg(views[:_MAX_VIEWS])
     except BlockingIOError:

@@ -18,6 +18,7 @@ from xllm_py.transport import tcp_handshake, tcp_socket
 from xllm_py.transport.kv_events import Wake
 from xllm_py.transport.kv_taking import Taking
 from xllm_py.transport.tcp_socket import LinkBroken
+from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState
@@ -45,7 +46,9 @@ class Listener:
         taking: Taking,
         make_identity: Callable[[], Identity],
         clock: Clock,
+        tls: KvTls | None,
     ) -> None:
+        self._tls = tls
         self._sock = sock
         self._taking = taking
         self._make_identity = make_identity
@@ -112,6 +115,7 @@ class Listener:
                 on_known=self._on_link_known,
                 on_end=self._on_link_end,
                 clock=self._clock,
+                tls=self._tls,
             )
             try:
                 link.start()
@@ -171,7 +175,9 @@ class TakerLink:
         on_known: Callable[[TakerLink], None],
         on_end: Callable[[TakerLink, str], None],
         clock: Clock,
+        tls: KvTls | None,
     ) -> None:
+        self._tls = tls
         self._sock = sock
         self._session = session
         self._taking = taking
@@ -200,10 +206,7 @@ class TakerLink:
 
     def cut(self) -> None:
         """From another thread: end soon."""
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it is over already
+        tcp_socket.cut(self._sock)
 
     def join(self) -> bool:
         """Wait for the thread; whether it has ended."""
@@ -227,6 +230,10 @@ class TakerLink:
             _log.debug("KV link ended", peer=self.peer, reason=reason)
 
     def _shake_hands(self) -> None:
+        tcp_socket.tune(self._sock)
+        if self._tls is not None:
+            self._sock.settimeout(tcp_socket.HANDSHAKE_S)
+            self._sock = self._tls.as_taker(self._sock)
         refusal = tcp_handshake.answer(self._sock, self._session, clock=self._clock)
         if refusal is not None:
             self._taking.counts.add("frames_rejected")
@@ -379,7 +386,7 @@ class TakerLink:
                 self._taking.failed(reject.grant, text)
         error = self._session.error(reject.reason, reject.grant)
         tcp_socket.write_all(self._sock, error, self._clock)
-        self._sock.shutdown(socket.SHUT_WR)
+        socket.socket.shutdown(self._sock, socket.SHUT_WR)
         deadline = self._clock.now() + LINGER_S
         while self._clock.now() < deadline:
             tcp_socket.read_into(self._sock, [self._sink])
