@@ -377,3 +377,39 @@ def test_the_taker_is_told_that_blocks_keep_coming(pair: Pair) -> None:
     pair.taken_event(LANDED, grant)
     told = [event for event in pair.taken if event.kind is KvEventKind.RECEIVING]
     assert len(told) == 1  # not once a frame
+
+
+def probe_of(pair: Pair, name: bytes, incarnation: str = "d-1") -> GiverGrant:
+    return GiverGrant(
+        grant=name, endpoint=pair.taker.endpoint, peer_incarnation=incarnation, prompt_digest=b""
+    )
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4096, 1 << 20])
+def test_a_probe_comes_back_and_touches_nothing(pair: Pair, num_bytes: int) -> None:
+    pair.giver.probe(probe_of(pair, b"p" * 16), num_bytes)
+    event = pair.given_event(ACKNOWLEDGED, b"p" * 16)
+    assert event.num_bytes in (0, num_bytes)
+    assert event.seconds >= 0
+    pair.assert_untouched()
+    assert pair.taken == []
+    counts = pair.giver.ledger() | {"received": pair.taker.ledger()["bytes_received"]}
+    assert (counts["bytes_sent"], counts["received"], counts["grants_given"]) == (0, 0, 0)
+    land(pair, (1, 2), (20, 21))
+
+
+def test_a_probe_of_somebody_who_is_not_there_fails(pair: Pair) -> None:
+    pair.giver.probe(probe_of(pair, b"p" * 16, "d-0"), 64)
+    assert "another process" in pair.given_event(FAILED, b"p" * 16).text
+    nobody = GiverGrant(
+        grant=b"q" * 16, endpoint="127.0.0.1:1", peer_incarnation="d-1", prompt_digest=b""
+    )
+    pair.giver.probe(nobody, 64)
+    assert pair.given_event(FAILED, b"q" * 16).text
+
+
+def test_an_abandoned_probe_is_silent(pair: Pair) -> None:
+    pair.giver.probe(probe_of(pair, b"p" * 16), 64)
+    pair.giver.abandon(b"p" * 16)
+    land(pair, (1, 2), (20, 21))
+    assert b"p" * 16 not in {event.grant for event in pair.given}

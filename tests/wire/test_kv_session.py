@@ -6,7 +6,7 @@ import pytest
 
 from tests.wire.kv_link import DIGEST, KEY, LAYOUT, Link, Taker, grant, identity
 from xllm_py.core.kv_memory import KvLayout
-from xllm_py.wire import codec, kv_session
+from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameType, Header, Reason
 from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState, GrantTable
 from xllm_py.wire.kv_session import (
@@ -516,6 +516,6 @@ def test_the_link_keys_depend_on_both_nonces_and_on_the_cluster_key() -> None:
 def test_a_frame_sent_twice_counts_once_for_the_commit() -> None:
     log = codec.FrameLog()
     header = Header(type=1, seq=0, num_blocks=1, length=8, crc=3)
-    kv_session.sent(log, header)
-    kv_session.sent(log, header._replace(seq=1))
+    log.sent(header)
+    log.sent(header._replace(seq=1))
     assert log.num_bytes == 8

@@ -41,7 +41,7 @@ class KvEventKind(Enum):
 
     RECEIVING = "receiving"  # taker: blocks keep coming; told about once a second
     LANDED = "landed"  # taker: COMMIT verified, every wanted block is in place
-    ACKNOWLEDGED = "acknowledged"  # giver: the peer said LANDED
+    ACKNOWLEDGED = "acknowledged"  # giver: the peer said LANDED; of a probe: it has arrived
     FAILED = "failed"  # either side: this grant is dead; `text` says why
     RELEASED = "released"  # taker: after `revoke`, nothing can be written under the grant any more
 
@@ -95,6 +95,14 @@ class KvTransport(Protocol):
 
     def commit(self, grant: bytes) -> None:
         """Giver: everything has been pushed; ask the peer to verify. ACKNOWLEDGED or FAILED follows."""
+        ...
+
+    def probe(self, probe: GiverGrant, num_bytes: int) -> None:
+        """Giver: send so many bytes (at most 4 MiB) that are checked and thrown away there, on the way that blocks take.
+
+        `probe.grant` is a name of 16 random bytes, no grant of the peer. ACKNOWLEDGED (`seconds` is the round trip) or FAILED
+        follows; `abandon` ends it too.
+        """
         ...
 
     def abandon(self, grant: bytes) -> None:

@@ -10,6 +10,7 @@ lock, no clock, no socket: the link (transport/tcp_giver) owns one and guards it
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ from typing import NamedTuple
 
 from xllm_py.transport.base import GiverGrant
 from xllm_py.wire.codec import FrameLog, FrameType
+from xllm_py.wire.kv_session import GiverSession
 
+_QUESTIONS = (FrameType.RESUME, FrameType.PROBE)
 MAX_TRIES = 4  # links that a grant may see break
 
 
 class Item(NamedTuple):
-    """One frame to come: blocks of one layer and part, COMMIT, or RESUME."""
+    """One frame to come: blocks of one layer and part, COMMIT, RESUME, or PROBE."""
 
     kind: FrameType
     grant: bytes
@@ -37,12 +40,24 @@ class Giving:
     """One grant as this side sees it."""
 
     grant: GiverGrant
+    probe_bytes: int = 0  # of a probe, which has no blocks and no COMMIT
     frames: FrameLog = field(default_factory=FrameLog)
     sent: list[Item] = field(default_factory=list)  # over the link that is open, in order
     broken: int = 0  # links that broke under it
     started_s: float = 0.0
     all_sent_s: float = 0.0  # when COMMIT was sent for the first time
     committed_s: float = 0.0  # when COMMIT or RESUME was sent last; 0: no answer is awaited
+
+    def question(self, session: GiverSession, kind: FrameType) -> bytes:
+        """A frame that the taker answers: COMMIT, RESUME or PROBE."""
+        name = self.grant.grant
+        if kind is FrameType.RESUME:
+            return session.resume(name)
+        if kind is FrameType.PROBE:
+            payload = bytes(self.probe_bytes)
+            return session.probe(name, len(payload), zlib.crc32(payload)) + payload
+        payload = self.frames.commit_payload(self.grant.prompt_digest)
+        return session.commit(name, payload, zlib.crc32(payload)) + payload
 
 
 class Givings:
@@ -65,9 +80,11 @@ class Givings:
         """The grant, while it is open."""
         return self._givings.get(grant)
 
-    def add(self, grant: GiverGrant) -> None:
-        """Serve it."""
-        self._givings[grant.grant] = Giving(grant)
+    def add(self, grant: GiverGrant, probe_bytes: int = 0) -> None:
+        """Serve it; a probe's only frame is queued at once."""
+        self._givings[grant.grant] = Giving(grant, probe_bytes)
+        if probe_bytes:
+            self._queue.append(Item(FrameType.PROBE, grant.grant))
 
     def put(self, items: Iterable[Item]) -> None:
         """Queue frames; those of a grant that has ended are passed over."""
@@ -99,12 +116,14 @@ class Givings:
             self.drop(grant)
         first: list[Item] = []
         for giving in self._givings.values():
-            if giving.committed_s:
+            if giving.probe_bytes:
+                first.append(Item(FrameType.PROBE, giving.grant.grant))
+            elif giving.committed_s:
                 first.append(Item(FrameType.RESUME, giving.grant.grant))
             else:
                 first += giving.sent
                 giving.sent = []
-        rest = [item for item in self._queue if item.kind is not FrameType.RESUME]
+        rest = [item for item in self._queue if item.kind not in _QUESTIONS]
         self._queue = deque([*first, *rest])
         return hopeless
 

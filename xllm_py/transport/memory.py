@@ -66,16 +66,18 @@ class _Giving:
     frames: FrameLog = field(default_factory=FrameLog)
 
 
-_Item = tuple[
-    float, bytes, int, int, tuple[int, ...]
-]  # due, grant, layer, first, blocks (none: COMMIT)
+# due, grant, layer, first, blocks (none: COMMIT, or with layer -1 a probe of `first` bytes)
+_Item = tuple[float, bytes, int, int, tuple[int, ...]]
 
 
 class _Link:
     """Both ends of one connection."""
 
-    def __init__(self, giver: MemoryKvTransport, taker: MemoryKvTransport, expected: str) -> None:
+    def __init__(
+        self, giver: MemoryKvTransport, taker: MemoryKvTransport, expected: str, probe: bool
+    ) -> None:
         self.giver, self.taker = giver, taker
+        self.probe = probe  # a link of its own, for one probe
         self.faults = giver.network.faults(giver.incarnation, taker.incarnation)
         self.givings: dict[bytes, _Giving] = {}
         self.queue: deque[_Item] = deque()
@@ -94,7 +96,7 @@ class _Link:
         self.giver.network.links.remove(self)
         for grant in self.givings:
             self.giver.failed(grant, reason)
-        if self._known:
+        if self._known and not self.probe:
             self.taker.taking.link_lost(self.giver.incarnation, reason)
 
     def move(self, now: float) -> None:
@@ -106,7 +108,10 @@ class _Link:
         while self.open and self.queue and self.queue[0][0] <= now:
             _, grant, layer, first, block_ids = self.queue.popleft()
             giving = self.givings[grant]
-            if not block_ids:
+            if layer < 0:
+                giving.committed_s, payload = now, bytes(first)
+                self._carry(self._out.probe(grant, first, zlib.crc32(payload)), payload)
+            elif not block_ids:
                 giving.committed_s = now
                 payload = giving.frames.commit_payload(giving.grant.prompt_digest)
                 self._carry(self._out.commit(grant, payload, zlib.crc32(payload)), payload)
@@ -116,7 +121,7 @@ class _Link:
                 payload = b"".join(self.giver.memory.spans(layer, part, block_ids))
                 crc = zlib.crc32(payload)
                 header, data = self._out.data(grant, layer, part, first, len(block_ids), crc)
-                kv_session.sent(giving.frames, header)
+                giving.frames.sent(header)
                 self.giver.counts.add("bytes_sent", header.length)
                 self._carry(data, payload)
         if any(
@@ -159,7 +164,7 @@ class _Link:
             self._write(judged.header, judged.block_ids, body)
         payload = bytes(body) if judged.is_commit else b""
         if whole:
-            self.taker.counts.add("bytes_received", 0 if judged.is_commit else len(body))
+            self.taker.counts.add("bytes_received", len(body) if judged.is_data else 0)
             self._answer(self._in.on_payload(judged, zlib.crc32(body), payload))
         else:
             self._in.on_lost(judged)
@@ -172,6 +177,8 @@ class _Link:
 
     def _answer(self, result: kv_session.Result | kv_session.Asked | kv_session.Closed) -> None:
         match result:  # a link in memory never comes back after it broke, so its giver never asks
+            case kv_session.Probed(probe=probe):
+                self._reply(self._in.arrived(probe))
             case kv_session.Landed(grant=grant):
                 self.taker.taking.landed(result, self.taker.network.clock.now())
                 self._reply(self._in.ack(grant))
@@ -202,6 +209,8 @@ class _Link:
                         exposed_s=now - (giving.committed_s or now),
                     )
                 )
+                if self.probe:
+                    self.end("the probe is over")
             case kv_session.Refused(grant=grant, reason=reason) if grant in self.givings:
                 self.drop(grant)
                 self.giver.failed(grant, codec.TEXTS[reason])
@@ -273,13 +282,28 @@ class MemoryKvTransport:
             self.failed(grant.grant, "nobody listens there")
             return
         for link in self.network.links:
-            if link.giver is self and link.taker is taker:
+            if link.giver is self and link.taker is taker and not link.probe:
                 break
         else:
-            link = _Link(self, taker, grant.peer_incarnation)
+            link = _Link(self, taker, grant.peer_incarnation, probe=False)
             self.network.links.append(link)
+        self._give(grant, link)
+
+    def _give(self, grant: GiverGrant, link: _Link) -> None:
         link.givings[grant.grant] = _Giving(grant, self.network.clock.now())
         self._by_grant[grant.grant] = link
+
+    def probe(self, probe: GiverGrant, num_bytes: int) -> None:
+        """See KvTransport. It has a link of its own, so that faults of others are not used up by it."""
+        taker = self.network.listeners.get(probe.endpoint)
+        if taker is None:
+            self.failed(probe.grant, "nobody listens there")
+            return
+        link = _Link(self, taker, probe.peer_incarnation, probe=True)
+        self.network.links.append(link)
+        self._give(probe, link)
+        due = self.network.clock.now() + link.faults.delay_s
+        link.queue.append((due, probe.grant, -1, num_bytes, ()))
 
     def push(
         self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]

@@ -134,15 +134,26 @@ class TcpKvTransport:
 
     def connect(self, grant: GiverGrant) -> None:
         """See KvTransport."""
+        self._assign(grant, 0)
+
+    def probe(self, probe: GiverGrant, num_bytes: int) -> None:
+        """See KvTransport."""
+        self._assign(probe, num_bytes)
+
+    def _assign(self, grant: GiverGrant, probe_bytes: int) -> None:
+        """To a link of its peer, a new one when there is none or it has ended."""
         place = (grant.endpoint, grant.peer_incarnation, self._stream_for(grant))
         link = self._links.get(place)
-        if link is None or not link.add(grant):
+        if link is None or not link.add(grant, probe_bytes):
             self._sweep()
             try:
-                link = self._links[place] = self._open_link(grant, place[2])
+                link = self._open_link(grant, place[2])
+                link.add(grant, probe_bytes)
+                link.start()
             except (OSError, RuntimeError) as error:  # no descriptor, no thread
                 self._fail(grant.grant, f"no KV link can be made: {error}")
                 return
+            self._links[place] = link
         self._by_grant[grant.grant] = link
 
     def _stream_for(self, grant: GiverGrant) -> int:
@@ -164,10 +175,10 @@ class TcpKvTransport:
                 link.close()
                 del self._links[key]
 
-    def _open_link(self, first: GiverGrant, stream: int) -> GiverLink:
+    def _open_link(self, peer: GiverGrant, stream: int) -> GiverLink:
         return GiverLink(
-            first=first,
-            make_session=lambda: GiverSession(self._identity(stream), first.peer_incarnation),
+            peer=peer,
+            make_session=lambda: GiverSession(self._identity(stream), peer.peer_incarnation),
             memory=self._memory,
             events=self._events,
             counts=self._counts,

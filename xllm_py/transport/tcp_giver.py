@@ -44,7 +44,7 @@ class GiverLink:
     def __init__(
         self,
         *,
-        first: GiverGrant,
+        peer: GiverGrant,
         make_session: Callable[[], GiverSession],
         memory: KvMemory,
         events: EventQueue,
@@ -52,7 +52,8 @@ class GiverLink:
         clock: Clock,
         tls: KvTls | None,
     ) -> None:
-        self._endpoint = first.endpoint
+        """peer: any grant of it, for its address."""
+        self._endpoint = peer.endpoint
         self._make_session = make_session
         self._session = make_session()
         self._memory = memory
@@ -62,7 +63,6 @@ class GiverLink:
         self._tls = tls
         self._state = threading.Condition()  # guards everything down to _ended
         self._givings = Givings()
-        self._givings.add(first)
         self._reading: set[bytes] = set()  # grants whose blocks the thread may be reading
         self._idle = False
         self._sock: socket.socket | None = None
@@ -72,6 +72,9 @@ class GiverLink:
         self._block_bytes = memory.layout.block_bytes
         self._blocks_per_frame = codec.blocks_per_frame(self._block_bytes)
         self._thread = threading.Thread(target=self._run, name="kv-giver", daemon=True)
+
+    def start(self) -> None:
+        """Once it has something to do: a link without grants gives up at its first failure. Raises RuntimeError."""
         try:
             self._thread.start()
         except RuntimeError:
@@ -90,13 +93,15 @@ class GiverLink:
         with self._state:
             return len(self._givings)
 
-    def add(self, grant: GiverGrant) -> bool:
-        """Serve this grant; False when the link has ended."""
+    def add(self, grant: GiverGrant, probe_bytes: int = 0) -> bool:
+        """Serve this grant, or this probe; False when the link has ended."""
         with self._state:
-            if self._ended:
-                return False
-            self._givings.add(grant)
-            return True
+            if not self._ended:
+                self._givings.add(grant, probe_bytes)
+            idle, self._idle = self._idle, False
+        if idle:
+            self._wake.ring()
+        return not self._ended
 
     def push(self, grant: bytes, layer: int, first: int, block_ids: tuple[int, ...]) -> None:
         """Queue blocks; passed over when the grant has ended."""
@@ -261,7 +266,7 @@ class GiverLink:
                 views += self._data(giving, item)
                 num_bytes += codec.HEADER_BYTES + len(item.block_ids) * self._block_bytes
             else:
-                views.append(self._commit(giving, item))
+                views.append(self._question(giving, item))
                 num_bytes += views[-1].nbytes
         return views, num_bytes
 
@@ -271,20 +276,16 @@ class GiverLink:
         views = self._memory.spans(layer, part, block_ids)
         crc = tcp_socket.checksum(views)
         header, data = self._session.data(grant, layer, part, first, len(block_ids), crc)
-        kv_session.sent(giving.frames, header)
+        giving.frames.sent(header)
         self._counts.add("bytes_sent", header.length)
         return [memoryview(data), *views]
 
-    def _commit(self, giving: Giving, item: Item) -> memoryview:
-        """COMMIT, or the question what became of it."""
+    def _question(self, giving: Giving, item: Item) -> memoryview:
+        """COMMIT, RESUME or PROBE: the taker answers it."""
         giving.committed_s = self._clock.now()
         giving.all_sent_s = giving.all_sent_s or giving.committed_s
         giving.started_s = giving.started_s or giving.committed_s
-        if item.kind is FrameType.RESUME:
-            return memoryview(self._session.resume(item.grant))
-        payload = giving.frames.commit_payload(giving.grant.prompt_digest)
-        crc = tcp_socket.checksum([memoryview(payload)])
-        return memoryview(self._session.commit(giving.grant.grant, payload, crc) + payload)
+        return memoryview(giving.question(self._session, item.kind))
 
     def _write(self, sock: socket.socket, views: list[memoryview], num_bytes: int) -> None:
         try:
@@ -382,7 +383,7 @@ class GiverLink:
             KvEvent(
                 kind=KvEventKind.ACKNOWLEDGED,
                 grant=grant,
-                num_bytes=giving.frames.num_bytes,
+                num_bytes=giving.probe_bytes or giving.frames.num_bytes,
                 seconds=now - giving.started_s,
                 exposed_s=now - giving.all_sent_s,
             )

@@ -293,13 +293,15 @@ class TakerLink:
                 self._taking.settle(grant)
             if isinstance(result, kv_session.Landed):
                 self._taking.landed(result, self._clock.now())
-        if not take.is_commit:
+        if take.is_data:
             self._taking.counts.add("bytes_received", take.header.length)
         return self._answer(result)
 
     def _answer(self, result: kv_session.Result) -> bool:
         if isinstance(result, kv_session.Landed):
             tcp_socket.write_all(self._sock, self._session.ack(result.grant), self._clock)
+        elif isinstance(result, kv_session.Probed):
+            tcp_socket.write_all(self._sock, self._session.arrived(result.probe), self._clock)
         elif isinstance(result, kv_session.Late) and result.grant not in self._told:
             if len(self._told) >= MAX_REMEMBERED:
                 self._told.clear()  # to be told twice does no harm

@@ -54,6 +54,7 @@ class FrameType(IntEnum):
     ACK = 3
     ERROR = 4
     RESUME = 5  # giver, on a new link: what became of my COMMIT? taker: nothing yet, send again (else ACK or ERROR)
+    PROBE = 6  # giver: bytes for the sink; taker: they came, and as they were sent
 
 
 _KINDS = frozenset(int(kind) for kind in FrameType)
@@ -123,6 +124,11 @@ OF_THE_GRANT = frozenset(
         Reason.TOO_MANY_LATE,
     }
 )
+
+
+def reason_of(code: int) -> Reason:
+    """A peer's reason; one that we do not know is a bad frame of its own."""
+    return Reason(code) if code in Reason.__members__.values() else Reason.BAD_FRAME
 
 
 class Header(NamedTuple):
@@ -216,6 +222,11 @@ class FrameLog:
         """The payload of a claimed frame was sent, or is written and verified."""
         self._frames[header.layer, header.part, header.first] = (header.num_blocks, header.crc)
         self.num_bytes += header.length
+
+    def sent(self, header: Header) -> None:
+        """Giver: note a frame that went out, perhaps again. What overlaps in another way is the taker's to refuse."""
+        if self.find(header) != (header.num_blocks, header.crc):
+            self.confirm(header)
 
     def complete(self, num_layers: int, num_parts: int, wanted: int) -> bool:
         """Whether exactly the blocks in the bit mask `wanted` are there in every layer and part."""

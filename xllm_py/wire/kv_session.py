@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from xllm_py.base.hashing import same
 from xllm_py.core.kv_memory import PARTS
 from xllm_py.wire import codec
-from xllm_py.wire.codec import FrameLog, FrameType, Header, Reason, Step
+from xllm_py.wire.codec import FrameType, Header, Reason, Step
 from xllm_py.wire.kv_frames import Frames
 from xllm_py.wire.kv_grants import OPEN, Grant, GrantState, GrantTable
 from xllm_py.wire.kv_handshake import Agreement, Identity, fits
 
 WELCOME_BYTES = codec.HELLO_BYTES + codec.PROOF_BYTES
-_ANSWERS = (FrameType.ACK, FrameType.ERROR, FrameType.RESUME)
+_ANSWERS = (FrameType.ACK, FrameType.ERROR, FrameType.RESUME, FrameType.PROBE)
 MAX_LATE_FRAMES = 4096  # of one revoked grant; an honest giver stops at the first ERROR
 
 
@@ -71,8 +71,15 @@ class Again:
 
 
 @dataclass(frozen=True, slots=True)
+class Probed:
+    """A probe came, whole: say so."""
+
+    probe: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """The taker says: landed."""
+    """The taker says: landed, or, of a probe, arrived."""
 
     grant: bytes
 
@@ -103,6 +110,11 @@ class Take:
         self.header = header
         self.grant = grant
         self.store = store
+
+    @property
+    def is_data(self) -> bool:
+        """Of blocks, be they stored or not."""
+        return self.header.type == FrameType.DATA
 
     @property
     def is_commit(self) -> bool:
@@ -178,6 +190,10 @@ class GiverSession:
         """Ask what became of a COMMIT that went over a link which broke before it was answered."""
         return self._out.pack(Header(type=FrameType.RESUME, seq=self._out.seq, grant=grant))
 
+    def probe(self, probe: bytes, length: int, crc: int) -> bytes:
+        """PROBE, header only; `length` bytes follow it."""
+        return self._out.pack(Header(FrameType.PROBE, self._out.seq, probe, length=length, crc=crc))
+
     def on_header(self, data: bytes) -> Acknowledged | Again | Refused | Closed:
         """64 bytes from the taker; its frames have no payload."""
         header = self._in.unpack(data)
@@ -185,11 +201,11 @@ class GiverSession:
             return Closed(header, by_peer=False)
         if header.length or header.type not in _ANSWERS:
             return Closed(Reason.BAD_FRAME, by_peer=False)
-        if header.type == FrameType.ACK:
+        if header.type in (FrameType.ACK, FrameType.PROBE):
             return Acknowledged(header.grant)
         if header.type == FrameType.RESUME:
             return Again(header.grant)
-        reason = _reason(header.num_blocks)
+        reason = codec.reason_of(header.num_blocks)
         if reason is Reason.REVOKED:
             return Refused(header.grant, reason)
         return Closed(reason, by_peer=True, grant=header.grant)
@@ -237,12 +253,15 @@ class TakerSession:
         header = self._in.unpack(data)
         if isinstance(header, Reason):
             return Reject(header)
-        if header.type == FrameType.ERROR:
-            return Closed(_reason(header.num_blocks), by_peer=True)
-        if header.type == FrameType.ACK:
-            return Reject(Reason.BAD_FRAME)
-        if header.type == FrameType.RESUME:
-            return self._judge_resume(header)
+        match header.type:
+            case FrameType.ERROR:
+                return Closed(codec.reason_of(header.num_blocks), by_peer=True)
+            case FrameType.ACK:
+                return Reject(Reason.BAD_FRAME)
+            case FrameType.RESUME:
+                return self._judge_resume(header)
+            case FrameType.PROBE:
+                return self._judge_probe(header)
         grant = self._grants.find(header.grant, self.peer)
         if grant is None:
             return self._judge_unknown(header)
@@ -256,13 +275,18 @@ class TakerSession:
         if header.length or header.first or header.num_blocks or header.layer or header.part:
             return Reject(Reason.OUT_OF_RANGE, header.grant)
         state = self._grants.state(header.grant, self.peer)
-        if state is None:
-            return Reject(Reason.UNKNOWN_GRANT, header.grant)
+        if state is None or state is GrantState.FAILED:
+            reason = Reason.WRONG_STATE if state else Reason.UNKNOWN_GRANT
+            return Reject(reason, header.grant)
         if state is GrantState.REVOKED:
             return Late(header.grant)
-        if state is GrantState.FAILED:
-            return Reject(Reason.WRONG_STATE, header.grant)
         return Asked(header.grant, landed=state is GrantState.COMMITTED)
+
+    def _judge_probe(self, header: Header) -> Take | Reject:
+        """Its bytes go nowhere, so it needs no grant."""
+        if header.length > codec.MAX_PAYLOAD_BYTES:
+            return Reject(Reason.BAD_LENGTH, header.grant)
+        return Take(header, None, store=False)
 
     def _judge_unknown(self, header: Header) -> Take | Reject:
         if not self._grants.is_late(header.grant, self.peer):
@@ -317,6 +341,8 @@ class TakerSession:
             if grant is not None and stored:
                 grant.frames.unclaim(take.header)
             return Reject(Reason.BAD_CHECKSUM, take.header.grant)
+        if take.header.type == FrameType.PROBE:
+            return Probed(take.header.grant)
         if grant is None or grant.state is GrantState.REVOKED:
             return Late(take.header.grant)
         if take.is_commit:
@@ -356,6 +382,10 @@ class TakerSession:
         """Say landed."""
         return self._out.pack(Header(type=FrameType.ACK, seq=self._out.seq, grant=grant))
 
+    def arrived(self, probe: bytes) -> bytes:
+        """Answer a probe."""
+        return self._out.pack(Header(type=FrameType.PROBE, seq=self._out.seq, grant=probe))
+
     def again(self, grant: bytes) -> bytes:
         """Say that a grant has not landed."""
         return self._out.pack(Header(type=FrameType.RESUME, seq=self._out.seq, grant=grant))
@@ -367,15 +397,4 @@ class TakerSession:
         )
 
 
-Result = Stored | Landed | Late | Reject
-
-
-def _reason(code: int) -> Reason:
-    """A peer's reason; one that we do not know is a bad frame of its own."""
-    return Reason(code) if code in Reason.__members__.values() else Reason.BAD_FRAME
-
-
-def sent(frames: FrameLog, header: Header) -> None:
-    """Giver: note a frame that went out. What overlaps in another way is the taker's to refuse."""
-    if frames.find(header) != (header.num_blocks, header.crc):
-        frames.confirm(header)
+Result = Stored | Landed | Probed | Late | Reject
