@@ -36,6 +36,7 @@ from xllm_py.wire.control_messages import (
     GenerationsUp,
     Heartbeat,
     HeartbeatReply,
+    LinkHealth,
     LinkState,
     Positions,
 )
@@ -100,6 +101,10 @@ class ScriptedInstance:
 
     async def link_instance(self, card_json: bytes) -> None:
         self._note(card_json)
+
+    async def probe_peer(self, card_json: bytes) -> LinkHealth:
+        self._note(card_json)
+        return LinkHealth(works=True, round_trip_s=0.25, bytes_per_s=1e9)
 
     async def unlink_instance(self, name: str, incarnation: str) -> None:
         self._note(name, incarnation)
@@ -184,6 +189,8 @@ async def test_offers_first_tokens_and_the_rest_keep_their_values() -> None:
         assert await client.add_new_requests([OFFER]) == [ANSWER]
         assert await client.first_generation([first, other]) == [True, False]
         await client.link_instance(b'{"a":1}')
+        health = LinkHealth(works=True, round_trip_s=0.25, bytes_per_s=1e9)
+        assert await client.probe_peer(b'{"b":2}') == health
         await client.unlink_instance("p", "pp")
         assert await client.cancel(["a", "b"], [1, 0], "deadline") == ["running", "running"]
         assert await client.drain("finish", 2.0) == 3
@@ -192,6 +199,7 @@ async def test_offers_first_tokens_and_the_rest_keep_their_values() -> None:
             (OFFER,),
             (first, other),
             (b'{"a":1}',),
+            (b'{"b":2}',),
             ("p", "pp"),
             (["a", "b"], [1, 0], "deadline"),
             ("finish", 2.0),

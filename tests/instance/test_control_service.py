@@ -34,6 +34,8 @@ from xllm_py.instance.engine_link import EngineLink
 from xllm_py.instance.generations import Generations
 from xllm_py.instance.outlets import Destination, Outlets
 from xllm_py.instance.relay import Relay
+from xllm_py.wire.control_messages import LinkHealth
+from xllm_py.wire.messages import Probed
 
 KEY = b"k" * 32
 RECEIVER = Receiver(name="d", address="d:1", incarnation="dd")
@@ -74,6 +76,10 @@ class FakeEngine:
         return OfferAnswer(
             request_id=given.request_id, attempt=given.attempt, grant=grant, refusal=refusal
         )
+
+    async def probe(self, endpoint: str, incarnation: str, *, timeout_s: float) -> Probed:
+        assert (endpoint, incarnation) == ("d:26000", "dd")
+        return Probed(call=1, works=True, round_trip_s=0.5, bytes_per_s=3.0)
 
     async def first_tokens(self, firsts: list[FirstToken], *, timeout_s: float) -> list[bool]:
         return [first.grant == b"g" * 16 for first in firsts]
@@ -150,6 +156,14 @@ def offer(request_id: str, incarnation: str = "pp", **fields: Any) -> Offer:
         model_fingerprint="m",
         layout_fingerprint="l",
     )
+
+
+async def test_a_peer_is_probed_at_the_address_in_its_card(house: House) -> None:
+    raw = card_to_json(card("d", "dd", addrs=("d:26000",)), card_key(KEY))
+    found = await house.service.probe_peer(raw)
+    assert found == LinkHealth(works=True, round_trip_s=0.5, bytes_per_s=3.0)
+    closed = await house.service.probe_peer(card_to_json(card(), card_key(KEY)))
+    assert (closed.works, closed.reason) == (False, "d has no KV port")
 
 
 # ---- submissions ----

@@ -30,6 +30,7 @@ from xllm_py.wire.control_messages import (
     GenerationsUp,
     Heartbeat,
     HeartbeatReply,
+    LinkHealth,
     no_verdicts,
 )
 from xllm_py.wire.messages import Verdicts
@@ -81,6 +82,9 @@ class FakeInstance:
         self.known: list[bool] = []
         self.submit_error: Exception | None = None
         self.link_error: Exception | None = None
+        self.probed: list[bytes] = []
+        self.probe_error: Exception | None = None
+        self.health = LinkHealth(works=True, round_trip_s=0.001, bytes_per_s=2e9)
         self.hang_on_submit = False
         self.beating = True
         self._sequence = 0
@@ -223,6 +227,12 @@ class FakeInstance:
         if self.link_error is not None:
             raise self.link_error
         self.linked.append(card_json)
+
+    async def probe_peer(self, card_json: bytes) -> LinkHealth:
+        self.probed.append(card_json)
+        if self.probe_error is not None:
+            raise self.probe_error
+        return self.health
 
     async def unlink_instance(self, name: str, incarnation: str) -> None:
         self.unlinked.append((name, incarnation))

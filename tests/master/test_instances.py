@@ -12,6 +12,7 @@ from xllm_py.base.errors import InstanceLost, LayoutMismatch, PeerUnavailable, R
 from xllm_py.cluster import keys
 from xllm_py.cluster.instance_info import Role, card_key, card_to_json
 from xllm_py.control.client import MasterClient
+from xllm_py.wire.control_messages import LinkHealth
 
 
 async def test_a_pair_is_linked_with_the_givers_signed_card() -> None:
@@ -59,6 +60,53 @@ async def test_a_pair_that_may_not_be_exact_serves_and_says_so() -> None:
         (link,) = row["links"]
         assert link["state"] == "linked"
         assert "numerics fingerprints differ" in link["reason"]
+
+
+async def test_a_pair_serves_once_kv_has_got_through() -> None:
+    async with running_master() as master:
+        await master.add("d", Role.DECODE)
+        prefill = await master.add("p", Role.PREFILL)
+        prefill.health = LinkHealth(works=False, reason="no KV link can be made")
+        await until("the reason", lambda: "no KV link" in str(master.parts.links.unlinked()))
+        (row,) = [r for r in (await rows(master)) if r["name"] == "p"]
+        assert row["links"] == [
+            {"peer": "d", "state": "broken", "reason": "no KV link can be made"}
+        ]
+        assert not master.parts.links.linked()
+        prefill.health = LinkHealth(works=True, round_trip_s=0.0015, bytes_per_s=2.5e9)
+        await master.mode("pd")
+        (row,) = [r for r in (await rows(master)) if r["name"] == "p"]
+        (link,) = row["links"]
+        assert (link["round_trip_ms"], link["megabytes_per_s"]) == (1.5, 2500.0)
+        assert 'xllm_pair_round_trip_seconds{decode="d",prefill="p"} 0.0015' in (
+            master.metrics.text().decode()
+        )
+
+
+async def test_a_lost_handoff_has_its_pair_looked_at_and_a_wedged_link_leaves_routing_alone() -> (
+    None
+):
+    """The instances stay READY; the pair comes back by itself."""
+    async with running_master() as master:
+        prefill, decode = await master.pair()
+        looks = len(prefill.probed)
+        prefill.health = LinkHealth(works=False, reason="no answer to COMMIT")
+        master.parts.links.doubt(prefill.incarnation, decode.incarnation)
+        await until("the pair to leave", lambda: not master.parts.links.linked())
+        assert len(prefill.probed) > looks
+        assert (master.state(prefill), master.state(decode)) == ("READY", "READY")
+        prefill.health = LinkHealth(works=True)
+        await master.mode("pd")
+
+
+async def test_a_giver_too_busy_to_say_is_not_taken_for_a_broken_link() -> None:
+    async with running_master() as master:
+        prefill, decode = await master.pair()
+        looks = len(prefill.probed)
+        prefill.probe_error = PeerUnavailable("a long step")
+        master.parts.links.doubt(prefill.incarnation, decode.incarnation)
+        await until("a look", lambda: len(prefill.probed) > looks)
+        assert len(master.parts.links.linked()) == 1
 
 
 def _refusal(master: RunningMaster) -> Any:

@@ -273,7 +273,7 @@ class Engine:
             "giving": self.agent.giving.num_open,
             "taking": self.agent.taking.num_open,
             "grants open": kv["grants_open"],
-            "grants given": kv["grants_given"],
+            "grants given": kv["grants_given"] - self.agent.probing.num_open,
         }
 
     def die(self) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from tests.sim.grpc_memory import memory_grpc
 from tests.sim.oracle import right_answer
@@ -17,6 +18,7 @@ from tests.sim.script import Script, script_of
 from tests.sim.virtual import VirtualLoop
 from tests.sim.world import Told, World, Wrong
 from xllm_py.base.clock import HandClock
+from xllm_py.engine import probing
 
 MOST_S = 60.0  # virtual seconds from the first request until the last one has ended
 QUIET_S = 40.0  # and from there until nothing is left of them
@@ -57,13 +59,13 @@ class _Errors(logging.Handler):
 
 @contextlib.contextmanager
 def simulating() -> Iterator[None]:
-    """Around many runs: gRPC in memory, and no log but errors."""
+    """Around many runs: gRPC in memory, small probes, and no log but errors."""
     logger = logging.getLogger("xllm_py")
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.ERROR)
     logger.propagate = False
     try:
-        with memory_grpc():
+        with memory_grpc(), mock.patch.multiple(probing, SMALL_BYTES=16, LARGE_BYTES=64):
             yield
     finally:
         logger.setLevel(level)

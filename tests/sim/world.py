@@ -234,6 +234,7 @@ class World:
         self.store = Store(loop.clock)
         self.store.listeners = InOrder()  # type: ignore[assignment]
         self.kv = Kv(loop, self.random, MemoryNetwork(loop.clock, self._kv_faults))
+        self.playing = False  # until every pair has found itself nothing is ill
         self.lives = dict.fromkeys(NAMES, 0)
         self.instances: dict[str, Instance] = {}
         self.all_instances: list[Instance] = []
@@ -248,7 +249,7 @@ class World:
 
     def _kv_faults(self, _giver: str, _taker: str) -> Faults:
         script, random = self.script, self.random
-        if not script.kv_fault or random.random() > script.kv_fault_share:
+        if not self.playing or not script.kv_fault or random.random() > script.kv_fault_share:
             return Faults()
         match script.kv_fault:
             case "late":
@@ -342,6 +343,7 @@ class World:
     def play(self) -> list[asyncio.Task[None]]:
         """Set the script's weather and events going; returns the clients."""
         self.network.weather = self.script.weather
+        self.playing = True
         for event in self.script.events:
             self.loop.call_later(event.at, self._befall, event)
         return [self._begin(self._client(told), self.process) for told in self.told]

@@ -20,9 +20,16 @@ from xllm_py.control.channels import Channels
 from xllm_py.control.pb import xllm_pb2 as pb
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Submission
 from xllm_py.core.service_config import TlsSlice
-from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, Heartbeat, HeartbeatReply
+from xllm_py.wire.control_messages import (
+    GenerationsDown,
+    GenerationsUp,
+    Heartbeat,
+    HeartbeatReply,
+    LinkHealth,
+)
 
 CANCEL_TIMEOUT_S = 1.0
+PROBE_TIMEOUT_S = 15.0  # a link may take four seconds to fail, and P may be computing a long step
 DESCRIBE_TIMEOUT_S = 1.0
 _STATUS_TIMEOUT_S = 1.0
 STREAM_TIMEOUT_S = 24 * 3600.0  # every call has a deadline; after this one a stream is opened again
@@ -179,6 +186,12 @@ class InstanceClient:
         """Make D accept offers of the giver with this card. Raises LayoutMismatch saying what differs."""
         message = pb.LinkInstanceRequest(card_json=card_json)
         await self._caller.unary("LinkInstance", message, pb.LinkInstanceReply, self._timeout_s)
+
+    async def probe_peer(self, card_json: bytes) -> LinkHealth:
+        """Make P try its KV link to the decode instance with this card."""
+        message = pb.ProbePeerRequest(card_json=card_json)
+        reply = await self._caller.unary("ProbePeer", message, pb.ProbePeerReply, PROBE_TIMEOUT_S)
+        return convert.to_health(reply)
 
     async def unlink_instance(self, name: str, incarnation: str) -> None:
         """Make D forget a giver and end its reservations; fine when unknown."""

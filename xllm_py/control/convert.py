@@ -24,6 +24,7 @@ from xllm_py.control.bounds import (
 from xllm_py.control.pb import xllm_pb2 as pb
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Receiver, Submission
 from xllm_py.core.sampling import MAX_BEST_OF, SamplingParams
+from xllm_py.wire.control_messages import LinkHealth
 
 # --- submissions
 
@@ -256,6 +257,27 @@ def to_cancel(message: pb.CancelRequest) -> tuple[list[str], list[int], str]:
     request_ids = labels(message.request_ids)
     attempts = column(message.attempts, len(request_ids), "attempts")
     return request_ids, attempts, label(message.reason)
+
+
+def from_health(health: LinkHealth) -> pb.ProbePeerReply:
+    """To protobuf."""
+    return pb.ProbePeerReply(
+        works=health.works,
+        reason=health.reason,
+        round_trip_s=health.round_trip_s,
+        bytes_per_s=health.bytes_per_s,
+    )
+
+
+def to_health(message: pb.ProbePeerReply) -> LinkHealth:
+    """From protobuf."""
+    check(message.round_trip_s >= 0 and message.bytes_per_s >= 0, "a negative time or rate")
+    return LinkHealth(
+        works=message.works,
+        reason=message.reason[:MAX_TEXT],
+        round_trip_s=message.round_trip_s,
+        bytes_per_s=message.bytes_per_s,
+    )
 
 
 def to_card_json(raw: bytes) -> bytes:

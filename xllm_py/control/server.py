@@ -32,7 +32,13 @@ from xllm_py.control.pb import xllm_pb2 as pb
 from xllm_py.control.tls import server_credentials
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Submission
 from xllm_py.core.service_config import TlsSlice
-from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, Heartbeat, HeartbeatReply
+from xllm_py.wire.control_messages import (
+    GenerationsDown,
+    GenerationsUp,
+    Heartbeat,
+    HeartbeatReply,
+    LinkHealth,
+)
 
 _log = log.get(__name__)
 _MOST_PORTS = 100
@@ -50,6 +56,7 @@ class InstanceHandlers(Protocol):
     async def add_new_requests(self, offers: list[Offer]) -> list[OfferAnswer]: ...
     async def first_generation(self, firsts: list[FirstToken]) -> list[bool]: ...
     async def link_instance(self, card_json: bytes) -> None: ...
+    async def probe_peer(self, card_json: bytes) -> LinkHealth: ...
     async def unlink_instance(self, name: str, incarnation: str) -> None: ...
     async def cancel(
         self, request_ids: list[str], attempts: list[int], reason: str
@@ -279,6 +286,9 @@ def _instance_table(guard: _Guard, to: InstanceHandlers) -> dict[str, MethodHand
         await to.link_instance(convert.to_card_json(message.card_json))
         return pb.LinkInstanceReply()
 
+    async def probe_peer(message: pb.ProbePeerRequest) -> Message:
+        return convert.from_health(await to.probe_peer(convert.to_card_json(message.card_json)))
+
     async def unlink_instance(message: pb.UnlinkInstanceRequest) -> Message:
         await to.unlink_instance(message.name, message.incarnation)
         return pb.UnlinkInstanceReply()
@@ -299,6 +309,7 @@ def _instance_table(guard: _Guard, to: InstanceHandlers) -> dict[str, MethodHand
             "FirstGeneration", pb.FirstGenerationRequest, first_generation
         ),
         "LinkInstance": guard.unary("LinkInstance", pb.LinkInstanceRequest, link_instance),
+        "ProbePeer": guard.unary("ProbePeer", pb.ProbePeerRequest, probe_peer),
         "UnlinkInstance": guard.unary("UnlinkInstance", pb.UnlinkInstanceRequest, unlink_instance),
         "Generations": guard.stream("Generations", to.generations),
         "Cancel": guard.unary("Cancel", pb.CancelRequest, cancel),

@@ -2,7 +2,7 @@
 
     on_news -> [schedule] -> before_step -> [execute: layer_done per layer] -> [apply] -> after_step
 
-engine/giving is P's side, engine/taking is D's; an instance may be both at once. This is the only place where scheduler,
+engine/giving is P's side, engine/taking is D's, engine/probing looks whether a link works; an instance may be all at once. This is the only place where scheduler,
 KV transport and peers meet.
 """
 
@@ -15,6 +15,7 @@ from xllm_py.core.kv_memory import KvLayout
 from xllm_py.core.plan import StepPlan
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.giving import GivingAgent
+from xllm_py.engine.probing import ProbingAgent
 from xllm_py.engine.taking import TakingAgent
 from xllm_py.transport.base import KvTransport
 from xllm_py.wire import messages as m
@@ -49,6 +50,7 @@ class HandoffAgent:
             layout_fingerprint=layout.fingerprint,
             send=send,
         )
+        self.probing = ProbingAgent(transport=transport, send=send)
         self.layer_done = self.giving.layer_done
         self.next_tick = self.giving.next_tick
 
@@ -61,7 +63,7 @@ class HandoffAgent:
         """Before a step is planned: take transport events, let timers fire."""
         if self._transport is not None:
             for event in self._transport.poll():
-                if not self.giving.on_transport(event, now):
+                if not (self.giving.on_transport(event, now) or self.probing.on_transport(event)):
                     self.taking.on_transport(event, now)
         self.giving.on_time(now)
 
@@ -82,7 +84,11 @@ class HandoffAgent:
 
     def ledger(self) -> dict[str, int]:
         """Handoffs under way and the transport's counts."""
-        counts = {"giving": self.giving.num_open, "taking": self.taking.num_open}
+        counts = {
+            "giving": self.giving.num_open,
+            "taking": self.taking.num_open,
+            "probing": self.probing.num_open,
+        }
         if self._transport is not None:
             counts |= {f"kv_{name}": count for name, count in self._transport.ledger().items()}
         return counts

@@ -75,6 +75,7 @@ class EngineLoop:
             m.Inspect: self._on_inspect,
             m.Drain: self._on_drain,
             m.FlushCache: self._on_flush,
+            m.Probe: agent.probing.on_probe,
         }
 
     def run(self) -> None:

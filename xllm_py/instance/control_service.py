@@ -1,6 +1,6 @@
 """What this instance does when it is called on its control port (SPEC 5.1). Implements control.server.InstanceHandlers.
 
-Called by masters (Submit, LinkInstance, UnlinkInstance, Cancel, Drain, Describe) and by givers (AddNewRequests, FirstGeneration,
+Called by masters (Submit, LinkInstance, ProbePeer, UnlinkInstance, Cancel, Drain, Describe) and by givers (AddNewRequests, FirstGeneration,
 Generations in relayed mode). It decides nothing about requests; the engine does.
 """
 
@@ -19,7 +19,7 @@ from xllm_py.instance.engine_link import EngineLink
 from xllm_py.instance.generations import Generations
 from xllm_py.instance.outlets import Destination, Outlets
 from xllm_py.instance.relay import Relay
-from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, LinkState
+from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, LinkHealth, LinkState
 
 _log = log.get(__name__)
 _ENGINE_TIMEOUT_S = 30.0  # the engine answers between two steps, and a step may be a long prefill
@@ -139,6 +139,21 @@ class ControlService:
             _log.warning("giver refused", giver=giver.name, reason=reason)
         self._refused[giver.name] = reason
         raise LayoutMismatch(reason)
+
+    async def probe_peer(self, card_json: bytes) -> LinkHealth:
+        """Try our KV link to this decode instance. Raises DeadlineExceeded when our engine is too busy to say."""
+        taker = card_from_json(card_json, card_key(self._cluster_key))
+        if not taker.addrs:
+            return LinkHealth(works=False, reason=f"{taker.name} has no KV port")
+        found = await self._engine.probe(
+            taker.addrs[0], taker.incarnation_id, timeout_s=_ENGINE_TIMEOUT_S
+        )
+        return LinkHealth(
+            works=found.works,
+            reason=found.reason,
+            round_trip_s=found.round_trip_s,
+            bytes_per_s=found.bytes_per_s,
+        )
 
     async def unlink_instance(self, name: str, incarnation: str) -> None:
         """Forget a giver and end its reservations."""

@@ -70,6 +70,7 @@ class EngineLink:
             m.Answers: self._on_answers,
             m.FirstTaken: self._on_taken,
             m.Ledger: self._on_ledger,
+            m.Probed: self._on_probed,
             m.Failed: self._on_failed,
         }
         self._hear_progress = handlers.on_progress
@@ -80,6 +81,7 @@ class EngineLink:
         self._answers: Waiting[tuple[str, int], OfferAnswer] = {}
         self._taken: Waiting[tuple[str, int], bool] = {}
         self._ledgers: Waiting[int, dict[str, int]] = {}
+        self._probes: Waiting[int, m.Probed] = {}
         self._calls = 0
         self._closing = False
         self.progress = m.Progress()
@@ -147,12 +149,16 @@ class EngineLink:
     def _on_ledger(self, event: m.Ledger) -> None:
         _resolve(self._ledgers, event.call, event.counts)
 
+    def _on_probed(self, event: m.Probed) -> None:
+        _resolve(self._probes, event.call, event)
+
     def _on_failed(self, event: m.Failed) -> None:
         self.down = event.message
 
     def _fail_waiters(self) -> None:
         waiting: list[list[asyncio.Future[Any]]] = []
-        waiting += [*self._answers.values(), *self._taken.values(), *self._ledgers.values()]
+        waiting += [*self._answers.values(), *self._taken.values()]
+        waiting += [*self._ledgers.values(), *self._probes.values()]
         for future in itertools.chain.from_iterable(waiting):
             if not future.done():
                 future.set_exception(_down())
@@ -216,6 +222,12 @@ class EngineLink:
         self._calls += 1
         call = self._calls
         return (await self._ask(self._ledgers, [call], m.FlushCache(call=call), timeout_s))[0]
+
+    async def probe(self, endpoint: str, incarnation: str, *, timeout_s: float) -> m.Probed:
+        """P: try the KV link to a peer. A step that is computed has to end first. Raises EngineDown or DeadlineExceeded."""
+        self._calls += 1
+        command = m.Probe(call=self._calls, endpoint=endpoint, incarnation=incarnation)
+        return (await self._ask(self._probes, [command.call], command, timeout_s))[0]
 
     async def _ask(
         self,

@@ -8,7 +8,7 @@ control.server.MasterHandlers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from xllm_py.base import log
@@ -78,6 +78,7 @@ class Generations:
         self._exposed = metrics.seconds(
             "kv_transfer_exposed_seconds", "Part of it that no computation hid"
         )
+        self.on_handoff_lost: list[Callable[[str, str], None]] = []  # incarnations of P and D
         manager.on_lost.append(self._on_lost)
 
     # ---- requests ----
@@ -210,6 +211,9 @@ class Generations:
                     self._open[request_id].record.transfer = moved
             else:
                 _log.info("handoff", request=request_id, result=kind, reason=reason)
+                if kind == "lost" and request_id in self._open:
+                    for tell in self.on_handoff_lost:
+                        tell(incarnation, self._open[request_id].log.decode)
 
 
 def _entry(up: GenerationsUp, index: int) -> Entry:

@@ -81,6 +81,7 @@ def assemble(
     manager.on_forgotten.append(forget)
     generations = Generations(manager=manager, metrics=metrics)
     links = Links(manager=manager, peers=peers, tasks=tasks, metrics=metrics)
+    generations.on_handoff_lost.append(links.doubt)
     router = Router(manager=manager, links=links, metrics=metrics)
     journeys = Journeys()
     backend = ClusterBackend(

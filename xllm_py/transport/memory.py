@@ -240,7 +240,7 @@ class MemoryKvTransport:
         self.taking = Taking(memory=memory, events=self._events, counts=self.counts)
         self._by_grant: dict[bytes, _Link] = {}
         self._closed = False
-        self.endpoint = f"memory:{network.fresh()}"
+        self.endpoint = f"127.0.0.1:{network.fresh()}"  # as an address in a card
         network.listeners[self.endpoint] = self
 
     def identity(self) -> Identity:

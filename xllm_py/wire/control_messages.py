@@ -90,6 +90,16 @@ class LinkState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkHealth:
+    """What P found when it tried its KV link to a D."""
+
+    works: bool
+    reason: str = ""  # why it does not
+    round_trip_s: float = 0.0
+    bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
     """An instance is alive and says how it is, every heart_beat_interval, to each master."""
 

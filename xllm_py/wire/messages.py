@@ -96,6 +96,15 @@ class FlushCache:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """P: does the KV link to this peer work, and how fast? Answered by Probed with the same call."""
+
+    call: int
+    endpoint: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The engine can serve."""
 
@@ -196,6 +205,17 @@ class Ledger:
     counts: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """Answer to Probe."""
+
+    call: int
+    works: bool = False
+    reason: str = ""  # why it does not
+    round_trip_s: float = 0.0
+    bytes_per_s: float = 0.0
+
+
 Command = (
     Start
     | Submit
@@ -208,6 +228,7 @@ Command = (
     | Inspect
     | Drain
     | FlushCache
+    | Probe
 )
 Event = (
     Ready
@@ -222,6 +243,7 @@ Event = (
     | ReservationsEnded
     | Progress
     | Ledger
+    | Probed
 )
 COMMANDS: tuple[type, ...] = (
     Start,
@@ -235,6 +257,7 @@ COMMANDS: tuple[type, ...] = (
     Inspect,
     Drain,
     FlushCache,
+    Probe,
 )
 EVENTS: tuple[type, ...] = (
     Ready,
@@ -249,4 +272,5 @@ EVENTS: tuple[type, ...] = (
     ReservationsEnded,
     Progress,
     Ledger,
+    Probed,
 )

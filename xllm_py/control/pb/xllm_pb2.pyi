@@ -193,6 +193,24 @@ class LinkInstanceReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ProbePeerRequest(_message.Message):
+    __slots__ = ("card_json",)
+    CARD_JSON_FIELD_NUMBER: _ClassVar[int]
+    card_json: bytes
+    def __init__(self, card_json: _Optional[bytes] = ...) -> None: ...
+
+class ProbePeerReply(_message.Message):
+    __slots__ = ("works", "reason", "round_trip_s", "bytes_per_s")
+    WORKS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    works: bool
+    reason: str
+    round_trip_s: float
+    bytes_per_s: float
+    def __init__(self, works: bool = ..., reason: _Optional[str] = ..., round_trip_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
 class UnlinkInstanceRequest(_message.Message):
     __slots__ = ("name", "incarnation")
     NAME_FIELD_NUMBER: _ClassVar[int]
