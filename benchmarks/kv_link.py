@@ -152,6 +152,7 @@ def take(shape: Shape) -> None:
                     TakerGrant(
                         grant=grant_name(order["number"], index),
                         peer_incarnation="giver",
+                        block_size=shape.block_tokens,
                         block_ids=block_ids,
                         first_wanted=0,
                         prompt_digest=DIGEST,
@@ -225,6 +226,7 @@ class Giver:
                     grant=grant,
                     endpoint=self.endpoint,
                     peer_incarnation="taker",
+                    block_size=self.shape.block_tokens,
                     prompt_digest=DIGEST,
                 )
             )

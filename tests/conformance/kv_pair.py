@@ -114,6 +114,7 @@ class Pair:
             TakerGrant(
                 grant=grant,
                 peer_incarnation=peer,
+                block_size=4,
                 block_ids=block_ids,
                 first_wanted=first_wanted,
                 prompt_digest=digest,
@@ -135,6 +136,7 @@ class Pair:
                 grant=grant,
                 endpoint=self.taker.endpoint,
                 peer_incarnation=incarnation,
+                block_size=4,
                 prompt_digest=digest,
             )
         )

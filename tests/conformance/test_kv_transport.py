@@ -207,7 +207,9 @@ def test_nobody_at_the_endpoint_fails_the_grant(pair: Pair) -> None:
     pair.taker = pair.make(memory=make_memory(None), incarnation="d-2")
     assert pair.taker.endpoint != endpoint
     pair.giver.connect(
-        GiverGrant(grant=grant, endpoint=endpoint, peer_incarnation="d-1", prompt_digest=b"")
+        GiverGrant(
+            grant=grant, endpoint=endpoint, peer_incarnation="d-1", block_size=4, prompt_digest=b""
+        )
     )
     pair.given_event(FAILED, grant)
     assert pair.giver.ledger()["grants_given"] == 0
@@ -381,7 +383,11 @@ def test_the_taker_is_told_that_blocks_keep_coming(pair: Pair) -> None:
 
 def probe_of(pair: Pair, name: bytes, incarnation: str = "d-1") -> GiverGrant:
     return GiverGrant(
-        grant=name, endpoint=pair.taker.endpoint, peer_incarnation=incarnation, prompt_digest=b""
+        grant=name,
+        endpoint=pair.taker.endpoint,
+        peer_incarnation=incarnation,
+        block_size=4,
+        prompt_digest=b"",
     )
 
 
@@ -402,7 +408,11 @@ def test_a_probe_of_somebody_who_is_not_there_fails(pair: Pair) -> None:
     pair.giver.probe(probe_of(pair, b"p" * 16, "d-0"), 64)
     assert "another process" in pair.given_event(FAILED, b"p" * 16).text
     nobody = GiverGrant(
-        grant=b"q" * 16, endpoint="127.0.0.1:1", peer_incarnation="d-1", prompt_digest=b""
+        grant=b"q" * 16,
+        endpoint="127.0.0.1:1",
+        peer_incarnation="d-1",
+        block_size=4,
+        prompt_digest=b"",
     )
     pair.giver.probe(nobody, 64)
     assert pair.given_event(FAILED, b"q" * 16).text

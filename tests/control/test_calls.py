@@ -63,6 +63,7 @@ OFFER = Offer(
     giver_incarnation="pp",
     model_fingerprint="m",
     layout_fingerprint="l",
+    block_size=4,
 )
 ANSWER = OfferAnswer(
     request_id="cmpl-1",

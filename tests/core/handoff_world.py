@@ -66,7 +66,6 @@ class World:
     def __post_init__(self) -> None:
         self.given = submission(NAME, [1, 2], 3, give=True, ignore_eos=True, timeout_s=1e6)
         self.giver = Giver(
-            num_blocks=NUM_BLOCKS,
             now=self.now,
             deadline=self.now + (0.2 if self.full else 1e6),  # two repeats are enough to walk
             local_decode=self.local_decode,

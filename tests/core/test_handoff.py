@@ -31,12 +31,8 @@ from xllm_py.core.request import OfferAnswer
 NOW = 50.0
 
 
-def make(
-    *, num_blocks: int = 3, local_decode: bool = True, deadline: float = 1e9, jitter: float = 0.0
-) -> Giver:
-    giver = Giver(
-        num_blocks=num_blocks, now=NOW, deadline=deadline, local_decode=local_decode, jitter=jitter
-    )
+def make(*, local_decode: bool = True, deadline: float = 1e9, jitter: float = 0.0) -> Giver:
+    giver = Giver(now=NOW, deadline=deadline, local_decode=local_decode, jitter=jitter)
     assert giver.start() == [SendOffer()]
     return giver
 

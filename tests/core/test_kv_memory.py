@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
+from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory, in_pieces
 
 LAYOUT = KvLayout(num_layers=2, block_size=1, block_bytes=4, shape="test")
 NUM_BLOCKS = 8
@@ -46,6 +46,22 @@ def test_a_view_leads_into_the_cache_itself() -> None:
     memory.spans(1, 0, (5, 6))[0][:] = bytes(8)
     assert bytes(memory.span(1, 0, 5, 2)) == bytes(8)
     assert bytes(memory.spans(1, 0, (6,))[0]) == bytes(4)
+
+
+def test_a_block_is_also_so_many_smaller_ones() -> None:
+    layout = KvLayout(num_layers=1, block_size=8, block_bytes=32, shape="test")
+    memory = KvMemory(layout, 3, [memoryview(bytearray(range(96))) for _ in range(PARTS)])
+    fine = memory.at(2)
+    assert (fine.num_blocks, fine.layout.block_size, fine.layout.block_bytes) == (12, 2, 8)
+    assert fine.layout.fingerprint == layout.fingerprint
+    assert in_pieces((2, 0), 4) == (8, 9, 10, 11, 0, 1, 2, 3)
+    whole = b"".join(memory.spans(0, 1, (2, 0)))
+    assert b"".join(fine.spans(0, 1, in_pieces((2, 0), 4))) == whole
+    assert memory.at(8) is memory
+    assert memory.at(2) is fine
+    for size in (0, -2, 3, 16):
+        with pytest.raises(ValueError, match="are not made of"):
+            memory.at(size)
 
 
 @pytest.mark.parametrize("blocks", [(NUM_BLOCKS,), (-1,), (0, 1, NUM_BLOCKS, 2)])

@@ -57,6 +57,7 @@ def offer_of(given: Submission) -> Offer:
         giver_incarnation="p-1",
         model_fingerprint="toy",
         layout_fingerprint="toy",
+        block_size=4,
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.cluster import Cluster, Daemon, wait_for
+from tests.e2e.cluster import Cluster, Daemon, running, wait_for
 
 PROMPTS = [
     [(7 * i + j) % 300 for j in range(length)] for i, length in enumerate((1, 15, 16, 17, 40, 200))
@@ -36,6 +37,25 @@ def test_two_instances_say_what_one_says(
     for prompt in PROMPTS:
         request = body(pd_cluster, prompt, ignore_eos=True, **fields)
         assert text_of(master, request) == text_of(alone, request)
+
+
+@pytest.mark.parametrize("sizes", [(16, 64), (128, 8)])
+def test_instances_with_blocks_of_other_sizes_are_a_pair(
+    tiny_model: Path, lone_instance: Cluster, tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    alone = lone_instance.daemons[0]
+    with running(tmp_path, tiny_model) as cluster:
+        master = cluster.start_master("--suspect_after_ms=1500", "--gone_after_ms=3000")
+        cluster.start_instance("prefill", "PREFILL", f"--block_size={sizes[0]}")
+        decode = cluster.start_instance("decode", "DECODE", f"--block_size={sizes[1]}")
+        cluster.wait_ready()
+        for prompt in PROMPTS:
+            request = body(cluster, prompt, temperature=0, ignore_eos=True)
+            assert text_of(master, request) == text_of(alone, request)
+        assert decode.ledger()["kv_bytes_received"] > 0
+        (link,) = master.request("GET", "/admin/instances")[1]["instances"][0]["links"]
+        assert (link["state"], link["reason"]) == ("linked", "")
+        assert link["megabytes_per_s"] > 0
 
 
 def test_prefill_and_decode_did_what_they_are_for(pd_cluster: Cluster) -> None:

@@ -48,20 +48,21 @@ class Engine:
         network: MemoryNetwork,
         *,
         num_blocks: int,
+        block_size: int = 4,
         prefix_root: bytes = b"",
         **scheduler: Any,
     ) -> None:
         fields = {"prefill_usage_threshold": 1.0, "max_seqs_per_batch": 6, **scheduler}
         config = EngineConfig(
             toy_num_blocks=num_blocks,
-            cache=CacheConfig(block_size=4),
+            cache=CacheConfig(block_size=block_size),
             scheduler=SchedulerConfig(**fields),
         )
         self.name = name
         self.clock = clock
         self.events: list[m.Event] = []
         self.executor = ToyExecutor(config)
-        self.scheduler = Scheduler(config.scheduler, FACTS, num_blocks, 4, prefix_root)
+        self.scheduler = Scheduler(config.scheduler, FACTS, num_blocks, block_size, prefix_root)
         self.transport = MemoryKvTransport(
             network=network,
             memory=self.executor.kv_memory(),

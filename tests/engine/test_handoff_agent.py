@@ -48,6 +48,42 @@ def test_p_says_the_first_token_and_d_all_others(length: int, chunk: int) -> Non
     assert pair.speakers["a"] == ["p0", *(f"d{position}" for position in range(1, 12))]
 
 
+@pytest.mark.parametrize("on_p", [1, 2, 4, 16])
+@pytest.mark.parametrize("on_d", [1, 2, 8, 16])
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_the_two_sides_may_cut_their_caches_differently(on_p: int, on_d: int, chunk: int) -> None:
+    sizes = [{"block_size": size, "num_blocks": 160 // size} for size in (on_p, on_d)]
+    pair = Pair(p={**sizes[0], "max_tokens_per_chunk": chunk}, d={**sizes[1], "prefix_root": ROOT})
+    asked = [ask(f"r{length}", length=length) for length in (1, 4, 7, 16, 23)]
+    asked.append(ask("again", length=23))
+    for one in asked:
+        pair.submit(one)
+        pair.settle()
+    check_texts(pair, *asked)
+    assert pair.verdicts == {one.request_id: ["landed"] for one in asked}
+
+
+@pytest.mark.parametrize("size", [0, 3, 8])
+def test_a_grant_in_blocks_that_are_no_part_of_ours_is_taken_for_a_refusal(size: int) -> None:
+    pair = Pair()
+    one = ask()
+    pair.submit(one)
+    answers: list[m.Answers] = []
+    obey = pair.p.obey
+
+    def other(command: m.Command) -> None:
+        if isinstance(command, m.Answers):
+            told = [dataclasses.replace(each, block_size=size) for each in command.answers]
+            command = m.Answers(answers=told)
+            answers.append(command)
+        obey(command)
+
+    pair.p.obey = other  # type: ignore[method-assign]
+    check_texts(pair, one)
+    assert answers
+    assert pair.verdicts == {"a": ["refused"]}
+
+
 def test_seeded_text_goes_on_at_d_as_it_began_at_p() -> None:
     pair = Pair()
     one = ask(seed=11)

@@ -246,6 +246,38 @@ def test_cached_prefixes_on_either_side_change_no_bit(
     check(two, model, [*first, *again, *longer])
 
 
+SIZES = [(16, 32), (32, 16), (16, 128), (128, 16), (32, 128), (128, 32), (1, 64)]
+
+
+@pytest.mark.parametrize(("on_p", "on_d"), SIZES)
+def test_blocks_of_other_sizes_on_the_two_sides_change_no_bit(
+    model: Path, on_p: int, on_d: int
+) -> None:
+    """Prefix caches on both, so that D holds blocks already that end inside one of P's."""
+    first = wishes("g", (1, 15, 16, 17, 31, 129, 300), COUNT)
+    longer = [
+        dataclasses.replace(wish, name=f"longer {wish.name}", prompt=[*wish.prompt, 7, 8, 9])
+        for wish in first
+    ]
+    fields = {"prefix_root": ROOT, "cache_bytes": 16 << 20}
+    p, d = {**fields, "block_size": on_p, "chunk": 48}, {**fields, "block_size": on_d}
+    two = Two(model, p=p, d=d)
+    received = []
+    try:
+        for wanted in (first, longer):
+            for wish in wanted:
+                two.submit(two.giver, wish, RECEIVER)
+                two.turn()
+            two.run(wanted)
+            received.append(two.taker.transport.ledger()["bytes_received"])
+    finally:
+        two.close()
+    assert 0 < received[1] - received[0] < received[0]
+    for wish in (*first, *longer):
+        assert list(two.giver.tokens[wish.name]) == [0], "P says the first token and no other"
+    check(two, model, [*first, *longer])
+
+
 def small_cache(model: Path, wanted: list[Wish], spare: int) -> dict[str, int]:
     """Room for these prompts in blocks of 4, and for so many blocks of answers."""
     layout = Rig(model, block_size=4).executor.kv_memory().layout

@@ -77,8 +77,10 @@ class FakeEngine:
             request_id=given.request_id, attempt=given.attempt, grant=grant, refusal=refusal
         )
 
-    async def probe(self, endpoint: str, incarnation: str, *, timeout_s: float) -> Probed:
-        assert (endpoint, incarnation) == ("d:26000", "dd")
+    async def probe(
+        self, endpoint: str, incarnation: str, block_size: int, *, timeout_s: float
+    ) -> Probed:
+        assert (endpoint, incarnation, block_size) == ("d:26000", "dd", 8)
         return Probed(call=1, works=True, round_trip_s=0.5, bytes_per_s=3.0)
 
     async def first_tokens(self, firsts: list[FirstToken], *, timeout_s: float) -> list[bool]:
@@ -155,11 +157,12 @@ def offer(request_id: str, incarnation: str = "pp", **fields: Any) -> Offer:
         giver_incarnation=incarnation,
         model_fingerprint="m",
         layout_fingerprint="l",
+        block_size=4,
     )
 
 
 async def test_a_peer_is_probed_at_the_address_in_its_card(house: House) -> None:
-    raw = card_to_json(card("d", "dd", addrs=("d:26000",)), card_key(KEY))
+    raw = card_to_json(card("d", "dd", addrs=("d:26000",), block_size=8), card_key(KEY))
     found = await house.service.probe_peer(raw)
     assert found == LinkHealth(works=True, round_trip_s=0.5, bytes_per_s=3.0)
     closed = await house.service.probe_peer(card_to_json(card(), card_key(KEY)))
@@ -318,9 +321,10 @@ async def test_first_tokens_are_answered_by_the_engine(house: House) -> None:
 
 async def test_a_card_that_differs_is_refused_naming_every_field(house: House) -> None:
     with pytest.raises(LayoutMismatch) as caught:
-        await house.link(dtype="bfloat16", block_size=128)
+        await house.link(dtype="bfloat16", layout="other", block_size=128)
     assert "dtype differs: bfloat16 on p, float32 on d" in caught.value.message
-    assert "block_size differs: 128 on p, 16 on d" in caught.value.message
+    assert "layout differs: other on p, l on d" in caught.value.message
+    assert "block_size" not in caught.value.message, "blocks of any size fit"
     assert house.service.links() == ()
 
 

@@ -97,6 +97,7 @@ def offer(request_id: str, attempt: int = 1) -> Offer:
         giver_incarnation="pp",
         model_fingerprint="x",
         layout_fingerprint="x",
+        block_size=4,
     )
 
 

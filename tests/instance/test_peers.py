@@ -43,7 +43,9 @@ def offer(name: str, address: str, incarnation: str) -> Offer:
     receiver = Receiver(name="d", address=address, incarnation=incarnation)
     order = dataclasses.replace(submission(name), attempt=1, receiver=receiver)
     names = dict.fromkeys(("giver_name", "giver_address", "giver_incarnation"), "")
-    return Offer(submission=order, model_fingerprint="m", layout_fingerprint="l", **names)
+    return Offer(
+        submission=order, model_fingerprint="m", layout_fingerprint="l", block_size=4, **names
+    )
 
 
 async def serve(port: int, incarnation: str) -> Any:

@@ -58,6 +58,7 @@ class Through:
                 grant=grant,
                 endpoint=self.proxy.endpoint,
                 peer_incarnation="d-1",
+                block_size=4,
                 prompt_digest=DIGEST,
             )
         )
@@ -157,6 +158,7 @@ def test_other_grants_of_a_broken_link_land_too(pair: Pair) -> None:
                     grant=grant,
                     endpoint=through.proxy.endpoint,
                     peer_incarnation="d-1",
+                    block_size=4,
                     prompt_digest=DIGEST,
                 )
             )

@@ -11,7 +11,9 @@ DATA, COMMIT, RESUME = FrameType.DATA, FrameType.COMMIT, FrameType.RESUME
 
 
 def grant(name: bytes) -> GiverGrant:
-    return GiverGrant(grant=name, endpoint="", peer_incarnation="d", prompt_digest=b"")
+    return GiverGrant(
+        grant=name, endpoint="", peer_incarnation="d", block_size=4, prompt_digest=b""
+    )
 
 
 def givings(*names: bytes) -> Givings:

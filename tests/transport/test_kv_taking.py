@@ -17,6 +17,7 @@ def test_two_frames_in_flight_have_both_to_leave() -> None:
         TakerGrant(
             grant=GRANT,
             peer_incarnation="p",
+            block_size=4,
             block_ids=(1, 2),
             first_wanted=0,
             prompt_digest=DIGEST,

@@ -27,6 +27,7 @@ OFFER = Offer(
     giver_incarnation="y",
     model_fingerprint="m",
     layout_fingerprint="l",
+    block_size=4,
 )
 ANSWER = OfferAnswer(request_id="cmpl-1", attempt=1, grant=b"g" * 16, endpoints=("127.0.0.1:3",))
 FIRST = FirstToken(request_id="cmpl-1", attempt=1, grant=b"g" * 16, token_ids=(7,))

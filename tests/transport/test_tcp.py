@@ -36,7 +36,8 @@ from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_grants import GrantTable
 from xllm_py.wire.kv_handshake import Identity
-from xllm_py.wire.kv_session import GiverSession, TakerSession
+from xllm_py.wire.kv_session import GiverSession
+from xllm_py.wire.kv_taker import TakerSession
 
 DEADLINE_S = 10.0
 GRANT = b"g" * 16
@@ -106,6 +107,7 @@ def taker(memory: KvMemory) -> Iterator[TcpKvTransport]:
         TakerGrant(
             grant=GRANT,
             peer_incarnation="p-1",
+            block_size=4,
             block_ids=(4, 9),
             first_wanted=0,
             prompt_digest=DIGEST,
@@ -285,6 +287,7 @@ def test_blocks_outside_the_cache_are_never_granted(taker: TcpKvTransport) -> No
             TakerGrant(
                 grant=b"x" * 16,
                 peer_incarnation="p-1",
+                block_size=4,
                 block_ids=(NUM_BLOCKS,),
                 first_wanted=0,
                 prompt_digest=DIGEST,
@@ -339,6 +342,7 @@ def big_giver(raw_taker: RawTaker) -> Iterator[TcpKvTransport]:
             grant=GRANT,
             endpoint=raw_taker.endpoint,
             peer_incarnation="d-1",
+            block_size=4,
             prompt_digest=DIGEST,
         )
     )
@@ -433,7 +437,13 @@ def test_a_peer_that_accepts_and_says_nothing_fails_the_grant(
 def test_an_endpoint_without_a_port_fails_the_grant(big_giver: TcpKvTransport) -> None:
     other = b"o" * 16
     big_giver.connect(
-        GiverGrant(grant=other, endpoint="nowhere", peer_incarnation="d-1", prompt_digest=DIGEST)
+        GiverGrant(
+            grant=other,
+            endpoint="nowhere",
+            peer_incarnation="d-1",
+            block_size=4,
+            prompt_digest=DIGEST,
+        )
     )
     assert "host:port" in wait_for(big_giver, KvEventKind.FAILED).text
 
@@ -447,7 +457,13 @@ def test_an_endpoint_that_can_be_nobodys_fails_the_grant(
 ) -> None:
     other = b"o" * 16
     big_giver.connect(
-        GiverGrant(grant=other, endpoint=endpoint, peer_incarnation="d-1", prompt_digest=DIGEST)
+        GiverGrant(
+            grant=other,
+            endpoint=endpoint,
+            peer_incarnation="d-1",
+            block_size=4,
+            prompt_digest=DIGEST,
+        )
     )
     assert "host:port" in wait_for(big_giver, KvEventKind.FAILED).text
 
@@ -466,6 +482,7 @@ def test_a_link_that_cannot_be_made_for_want_of_descriptors_fails_its_grant(
                     grant=b"o" * 16,
                     endpoint=raw_taker.endpoint,
                     peer_incarnation="d-1",
+                    block_size=4,
                     prompt_digest=DIGEST,
                 )
             )
@@ -535,7 +552,13 @@ class Committed:
     def connect(self, grant: bytes) -> None:
         endpoint = self.taker.endpoint
         self.giver.connect(
-            GiverGrant(grant=grant, endpoint=endpoint, peer_incarnation="d-1", prompt_digest=DIGEST)
+            GiverGrant(
+                grant=grant,
+                endpoint=endpoint,
+                peer_incarnation="d-1",
+                block_size=4,
+                prompt_digest=DIGEST,
+            )
         )
 
     def read_until_commit(self) -> None:
@@ -569,7 +592,7 @@ def test_a_commit_that_is_still_under_way_on_a_slow_link_is_waited_for(
 ) -> None:
     """The kernel had taken it at once; the answer counts from when the peer's kernel has it."""
     (link,) = committed.giver._links.values()
-    until("the kernel", lambda: link._givings.next() is None and not link._reading)
+    until("the kernel", lambda: not link._givings._queue and not link._reading)
     committed.clock.turn(ACK_S + 1)
     other = b"o" * 16
     committed.connect(other)

@@ -9,7 +9,8 @@ from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import FrameLog, FrameType, Header, Signer
 from xllm_py.wire.kv_grants import Grant, GrantTable
 from xllm_py.wire.kv_handshake import Identity
-from xllm_py.wire.kv_session import GiverSession, Take, TakerSession
+from xllm_py.wire.kv_session import GiverSession, Take
+from xllm_py.wire.kv_taker import TakerSession
 
 LAYOUT = KvLayout(num_layers=2, block_size=4, block_bytes=8, shape="test")
 NUM_BLOCKS = 16
@@ -30,6 +31,7 @@ def grant(
     return Grant(
         grant=number.to_bytes(16, "big"),
         peer=peer,
+        block_size=LAYOUT.block_size,
         block_ids=block_ids,
         first_wanted=first_wanted,
         prompt_digest=DIGEST,

@@ -123,7 +123,9 @@ def test_complete_means_every_wanted_block_of_every_layer_and_part() -> None:
     assert not log.complete(3, 2, 0b1100)
 
 
-HELLO = Hello(step=Step.HELLO, incarnation="ab" * 16, layout="cd" * 16, nonce=b"n" * 32)
+HELLO = Hello(
+    step=Step.HELLO, incarnation="ab" * 16, layout="cd" * 16, block_size=16, nonce=b"n" * 32
+)
 
 
 def test_a_hello_comes_back_as_it_went() -> None:
@@ -137,13 +139,21 @@ def test_a_hello_of_another_version_or_with_broken_names_is_told_apart() -> None
     data = bytearray(codec.pack_hello(HELLO))
     data[4] = 2
     assert codec.unpack_hello(bytes(data), Step.HELLO) is Reason.WRONG_VERSION
-    data[4], data[12] = 1, 0xFF
+    data[4], data[16] = 1, 0xFF
     assert codec.unpack_hello(bytes(data), Step.HELLO) is Reason.BAD_FRAME
 
 
 def test_names_that_do_not_fit_are_our_own_mistake() -> None:
     with pytest.raises(ValueError, match="wrong size"):
-        codec.pack_hello(Hello(step=Step.HELLO, incarnation="x" * 65, layout="", nonce=b"n" * 32))
+        codec.pack_hello(
+            Hello(
+                step=Step.HELLO,
+                incarnation="x" * 65,
+                layout="",
+                block_size=1,
+                nonce=b"n" * 32,
+            )
+        )
 
 
 def test_a_proof_comes_back_as_it_went() -> None:

@@ -11,7 +11,8 @@ from tests.wire.kv_link import DIGEST, LAYOUT, NUM_BLOCKS, Link, Taker, grant, i
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Header
 from xllm_py.wire.kv_grants import GrantState, GrantTable
-from xllm_py.wire.kv_session import GiverSession, Take, TakerSession
+from xllm_py.wire.kv_session import GiverSession, Take
+from xllm_py.wire.kv_taker import TakerSession
 
 EDGES = [0, 1, 2, 3, 4, 7, 8, 16, 24, 255, 2**16 - 1, 2**31, 2**32 - 1]
 

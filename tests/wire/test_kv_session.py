@@ -10,7 +10,6 @@ from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameType, Header, Reason
 from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState, GrantTable
 from xllm_py.wire.kv_session import (
-    MAX_LATE_FRAMES,
     Acknowledged,
     Again,
     Asked,
@@ -22,8 +21,8 @@ from xllm_py.wire.kv_session import (
     Reject,
     Stored,
     Take,
-    TakerSession,
 )
+from xllm_py.wire.kv_taker import MAX_LATE_FRAMES, TakerSession
 
 BLOCK = b"x" * LAYOUT.block_bytes
 
@@ -341,6 +340,35 @@ def test_a_damaged_commit_closes_the_link_and_the_grant_lives_on(taker: Taker, l
     payload = link.give(1, 1).commit_payload(DIGEST)
     assert link.commit(1, payload, crc=0) == Reject(Reason.BAD_CHECKSUM, entry.grant)
     assert isinstance(taker.link().commit(1, payload), Landed)
+
+
+# ---- blocks of other sizes
+
+
+def giver_of(block_size: int) -> GiverSession:
+    """It counts in blocks of so many tokens, of the same size each."""
+    layout = KvLayout(num_layers=2, block_size=block_size, block_bytes=2 * block_size, shape="test")
+    return GiverSession(identity("p", 1, layout=layout), "d")
+
+
+def test_a_giver_may_count_in_parts_of_our_blocks() -> None:
+    for size in (1, 2, 4):
+        taker = TakerSession(identity("d", 2), GrantTable())
+        assert shake(giver_of(size), taker) == ("open", "open")
+        assert taker.block_size == size
+    for size in (3, 8):
+        taker = TakerSession(identity("d", 2), GrantTable())
+        assert shake(giver_of(size), taker)[1] is Reason.WRONG_LAYOUT
+
+
+def test_a_grant_is_used_in_the_blocks_it_was_made_for(taker: Taker) -> None:
+    """A block number means another place in blocks of another size."""
+    taker.grants.open(grant(1, (5,)))
+    giver, session = giver_of(2), TakerSession(identity("d", 2), taker.grants)
+    assert shake(giver, session) == ("open", "open")
+    name = (1).to_bytes(16, "big")
+    header = giver.data(name, 0, 0, 0, 1, 0)[1]
+    assert session.on_header(header) == Reject(Reason.WRONG_LAYOUT, name)
 
 
 # ---- what became of a COMMIT

@@ -84,7 +84,7 @@ _SERVICE = in_group(
 )
 _CACHE = in_group(
     "KV cache and scheduler",
-    a("block_size", "int32", 128, "tokens per block: 1, 2, 4 ... 256; equal on P and D"),
+    a("block_size", "int32", 128, "tokens per block: 1, 2, 4 ... 256"),
     a("max_cache_size", "int64", 0, "bytes of KV cache; 0: computed"),
     a("max_memory_utilization", "double", 0.8, "share of the device's memory, in (0, 1]"),
     a(

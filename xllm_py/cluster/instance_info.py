@@ -135,7 +135,6 @@ _MUST_AGREE = (
     "model_fingerprint",
     "dtype",
     "kv_dtype",
-    "block_size",
     "layout",
     "layout_fingerprint",
 )

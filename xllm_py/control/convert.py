@@ -151,6 +151,7 @@ def from_offers(offers: Sequence[Offer]) -> pb.AddNewRequestsRequest:
             giver_incarnation=offer.giver_incarnation,
             model_fingerprint=offer.model_fingerprint,
             layout_fingerprint=offer.layout_fingerprint,
+            block_size=offer.block_size,
         )
         for offer in offers
     ]
@@ -168,6 +169,7 @@ def to_offers(message: pb.AddNewRequestsRequest) -> list[Offer]:
             giver_incarnation=label(row.giver_incarnation),
             model_fingerprint=label(row.model_fingerprint),
             layout_fingerprint=label(row.layout_fingerprint),
+            block_size=row.block_size,
         )
         for row in message.offers
     ]
@@ -180,6 +182,7 @@ def from_answers(answers: Sequence[OfferAnswer]) -> pb.AddNewRequestsReply:
             request_id=answer.request_id,
             attempt=answer.attempt,
             grant=answer.grant,
+            block_size=answer.block_size,
             num_held_blocks=answer.num_held_blocks,
             num_blocks=answer.num_blocks,
             endpoints=answer.endpoints,
@@ -203,6 +206,7 @@ def to_answers(message: pb.AddNewRequestsReply) -> list[OfferAnswer]:
             request_id=label(row.request_id),
             attempt=row.attempt,
             grant=_grant(row.grant),
+            block_size=row.block_size,
             num_held_blocks=row.num_held_blocks,
             num_blocks=row.num_blocks,
             endpoints=tuple(labels(row.endpoints)),

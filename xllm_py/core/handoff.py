@@ -168,13 +168,11 @@ Action = (
 class Giver:
     """One handoff on P."""
 
-    def __init__(
-        self, *, num_blocks: int, now: float, deadline: float, local_decode: bool, jitter: float
-    ) -> None:
-        """num_blocks: of the prompt. jitter: in [0, 1), drawn by the caller; spreads the repeats of many givers."""
+    def __init__(self, *, now: float, deadline: float, local_decode: bool, jitter: float) -> None:
+        """jitter: in [0, 1), drawn by the caller; spreads the repeats of many givers."""
         self.state = GiverState.OFFERED
         self.next_tick: float | None = None
-        self._num_blocks = num_blocks
+        self._num_blocks = 0  # of the prompt, as D counts them
         self._deadline = deadline
         self._local_decode = local_decode
         self._jitter = jitter
@@ -211,7 +209,7 @@ class Giver:
         if answer.grant:
             self._move(GiverState.PUSHING)
             self._granted = True
-            self._pushed = answer.num_held_blocks
+            self._num_blocks, self._pushed = answer.num_blocks, answer.num_held_blocks
             return [Connect(answer), *self._advance()]
         wait_s = self._wait_before_repeat(answer, now)
         if wait_s is None:

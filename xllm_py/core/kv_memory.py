@@ -9,7 +9,7 @@ Owned by the executor; lent to the transport for the life of the engine. Never c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from xllm_py.base.hashing import fingerprint
@@ -20,7 +20,10 @@ _MAX_REMEMBERED = 64  # block lists: every layer and part of a push asks for the
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvLayout:
-    """Two instances can exchange blocks when the fingerprints of their layouts are equal."""
+    """Two instances can exchange KV when the fingerprints of their layouts are equal.
+
+    A token's K (or V) of one layer lies in one piece, a block's tokens one after the other, so a block is also so many smaller ones.
+    """
 
     num_layers: int
     block_size: int  # tokens
@@ -29,10 +32,16 @@ class KvLayout:
 
     @property
     def fingerprint(self) -> str:
-        """Hex name of the layout; the number of blocks is not part of it."""
-        return fingerprint(
-            str(self.num_layers), str(self.block_size), str(self.block_bytes), self.shape
-        )
+        """Hex name of what a token's KV looks like; size and number of blocks are not part of it."""
+        token_bytes = self.block_bytes // self.block_size
+        return fingerprint(str(self.num_layers), str(token_bytes), self.shape)
+
+    def at(self, block_size: int) -> KvLayout:
+        """The same memory in smaller blocks. Raises ValueError when ours are no multiple of them."""
+        if block_size < 1 or self.block_size % block_size:
+            raise ValueError(f"blocks of {self.block_size} tokens are not made of {block_size}")
+        pieces = self.block_size // block_size
+        return replace(self, block_size=block_size, block_bytes=self.block_bytes // pieces)
 
 
 class KvMemory:
@@ -47,7 +56,17 @@ class KvMemory:
         self.layout = layout
         self.num_blocks = num_blocks
         self._regions = [region.cast("B") for region in regions]
+        self._finer: dict[int, KvMemory] = {layout.block_size: self}
         self._places = lru_cache(maxsize=_MAX_REMEMBERED)(self._locate)
+
+    def at(self, block_size: int) -> KvMemory:
+        """The same bytes in smaller blocks: block b is theirs b * n to b * n + n - 1. Raises ValueError as KvLayout.at does."""
+        found = self._finer.get(block_size)
+        if found is None:
+            layout = self.layout.at(block_size)
+            num_blocks = self.num_blocks * self.layout.block_size // block_size
+            found = self._finer[block_size] = KvMemory(layout, num_blocks, self._regions)
+        return found
 
     def span(self, layer: int, part: int, first_block: int, count: int = 1) -> memoryview:
         """Bytes of `count` adjacent blocks. Raises IndexError when they are not all in the cache."""
@@ -91,3 +110,8 @@ def _runs(block_ids: Sequence[int]) -> list[tuple[int, int]]:
     if end >= 0:
         runs.append((first, end))
     return runs
+
+
+def in_pieces(block_ids: Sequence[int], pieces: int) -> tuple[int, ...]:
+    """The numbers that `pieces` times smaller blocks of these blocks have, in their order (KvMemory.at)."""
+    return tuple(block * pieces + piece for block in block_ids for piece in range(pieces))

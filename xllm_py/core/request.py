@@ -60,6 +60,7 @@ class Offer:
     giver_incarnation: str
     model_fingerprint: str
     layout_fingerprint: str
+    block_size: int  # tokens, of P
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,7 @@ class OfferAnswer:
     request_id: str
     attempt: int
     grant: bytes = b""  # 16 random bytes
+    block_size: int = 0  # tokens of the blocks that are granted: the smaller one of P and D
     num_held_blocks: int = 0  # leading blocks D already has
     num_blocks: int = 0  # blocks of the prompt in all
     endpoints: tuple[str, ...] = ()  # host:port of the KV listener, one per rank

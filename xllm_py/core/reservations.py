@@ -87,6 +87,7 @@ class Reservations:
             request_id=request.request_id,
             attempt=request.submission.attempt,
             grant=held.grant,
+            block_size=self._blocks.block_size,
             num_held_blocks=held.num_held,
             num_blocks=self._blocks.blocks_for(request.num_submitted),
             expires_s=self._ttl_s,

@@ -105,7 +105,7 @@ def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
         device=capacity.device,
         model_fingerprint=capacity.model_fingerprint,
         layout_fingerprint=layout.fingerprint,
-        layout=f"layers={layout.num_layers} block_size={layout.block_size} {layout.shape}",
+        layout=f"layers={layout.num_layers} {layout.shape}",
         numerics_fingerprint=capacity.numerics_fingerprint,
         kv_endpoint=transport.endpoint if transport is not None else "",
         summary=capacity.summary,

@@ -38,6 +38,9 @@ class _Giving:
     machine: handoff.Giver
     request: Request
     grant: bytes = b""
+    block_size: int = (
+        0  # tokens of the blocks that are pushed, ours or a part of ours; 0: D has not said
+    )
     num_bytes: int = 0
     seconds: float = 0.0
     exposed_s: float = 0.0
@@ -148,7 +151,6 @@ class GivingAgent:
     def _begin(self, request: Request, now: float) -> None:
         giving = _Giving(
             machine=handoff.Giver(
-                num_blocks=self._complete_blocks(request, request.num_submitted),
                 now=now,
                 deadline=request.deadline,
                 local_decode=self._config.enable_local_decode,
@@ -166,10 +168,21 @@ class GivingAgent:
             if giving is None or giving.request.submission.attempt != answer.attempt:
                 self._decline(answer)
                 continue
+            answer = self._believed(giving, answer)
             if answer.grant:
                 giving.request.stamp(Moment.GRANTED, now)
+                giving.block_size = answer.block_size
             self._act(giving, giving.machine.on_answer(answer, now), now)
             self._claim(giving)
+
+    def _believed(self, giving: _Giving, answer: OfferAnswer) -> OfferAnswer:
+        """As D said it, or as a refusal when its blocks are no part of ours."""
+        size, length = answer.block_size, giving.request.num_submitted
+        fits = size >= 1 and self._layout.block_size % size == 0
+        if not answer.grant or (fits and answer.num_blocks == -(-length // size)):
+            return answer
+        text = "the decode instance grants blocks that are no part of ours"
+        return dataclasses.replace(answer, grant=b"", refusal="layout_differs", text=text)
 
     def _decline(self, answer: OfferAnswer) -> None:
         """The request ended while D was asked; the Cancel that was sent then has ended the reservation too."""
@@ -196,26 +209,25 @@ class GivingAgent:
         if index is None:
             return
         computed = plan.num_computed[index] + plan.num_tokens[index]
-        first, count = giving.machine.claim(self._complete_blocks(request, computed))
+        first, count = giving.machine.claim(_complete_blocks(giving, computed))
         if not count:
             return
-        block_ids = tuple(request.block_ids[first : first + count])
+        block_ids = self._pieces(giving, first, count)
         self._claims.append((giving.grant, first, block_ids))
         for layer in range(self._num_stored):
             self._require_transport().push(giving.grant, layer, first, block_ids)
 
-    def _complete_blocks(self, request: Request, num_computed: int) -> int:
-        """Prompt blocks whose KV is final: full ones, and the partial last one when the prompt is done."""
-        size = self._layout.block_size
-        if num_computed >= request.num_submitted:
-            return -(-request.num_submitted // size)
-        return num_computed // size
+    def _pieces(self, giving: _Giving, first: int, count: int) -> tuple[int, ...]:
+        """The blocks that D counts as first...; they may be parts of ours."""
+        pieces, held = self._layout.block_size // giving.block_size, giving.request.block_ids
+        places = (divmod(index, pieces) for index in range(first, first + count))
+        return tuple(held[block] * pieces + piece for block, piece in places)
 
     def _on_computed(self, giving: _Giving, now: float) -> None:
         request = giving.request
         if request.state not in HOLDS_BLOCKS:
             return
-        complete = self._complete_blocks(request, request.num_computed)
+        complete = _complete_blocks(giving, request.num_computed)
         first_known = request.state is State.GIVING
         self._act(giving, giving.machine.on_computed(complete, first_known), now)
 
@@ -279,6 +291,7 @@ class GivingAgent:
             giver_incarnation="",
             model_fingerprint=self._model_fingerprint,
             layout_fingerprint=self._layout.fingerprint,
+            block_size=self._layout.block_size,
         )
 
     def _connect(self, giving: _Giving, answer: OfferAnswer) -> None:
@@ -293,13 +306,14 @@ class GivingAgent:
                 grant=answer.grant,
                 endpoint=answer.endpoints[0],
                 peer_incarnation=receiver.incarnation,
+                block_size=giving.block_size,
                 prompt_digest=prompt_digest(giving.request.tokens[: giving.request.num_submitted]),
             )
         )
 
     def _push(self, giving: _Giving, first: int, count: int) -> None:
         transport = self._require_transport()
-        block_ids = tuple(giving.request.block_ids[first : first + count])
+        block_ids = self._pieces(giving, first, count)
         for layer in range(self._layout.num_layers):
             transport.push(giving.grant, layer, first, block_ids)
 
@@ -351,3 +365,11 @@ class GivingAgent:
                 exposed=[giving.exposed_s],
             )
         )
+
+
+def _complete_blocks(giving: _Giving, num_computed: int) -> int:
+    """Prompt blocks whose KV is final: full ones, and the partial last one when the prompt is done. 0 before D has granted any."""
+    size, length = giving.block_size, giving.request.num_submitted
+    if not size:
+        return 0
+    return -(-length // size) if num_computed >= length else num_computed // size

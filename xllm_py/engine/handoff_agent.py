@@ -47,7 +47,7 @@ class HandoffAgent:
             scheduler=scheduler,
             transport=transport,
             model_fingerprint=model_fingerprint,
-            layout_fingerprint=layout.fingerprint,
+            layout=layout,
             send=send,
         )
         self.probing = ProbingAgent(transport=transport, send=send)

@@ -52,6 +52,7 @@ class ProbingAgent:
                 grant=name,
                 endpoint=look.command.endpoint,
                 peer_incarnation=look.command.incarnation,
+                block_size=look.command.block_size,
                 prompt_digest=b"",
             ),
             num_bytes,

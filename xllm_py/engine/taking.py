@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from xllm_py.base import ids, log
 from xllm_py.base.hashing import prompt_digest
+from xllm_py.core.kv_memory import KvLayout, in_pieces
 from xllm_py.core.request import Offer, OfferAnswer
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.transport.base import KvEvent, KvEventKind, KvTransport, TakerGrant
@@ -28,13 +29,13 @@ class TakingAgent:
         scheduler: Scheduler,
         transport: KvTransport | None,
         model_fingerprint: str,
-        layout_fingerprint: str,
+        layout: KvLayout,
         send: Callable[[m.Event], None],
     ) -> None:
         self._scheduler = scheduler
         self._transport = transport
         self._model_fingerprint = model_fingerprint
-        self._layout_fingerprint = layout_fingerprint
+        self._layout = layout
         self._send = send
         self._taking: dict[bytes, tuple[str, int, str]] = {}  # request, attempt, peer
 
@@ -74,12 +75,21 @@ class TakingAgent:
             )
         if offer.model_fingerprint != self._model_fingerprint:
             return _refuse(offer, "model_differs", "the giver serves another model")
-        if offer.layout_fingerprint != self._layout_fingerprint:
+        if offer.layout_fingerprint != self._layout.fingerprint or offer.block_size < 1:
             return _refuse(offer, "layout_differs", "the giver's KV layout is another one")
         fresh = ids.grant_id()
         answer = self._scheduler.reserve(offer, fresh, now)
         if not answer.grant:
             return answer
+        length = len(submission.prompt_ids) + len(submission.generated_ids)
+        pieces = max(1, self._layout.block_size // offer.block_size)
+        size = self._layout.block_size // pieces
+        answer = dataclasses.replace(
+            answer,
+            block_size=size,
+            num_held_blocks=answer.num_held_blocks * pieces,
+            num_blocks=-(-length // size),
+        )
         if (
             answer.grant == fresh
         ):  # a repeated offer gets the grant it has, which may be in use or closed already
@@ -92,7 +102,10 @@ class TakingAgent:
                 TakerGrant(
                     grant=answer.grant,
                     peer_incarnation=offer.giver_incarnation,
-                    block_ids=self._scheduler.reserved_blocks(submission.request_id),
+                    block_size=size,
+                    block_ids=in_pieces(
+                        self._scheduler.reserved_blocks(submission.request_id), pieces
+                    )[: answer.num_blocks],
                     first_wanted=answer.num_held_blocks,
                     prompt_digest=prompt_digest(submission.prompt_ids + submission.generated_ids),
                 )

@@ -145,8 +145,9 @@ class ControlService:
         taker = card_from_json(card_json, card_key(self._cluster_key))
         if not taker.addrs:
             return LinkHealth(works=False, reason=f"{taker.name} has no KV port")
+        block_size = min(taker.block_size, self._card().block_size)
         found = await self._engine.probe(
-            taker.addrs[0], taker.incarnation_id, timeout_s=_ENGINE_TIMEOUT_S
+            taker.addrs[0], taker.incarnation_id, block_size, timeout_s=_ENGINE_TIMEOUT_S
         )
         return LinkHealth(
             works=found.works,

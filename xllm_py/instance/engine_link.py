@@ -223,11 +223,16 @@ class EngineLink:
         call = self._calls
         return (await self._ask(self._ledgers, [call], m.FlushCache(call=call), timeout_s))[0]
 
-    async def probe(self, endpoint: str, incarnation: str, *, timeout_s: float) -> m.Probed:
+    async def probe(
+        self, endpoint: str, incarnation: str, block_size: int, *, timeout_s: float
+    ) -> m.Probed:
         """P: try the KV link to a peer. A step that is computed has to end first. Raises EngineDown or DeadlineExceeded."""
         self._calls += 1
-        command = m.Probe(call=self._calls, endpoint=endpoint, incarnation=incarnation)
-        return (await self._ask(self._probes, [command.call], command, timeout_s))[0]
+        call = self._calls
+        command = m.Probe(
+            call=call, endpoint=endpoint, incarnation=incarnation, block_size=block_size
+        )
+        return (await self._ask(self._probes, [call], command, timeout_s))[0]
 
     async def _ask(
         self,

@@ -21,6 +21,7 @@ class TakerGrant:
 
     grant: bytes  # 16 random bytes
     peer_incarnation: str  # the only peer that may use it
+    block_size: int  # tokens of the blocks below, ours or a part of ours (KvMemory.at)
     block_ids: tuple[int, ...]  # relative block i is block_ids[i]
     first_wanted: int  # relative blocks before this one are already held and must not be written
     prompt_digest: bytes  # base.hashing.prompt_digest of the prompt, 16 bytes
@@ -33,6 +34,7 @@ class GiverGrant:
     grant: bytes
     endpoint: str  # host:port of the peer's KV listener
     peer_incarnation: str
+    block_size: int  # tokens of the blocks that are pushed, ours or a part of ours: the smaller one of both sides
     prompt_digest: bytes
 
 
@@ -72,7 +74,7 @@ class KvTransport(Protocol):
         ...
 
     def open_grant(self, grant: TakerGrant) -> None:
-        """Taker: from now on the named peer may write the named blocks."""
+        """Taker: from now on the named peer may write the named blocks. Raises ValueError for a block size that is no part of ours."""
         ...
 
     def revoke(self, grant: bytes) -> None:
@@ -88,7 +90,7 @@ class KvTransport(Protocol):
     def push(
         self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]
     ) -> None:
-        """Giver: send K and V of these local blocks as relative blocks first_relative... The blocks must not change or
+        """Giver: send K and V of these local blocks, counted in the grant's size, as relative blocks first_relative... The blocks must not change or
         be freed until ACKNOWLEDGED, FAILED or `abandon`.
         """
         ...

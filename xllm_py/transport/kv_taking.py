@@ -38,12 +38,15 @@ class Taking:
 
     def open(self, grant: TakerGrant) -> None:
         """Engine thread: the peer may write from now on."""
-        self.memory.check(0, grant.block_ids)  # raises IndexError here and not in a link's thread
+        self.memory.at(grant.block_size).check(
+            0, grant.block_ids
+        )  # raises IndexError here and not in a link's thread
         with self.lock:
             self.grants.open(
                 Grant(
                     grant=grant.grant,
                     peer=grant.peer_incarnation,
+                    block_size=grant.block_size,
                     block_ids=grant.block_ids,
                     first_wanted=grant.first_wanted,
                     prompt_digest=grant.prompt_digest,

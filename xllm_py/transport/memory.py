@@ -19,7 +19,8 @@ from xllm_py.transport.kv_taking import Taking
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import FrameLog, Header, Reason
 from xllm_py.wire.kv_handshake import Identity
-from xllm_py.wire.kv_session import GiverSession, Take, TakerSession
+from xllm_py.wire.kv_session import GiverSession, Take
+from xllm_py.wire.kv_taker import TakerSession
 
 ACK_S = 5.0  # a COMMIT without an answer for so long: the link has failed
 
@@ -74,15 +75,16 @@ class _Link:
     """Both ends of one connection."""
 
     def __init__(
-        self, giver: MemoryKvTransport, taker: MemoryKvTransport, expected: str, probe: bool
+        self, giver: MemoryKvTransport, taker: MemoryKvTransport, peer: GiverGrant, probe: bool
     ) -> None:
         self.giver, self.taker = giver, taker
+        self.memory = giver.memory.at(peer.block_size)
         self.probe = probe  # a link of its own, for one probe
         self.faults = giver.network.faults(giver.incarnation, taker.incarnation)
         self.givings: dict[bytes, _Giving] = {}
         self.queue: deque[_Item] = deque()
         self.open = True
-        self._out = GiverSession(giver.identity(), expected)
+        self._out = GiverSession(giver.identity(peer.block_size), peer.peer_incarnation)
         self._in = TakerSession(taker.identity(), taker.taking.grants)
         self._known = False
         self._told: set[bytes] = set()
@@ -118,7 +120,7 @@ class _Link:
             for part in range(PARTS if block_ids else 0):
                 if not self.open or grant not in self.givings:
                     break
-                payload = b"".join(self.giver.memory.spans(layer, part, block_ids))
+                payload = b"".join(self.memory.spans(layer, part, block_ids))
                 crc = zlib.crc32(payload)
                 header, data = self._out.data(grant, layer, part, first, len(block_ids), crc)
                 giving.frames.sent(header)
@@ -171,7 +173,8 @@ class _Link:
         self.taker.taking.settle(grant)
 
     def _write(self, header: Header, block_ids: tuple[int, ...], body: memoryview) -> None:
-        for view in self.taker.memory.spans(header.layer, header.part, block_ids):
+        memory = self.taker.memory.at(self._in.block_size)
+        for view in memory.spans(header.layer, header.part, block_ids):
             part, body = body[: view.nbytes], body[view.nbytes :]
             view[: part.nbytes] = part
 
@@ -243,11 +246,12 @@ class MemoryKvTransport:
         self.endpoint = f"127.0.0.1:{network.fresh()}"  # as an address in a card
         network.listeners[self.endpoint] = self
 
-    def identity(self) -> Identity:
-        """For one link."""
+    def identity(self, block_size: int = 0) -> Identity:
+        """For one link; block_size of its frames, ours when 0."""
+        layout = self.memory.layout
         return Identity(
             incarnation=self.incarnation,
-            layout=self.memory.layout,
+            layout=layout.at(block_size) if block_size else layout,
             cluster_key=self._cluster_key,
             nonce=self.network.fresh().to_bytes(codec.NONCE_BYTES, "little"),
         )
@@ -285,7 +289,7 @@ class MemoryKvTransport:
             if link.giver is self and link.taker is taker and not link.probe:
                 break
         else:
-            link = _Link(self, taker, grant.peer_incarnation, probe=False)
+            link = _Link(self, taker, grant, probe=False)
             self.network.links.append(link)
         self._give(grant, link)
 
@@ -299,7 +303,7 @@ class MemoryKvTransport:
         if taker is None:
             self.failed(probe.grant, "nobody listens there")
             return
-        link = _Link(self, taker, probe.peer_incarnation, probe=True)
+        link = _Link(self, taker, probe, probe=True)
         self.network.links.append(link)
         self._give(probe, link)
         due = self.network.clock.now() + link.faults.delay_s
@@ -312,7 +316,7 @@ class MemoryKvTransport:
         link = self._by_grant.get(grant)
         if link is None:
             return
-        step = codec.blocks_per_frame(self.memory.layout.block_bytes)
+        step = codec.blocks_per_frame(link.memory.layout.block_bytes)
         for start in range(0, len(block_ids), step):
             due = self.network.clock.now() + link.faults.delay_s
             blocks = block_ids[start : start + step]

@@ -105,11 +105,12 @@ class TcpKvTransport:
             tls=self._tls,
         )
 
-    def _identity(self, stream: int = 0) -> Identity:
+    def _identity(self, stream: int = 0, block_size: int = 0) -> Identity:
+        layout = self._memory.layout
         return Identity(
             stream=stream,
             incarnation=self._incarnation,
-            layout=self._memory.layout,
+            layout=layout.at(block_size) if block_size else layout,
             cluster_key=self._cluster_key,
             nonce=secrets.token_bytes(codec.NONCE_BYTES),
         )
@@ -178,8 +179,10 @@ class TcpKvTransport:
     def _open_link(self, peer: GiverGrant, stream: int) -> GiverLink:
         return GiverLink(
             peer=peer,
-            make_session=lambda: GiverSession(self._identity(stream), peer.peer_incarnation),
-            memory=self._memory,
+            make_session=lambda: GiverSession(
+                self._identity(stream, peer.block_size), peer.peer_incarnation
+            ),
+            memory=self._memory.at(peer.block_size),
             events=self._events,
             counts=self._counts,
             clock=self._clock,
@@ -190,9 +193,9 @@ class TcpKvTransport:
         self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]
     ) -> None:
         """See KvTransport. Raises IndexError for blocks outside the cache."""
-        self._memory.check(layer, block_ids)
         link = self._by_grant.get(grant)
         if link is not None and block_ids:
+            link.memory.check(layer, block_ids)
             link.push(grant, layer, first_relative, block_ids)
 
     def commit(self, grant: bytes) -> None:

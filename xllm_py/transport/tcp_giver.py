@@ -56,7 +56,7 @@ class GiverLink:
         self._endpoint = peer.endpoint
         self._make_session = make_session
         self._session = make_session()
-        self._memory = memory
+        self.memory = memory
         self._events = events
         self._counts = counts
         self._clock = clock
@@ -273,7 +273,7 @@ class GiverLink:
     def _data(self, giving: Giving, item: Item) -> list[memoryview]:
         _, grant, layer, part, first, block_ids = item
         giving.started_s = giving.started_s or self._clock.now()
-        views = self._memory.spans(layer, part, block_ids)
+        views = self.memory.spans(layer, part, block_ids)
         crc = tcp_socket.checksum(views)
         header, data = self._session.data(grant, layer, part, first, len(block_ids), crc)
         giving.frames.sent(header)

@@ -11,7 +11,8 @@ from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
-from xllm_py.wire.kv_session import GiverSession, TakerSession
+from xllm_py.wire.kv_session import GiverSession
+from xllm_py.wire.kv_taker import TakerSession
 
 
 def call(

@@ -23,7 +23,8 @@ from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState
 from xllm_py.wire.kv_handshake import Identity
-from xllm_py.wire.kv_session import Take, TakerSession
+from xllm_py.wire.kv_session import Take
+from xllm_py.wire.kv_taker import TakerSession
 
 MAX_HANDSHAKES = 64  # strangers at a time
 MAX_LINKS = 512
@@ -326,7 +327,8 @@ class TakerLink:
 
     def _write_blocks(self, take: Take) -> int:
         header = take.header
-        views = self._taking.memory.spans(header.layer, header.part, take.block_ids)
+        memory = self._taking.memory.at(self._session.block_size)
+        views = memory.spans(header.layer, header.part, take.block_ids)
         with self._taking.lock:
             if take.grant is not None:
                 self._taking.arriving(take.grant, self._clock.now())

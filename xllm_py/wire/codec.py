@@ -39,7 +39,7 @@ _SIGNED_BYTES = HEADER_BYTES - MAC_BYTES
 _COMMIT = struct.Struct("<I4xQ16s")
 COMMIT_BYTES = _COMMIT.size
 _ENTRY = struct.Struct("<HHIII")
-_HELLO = struct.Struct("<4sBBHHH64s32s32s")
+_HELLO = struct.Struct("<4sBBHHHHxx64s32s32s")
 _PROOF = struct.Struct("<4sBBH32s")
 HANDSHAKE_MAGIC = b"XKH1"
 HELLO_BYTES = _HELLO.size
@@ -254,6 +254,7 @@ class Hello:
     incarnation: str  # at most 64 bytes of UTF-8
     layout: str  # KvLayout.fingerprint: 32 hex digits
     nonce: bytes  # 32 fresh random bytes
+    block_size: int  # tokens; HELLO: of the blocks that this link's frames count in
     rank: int = 0
     num_ranks: int = 1
     stream: int = (
@@ -273,6 +274,7 @@ def pack_hello(hello: Hello) -> bytes:
         hello.rank,
         hello.num_ranks,
         hello.stream,
+        hello.block_size,
         incarnation,
         layout,
         hello.nonce,
@@ -281,13 +283,13 @@ def pack_hello(hello: Hello) -> bytes:
 
 def unpack_hello(data: bytes, step: Step) -> Hello | Reason:
     """The expected message of exactly HELLO_BYTES, or why it is not one."""
-    magic, version, kind, rank, num_ranks, stream, incarnation, layout, nonce = _HELLO.unpack(data)
+    magic, version, kind, rank, num_ranks, stream, block_size, *texts, nonce = _HELLO.unpack(data)
     if magic != HANDSHAKE_MAGIC or kind != step:
         return Reason.BAD_FRAME
     if version != VERSION:
         return Reason.WRONG_VERSION
     try:
-        names = [name.rstrip(b"\0").decode() for name in (incarnation, layout)]
+        names = [name.rstrip(b"\0").decode() for name in texts]
     except UnicodeDecodeError:
         return Reason.BAD_FRAME
     return Hello(
@@ -295,6 +297,7 @@ def unpack_hello(data: bytes, step: Step) -> Hello | Reason:
         incarnation=names[0],
         layout=names[1],
         nonce=nonce,
+        block_size=block_size,
         rank=rank,
         num_ranks=num_ranks,
         stream=stream,

@@ -41,12 +41,14 @@ class Grant:
         *,
         grant: bytes,
         peer: str,
+        block_size: int,
         block_ids: tuple[int, ...],
         first_wanted: int,
         prompt_digest: bytes,
     ) -> None:
         self.grant = grant
         self.peer = peer
+        self.block_size = block_size  # tokens; what block_ids count in
         self.block_ids = block_ids
         self.first_wanted = first_wanted
         self.prompt_digest = prompt_digest

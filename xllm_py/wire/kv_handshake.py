@@ -31,6 +31,7 @@ class Identity:
                 incarnation=self.incarnation,
                 layout=self.layout.fingerprint,
                 nonce=self.nonce,
+                block_size=self.layout.block_size,
                 stream=self.stream,
             )
         )
@@ -58,5 +59,12 @@ class Agreement:
 
 
 def fits(peer: Hello, layout: KvLayout) -> bool:
-    """Whether blocks can be exchanged with the peer."""
+    """Whether KV can be exchanged with the peer."""
     return peer.layout == layout.fingerprint and (peer.rank, peer.num_ranks) == (0, 1)
+
+
+def cut_as(peer: Hello, layout: KvLayout) -> KvLayout | None:
+    """Taker: our layout in blocks of the size that the giver counts in; None when it does not fit."""
+    if not fits(peer, layout) or not peer.block_size or layout.block_size % peer.block_size:
+        return None
+    return layout.at(peer.block_size)

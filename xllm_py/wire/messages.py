@@ -102,6 +102,7 @@ class Probe:
     call: int
     endpoint: str
     incarnation: str
+    block_size: int  # the smaller one of both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,23 +106,25 @@ class SubmitReply(_message.Message):
     def __init__(self) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("submission", "giver_name", "giver_address", "giver_incarnation", "model_fingerprint", "layout_fingerprint")
+    __slots__ = ("submission", "giver_name", "giver_address", "giver_incarnation", "model_fingerprint", "layout_fingerprint", "block_size")
     SUBMISSION_FIELD_NUMBER: _ClassVar[int]
     GIVER_NAME_FIELD_NUMBER: _ClassVar[int]
     GIVER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GIVER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     submission: Submission
     giver_name: str
     giver_address: str
     giver_incarnation: str
     model_fingerprint: str
     layout_fingerprint: str
-    def __init__(self, submission: _Optional[_Union[Submission, _Mapping]] = ..., giver_name: _Optional[str] = ..., giver_address: _Optional[str] = ..., giver_incarnation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ...) -> None: ...
+    block_size: int
+    def __init__(self, submission: _Optional[_Union[Submission, _Mapping]] = ..., giver_name: _Optional[str] = ..., giver_address: _Optional[str] = ..., giver_incarnation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class OfferAnswer(_message.Message):
-    __slots__ = ("request_id", "attempt", "grant", "num_held_blocks", "num_blocks", "endpoints", "expires_s", "refusal", "text", "retry_after_s")
+    __slots__ = ("request_id", "attempt", "grant", "num_held_blocks", "num_blocks", "endpoints", "expires_s", "refusal", "text", "retry_after_s", "block_size")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +135,7 @@ class OfferAnswer(_message.Message):
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     grant: bytes
@@ -143,7 +146,8 @@ class OfferAnswer(_message.Message):
     refusal: str
     text: str
     retry_after_s: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., grant: _Optional[bytes] = ..., num_held_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ..., expires_s: _Optional[float] = ..., refusal: _Optional[str] = ..., text: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    block_size: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., grant: _Optional[bytes] = ..., num_held_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ..., expires_s: _Optional[float] = ..., refusal: _Optional[str] = ..., text: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class AddNewRequestsRequest(_message.Message):
     __slots__ = ("offers",)

@@ -1,0 +1,59 @@
+"""Which heads of which rank of P go to which rank of D when the two have another number of ranks.
+
+Rank r of n owns a contiguous share of the model's KV heads, or, when there are more ranks than heads, the one head that it has
+together with others (as Megatron-LM shards grouped-query attention: Shoeybi et al. 2019, Ainslie et al. 2023). Every head that a
+rank of D owns comes from exactly one rank of P. Blocks of other sizes are core/kv_memory's; the two are independent, since a
+token's heads lie one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRoute:
+    """`count` heads from one rank to another; `source` and `target` are the first one's index among the heads of its rank."""
+
+    giver_rank: int
+    taker_rank: int
+    source: int
+    target: int
+    count: int
+
+
+def heads_of(rank: int, num_ranks: int, num_heads: int) -> range:
+    """The KV heads that a rank owns. Raises ValueError when they cannot be shared out evenly."""
+    if num_heads % num_ranks and num_ranks % num_heads:
+        raise ValueError(f"{num_heads} KV heads cannot be shared out among {num_ranks} ranks")
+    if num_ranks >= num_heads:
+        head = rank * num_heads // num_ranks
+        return range(head, head + 1)
+    share = num_heads // num_ranks
+    return range(rank * share, (rank + 1) * share)
+
+
+def head_routes(num_giver_ranks: int, num_taker_ranks: int, num_heads: int) -> list[HeadRoute]:
+    """Every route, by rank of D. Where several ranks of P have a head, ranks of D are spread over them. Raises ValueError."""
+    if num_giver_ranks < 1 or num_taker_ranks < 1:
+        raise ValueError("KV heads cannot be shared out among no ranks")
+    givers = [heads_of(rank, num_giver_ranks, num_heads) for rank in range(num_giver_ranks)]
+    routes = []
+    for taker_rank in range(num_taker_ranks):
+        wanted = heads_of(taker_rank, num_taker_ranks, num_heads)
+        head = wanted.start
+        while head < wanted.stop:
+            able = [rank for rank, owned in enumerate(givers) if head in owned]
+            rank = able[taker_rank % len(able)]
+            count = min(givers[rank].stop, wanted.stop) - head
+            routes.append(
+                HeadRoute(
+                    giver_rank=rank,
+                    taker_rank=taker_rank,
+                    source=head - givers[rank].start,
+                    target=head - wanted.start,
+                    count=count,
+                )
+            )
+            head += count
+    return routes
