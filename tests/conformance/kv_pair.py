@@ -50,6 +50,7 @@ def make_tcp(
     cluster_key: bytes = KEY,
     num_streams: int = 1,
     tls: KvTls | None = None,
+    shared_memory: bool = False,
 ) -> KvTransport:
     return TcpKvTransport(
         memory=memory,
@@ -57,9 +58,11 @@ def make_tcp(
         cluster_key=cluster_key,
         num_streams=num_streams,
         tls=tls,
+        shared_memory=shared_memory,
     )
 
 
+make_shared = partial(make_tcp, shared_memory=True)
 make_streams = partial(make_tcp, num_streams=3)
 
 

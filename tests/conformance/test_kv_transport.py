@@ -12,6 +12,7 @@ from tests.conformance.kv_pair import (
     LAYOUT,
     Pair,
     make_memory,
+    make_shared,
     make_streams,
     make_tcp,
     memory_maker,
@@ -29,6 +30,7 @@ MAKERS = {
     "tcp": lambda: make_tcp,
     "tcp streams": lambda: make_streams,
     "tcp tls": tls_maker,
+    "shared memory": lambda: make_shared,
 }
 
 
@@ -357,7 +359,7 @@ def test_blocks_may_change_once_their_grant_is_abandoned(pair: Pair) -> None:
 
 
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
-    for make in (make_tcp, memory_maker(), tls_maker()):
+    for make in (make_tcp, memory_maker(), tls_maker(), make_shared):
         threads, descriptors = threading.active_count(), psutil.Process().num_fds()
         for _ in range(3):
             pair = Pair(make)

@@ -30,8 +30,8 @@ from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.tcp import TcpKvTransport
 from xllm_py.transport.tcp_giver import ACK_S
+from xllm_py.transport.tcp_listener import MAX_HANDSHAKES
 from xllm_py.transport.tcp_socket import checksum, split_endpoint, tune
-from xllm_py.transport.tcp_taker import MAX_HANDSHAKES
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_grants import GrantTable

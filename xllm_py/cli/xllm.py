@@ -32,7 +32,6 @@ _NOT_BUILT = {
     "ep_size": 1,
     "cp_size": 1,
     "nnodes": 1,
-    "kv_transport": "tcp",
     "kv_cache_dtype": "auto",
 }
 
@@ -43,6 +42,7 @@ def build(given: Given) -> InstanceConfig:
     values = normalize_mlu(causes, rules.finite(causes, given.values, _FINITE))
     given = dataclasses.replace(given, values=values)
     _check_simple(causes, values)
+    _check_kv_link(causes, values)
     rules.foreign_environment(causes)
     role = _role(causes, values)
     host = values["host"] or "127.0.0.1"
@@ -96,8 +96,6 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
     need(values["task"] == "generate", f"--task={values['task']} is not built. Use generate")
     for name, only in _NOT_BUILT.items():
         need(values[name] == only, f"--{name}={values[name]} is not built yet. Use {only}")
-    mode = values["kv_cache_transfer_mode"]
-    need(mode == "PUSH", f"--kv_cache_transfer_mode={mode} is not built. Use PUSH")
     need(
         values["block_size"] in _BLOCK_SIZES,
         f"--block_size={values['block_size']}. Use 1, 2, 4 ... 256",
@@ -119,10 +117,10 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
         ("generation_config", ("auto", "none")),
         ("priority_strategy", ("fcfs", "priority", "deadline")),
         ("logprobs_mode", ("raw", "processed")),
+        ("kv_transport", ("tcp", "auto", "nixl", "mooncake")),
     ):
         need(values[name] in known, f"--{name}={values[name]} is unknown. Use {', '.join(known)}")
     need(2 <= values["etcd_ttl"] <= 60, f"--etcd_ttl={values['etcd_ttl']}. Use 2 to 60 s")
-    need(1 <= values["kv_streams"] <= 16, f"--kv_streams={values['kv_streams']}. Use 1 to 16")
     need(
         0.05 <= values["heart_beat_interval"] <= 10,
         "--heart_beat_interval must lie in 0.05 to 10 s. Use 0.1",
@@ -146,6 +144,16 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
     )
     rules.at_least(causes, values, 1, "rpc_channel_timeout_ms", "health_check_interval_ms")
     rules.at_least(causes, values, 0.001, "grant_ttl_s", "handoff_hold_s")
+
+
+def _check_kv_link(causes: rules.Causes, values: Mapping[str, Any]) -> None:
+    need, engine, mode = causes.need, values["kv_transport"], values["kv_cache_transfer_mode"]
+    need(
+        engine not in ("nixl", "mooncake"),
+        f"--kv_transport={engine} is not built yet. Use tcp or auto",
+    )
+    need(mode == "PUSH", f"--kv_cache_transfer_mode={mode} is not built. Use PUSH")
+    need(1 <= values["kv_streams"] <= 16, f"--kv_streams={values['kv_streams']}. Use 1 to 16")
 
 
 def _role(causes: rules.Causes, values: Mapping[str, Any]) -> Role:
@@ -254,6 +262,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
         kv_port=values["transfer_listen_port"],
         kv_listen=values["enable_disagg_pd"],
         kv_streams=values["kv_streams"],
+        kv_transport=values["kv_transport"],
         kv_port_may_move="transfer_listen_port" not in given.by_hand,
         log_level=rules.logs(rules.Causes(), values).level,
         log_format=values["log_format"],

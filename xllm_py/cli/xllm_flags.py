@@ -179,7 +179,12 @@ _CLUSTER = in_group(
         "collectives; elsewhere than on npu the device decides",
         idle=True,
     ),
-    a("kv_transport", "string", "tcp", "tcp"),
+    a(
+        "kv_transport",
+        "string",
+        "tcp",
+        "tcp, or auto: shared memory between instances of one host that both say so, else tcp",
+    ),
     b("kv_streams", "int32", 1, "TCP connections from this instance to one peer, 1 to 16"),
     a("hccn_conf", "string", "/etc/hccn.conf", "device addresses of npu hosts", idle=True),
     a(

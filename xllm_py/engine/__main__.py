@@ -78,6 +78,7 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
         listen=True,
         port_may_move=config.kv_port_may_move,
         num_streams=config.kv_streams,
+        shared_memory=config.kv_transport == "auto",
         tls=KvTls(config.kv_tls) if config.kv_tls is not None else None,
         layout_fingerprint=memory.layout.fingerprint,
     )

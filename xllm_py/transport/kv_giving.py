@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from xllm_py.core.kv_memory import PARTS
 from xllm_py.transport.base import GiverGrant
 from xllm_py.wire.codec import FrameLog, FrameType
 from xllm_py.wire.kv_session import GiverSession
@@ -33,6 +34,16 @@ class Item(NamedTuple):
     part: int = 0
     first: int = 0
     block_ids: tuple[int, ...] = ()
+
+
+def frames_of(
+    grant: bytes, layer: int, first: int, block_ids: tuple[int, ...], most: int
+) -> Iterator[Item]:
+    """K and V of these blocks of one layer, at most so many blocks a frame."""
+    for part in range(PARTS):
+        for start in range(0, len(block_ids), most):
+            blocks = block_ids[start : start + most]
+            yield Item(FrameType.DATA, grant, layer, part, first + start, blocks)
 
 
 @dataclass(slots=True)

@@ -16,11 +16,13 @@ from xllm_py.base.clock import Clock, RealClock
 from xllm_py.base.errors import LayoutMismatch, PortInUse, UsageError
 from xllm_py.base.ports import port_taken
 from xllm_py.core.kv_memory import KvMemory
+from xllm_py.transport import shm
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.kv_events import Counts, EventQueue
 from xllm_py.transport.kv_taking import Taking
 from xllm_py.transport.tcp_giver import GiverLink
-from xllm_py.transport.tcp_taker import Listener
+from xllm_py.transport.tcp_handshake import Way
+from xllm_py.transport.tcp_listener import Listener
 from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec
 from xllm_py.wire.kv_handshake import Identity
@@ -48,10 +50,12 @@ class TcpKvTransport:
         port_may_move: bool = False,
         num_streams: int = 1,
         tls: KvTls | None = None,
+        shared_memory: bool = False,
         layout_fingerprint: str = "",
         clock: Clock | None = None,
     ) -> None:
         """port 0: any free port. port_may_move: take the next free one when `port` is busy. num_streams: links to one peer.
+        shared_memory: peers of this host that want it too get their payloads through it.
 
         Raises PortInUse, UsageError when the cluster key is missing, LayoutMismatch when a block exceeds a frame or
         `layout_fingerprint` is not that of `memory`.
@@ -80,6 +84,7 @@ class TcpKvTransport:
         self._events = EventQueue()
         self._num_streams = num_streams
         self._tls = tls
+        self._shared = shared_memory and shm.supported()
         self._links: dict[tuple[str, str, int], GiverLink] = {}
         self._by_grant: dict[bytes, GiverLink] = {}
         self._taking = Taking(memory=memory, events=self._events, counts=self._counts)
@@ -97,8 +102,11 @@ class TcpKvTransport:
             raise
         shown = f"[{host}]" if ":" in host else host
         self._endpoint = f"{shown}:{sock.getsockname()[1]}"
+        socks = [sock]
+        if self._shared:
+            socks.append(_bind_here(sock.getsockname()[1], self._incarnation))
         self._listener = Listener(
-            sock=sock,
+            socks=socks,
             taking=self._taking,
             make_identity=self._identity,
             clock=self._clock,
@@ -161,7 +169,7 @@ class TcpKvTransport:
         """All frames of a grant go over one link, the one with the fewest grants; a further one is opened when all are busy."""
         peer = (grant.endpoint, grant.peer_incarnation)
         links = [self._links.get((*peer, stream)) for stream in range(self._num_streams)]
-        loads = [link.num_grants if link is not None else 0 for link in links]
+        loads = [len(link) if link is not None else 0 for link in links]
         return loads.index(min(loads))
 
     def _fail(self, grant: bytes, text: str) -> None:
@@ -178,7 +186,11 @@ class TcpKvTransport:
 
     def _open_link(self, peer: GiverGrant, stream: int) -> GiverLink:
         return GiverLink(
-            peer=peer,
+            way=Way(
+                endpoint=peer.endpoint,
+                tls=self._tls,
+                shared=peer.peer_incarnation if self._shared else "",
+            ),
             make_session=lambda: GiverSession(
                 self._identity(stream, peer.block_size), peer.peer_incarnation
             ),
@@ -186,7 +198,6 @@ class TcpKvTransport:
             events=self._events,
             counts=self._counts,
             clock=self._clock,
-            tls=self._tls,
         )
 
     def push(
@@ -245,6 +256,18 @@ class TcpKvTransport:
         self._links.clear()
         self._by_grant.clear()
         self._events.wake.close()
+
+
+def _bind_here(port: int, incarnation: str) -> socket.socket:
+    """The Unix socket over which peers of this host hand their shared memory."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(shm.address_of(port, incarnation))
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise PortInUse(f"no Unix socket for shared memory: {error.strerror}") from error
+    return sock
 
 
 def _bind(host: str, port: int, may_move: bool) -> socket.socket:

@@ -8,6 +8,7 @@ whose grant is abandoned while it is being sent. A connection that breaks is ope
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -16,13 +17,14 @@ from collections.abc import Callable, Iterable
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import InternalError
-from xllm_py.core.kv_memory import PARTS, KvMemory
+from xllm_py.core.kv_memory import KvMemory
 from xllm_py.transport import tcp_handshake, tcp_socket
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind
 from xllm_py.transport.kv_events import Counts, EventQueue, Wake
-from xllm_py.transport.kv_giving import Giving, Givings, Item
+from xllm_py.transport.kv_giving import Giving, Givings, Item, frames_of
+from xllm_py.transport.shm import RingWriter
+from xllm_py.transport.tcp_handshake import Way
 from xllm_py.transport.tcp_socket import LinkBroken
-from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import FrameType
 from xllm_py.wire.kv_session import GiverSession
@@ -44,23 +46,21 @@ class GiverLink:
     def __init__(
         self,
         *,
-        peer: GiverGrant,
+        way: Way,
         make_session: Callable[[], GiverSession],
         memory: KvMemory,
         events: EventQueue,
         counts: Counts,
         clock: Clock,
-        tls: KvTls | None,
     ) -> None:
-        """peer: any grant of it, for its address."""
-        self._endpoint = peer.endpoint
+        self._way, self._endpoint = way, way.endpoint
         self._make_session = make_session
         self._session = make_session()
         self.memory = memory
         self._events = events
         self._counts = counts
         self._clock = clock
-        self._tls = tls
+        self._ring: RingWriter | None = None  # where payloads go, when not over the socket
         self._state = threading.Condition()  # guards everything down to _ended
         self._givings = Givings()
         self._reading: set[bytes] = set()  # grants whose blocks the thread may be reading
@@ -69,8 +69,7 @@ class GiverLink:
         self._closing = False
         self._ended = False
         self._wake = Wake()
-        self._block_bytes = memory.layout.block_bytes
-        self._blocks_per_frame = codec.blocks_per_frame(self._block_bytes)
+        self._blocks_per_frame = codec.blocks_per_frame(memory.layout.block_bytes)
         self._thread = threading.Thread(target=self._run, name="kv-giver", daemon=True)
 
     def start(self) -> None:
@@ -87,9 +86,8 @@ class GiverLink:
         with self._state:
             return self._ended
 
-    @property
-    def num_grants(self) -> int:
-        """How many it serves."""
+    def __len__(self) -> int:
+        """Grants that it serves."""
         with self._state:
             return len(self._givings)
 
@@ -105,12 +103,7 @@ class GiverLink:
 
     def push(self, grant: bytes, layer: int, first: int, block_ids: tuple[int, ...]) -> None:
         """Queue blocks; passed over when the grant has ended."""
-        step = self._blocks_per_frame
-        self._enqueue(
-            Item(FrameType.DATA, grant, layer, part, first + start, block_ids[start : start + step])
-            for part in range(PARTS)
-            for start in range(0, len(block_ids), step)
-        )
+        self._enqueue(frames_of(grant, layer, first, block_ids, self._blocks_per_frame))
 
     def commit(self, grant: bytes) -> None:
         """Queue COMMIT."""
@@ -186,8 +179,7 @@ class GiverLink:
         """The connection broke: what was sent is to be sent again. Returns the grants that saw this too often."""
         with self._state:
             self._sock = None
-            self._reading.clear()
-            self._state.notify_all()
+            self._let_go()
             return self._givings.reopened()
 
     def _pause(self, wait_s: float) -> bool:
@@ -201,12 +193,19 @@ class GiverLink:
     def _end(self, reason: str) -> None:
         with self._state:
             self._ended, self._sock = True, None
-            self._reading.clear()
+            self._let_go()
             lost = self._givings.clear()
             if self._closing:
                 lost = []
-            self._state.notify_all()
         self._fail(lost, reason)
+
+    def _let_go(self) -> None:
+        """Lock held. Of blocks, and of the ring of a connection that is over."""
+        self._reading.clear()
+        self._state.notify_all()
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
 
     def _fail(self, grants: list[bytes], reason: str) -> None:
         if grants:
@@ -217,10 +216,11 @@ class GiverLink:
 
     def _connect(self) -> socket.socket:
         self._session = self._make_session()
-        sock = tcp_handshake.call(
-            self._endpoint, self._session, clock=self._clock, tls=self._tls, on_socket=self._hold
+        sock, self._ring = tcp_handshake.call(
+            self._way, self._session, clock=self._clock, on_socket=self._hold
         )
-        _log.debug("KV link open", endpoint=self._endpoint)
+        way = "tcp" if self._ring is None else "shared memory"
+        _log.info("KV link open", endpoint=self._endpoint, way=way)
         return sock
 
     def _hold(self, sock: socket.socket) -> None:
@@ -235,7 +235,7 @@ class GiverLink:
         poller.register(sock, select.POLLIN)
         poller.register(self._wake.fd, select.POLLIN)
         while True:
-            views, num_bytes = self._gather()
+            views, num_bytes = self._gather(sock)
             ready = dict(poller.poll(0 if views else _IDLE_MS))
             if self._wake.fd in ready:
                 self._wake.hush()
@@ -247,13 +247,13 @@ class GiverLink:
                 self._write(sock, views, num_bytes)
             self._check_overdue(sock)
 
-    def _gather(self) -> tuple[list[memoryview], int]:
-        """Headers and payloads of the next frames, up to about BATCH_BYTES, and how many bytes they are; their grants are in
-        _reading from here on.
+    def _gather(self, sock: socket.socket) -> tuple[list[memoryview], int]:
+        """What goes over the socket of the next frames, of up to about BATCH_BYTES, and how many bytes that is; their grants are in
+        _reading from here on. Payloads that go through shared memory are there when this returns.
         """
         views: list[memoryview] = []
-        num_bytes = 0
-        while num_bytes < BATCH_BYTES and len(views) < codec.MAX_FRAME_BLOCKS:
+        num_bytes = moved = 0
+        while moved < BATCH_BYTES and len(views) < codec.MAX_FRAME_BLOCKS:
             with self._state:
                 found = self._givings.next()
                 if found is None:
@@ -263,14 +263,22 @@ class GiverLink:
                 if item.kind is FrameType.DATA:
                     self._reading.add(item.grant)
             if item.kind is FrameType.DATA:
-                views += self._data(giving, item)
-                num_bytes += codec.HEADER_BYTES + len(item.block_ids) * self._block_bytes
+                header, payload, size = self._data(giving, item)
             else:
-                views.append(self._question(giving, item))
-                num_bytes += views[-1].nbytes
+                header, payload, size = self._question(giving, item)
+            views.append(memoryview(header))
+            moved += codec.HEADER_BYTES + size
+            num_bytes += codec.HEADER_BYTES
+            if self._ring is None:
+                views += payload
+                num_bytes += size
+            elif size:
+                self._await_room(self._ring, sock, size)
+                self._ring.put(payload, size)
         return views, num_bytes
 
-    def _data(self, giving: Giving, item: Item) -> list[memoryview]:
+    def _data(self, giving: Giving, item: Item) -> tuple[bytes, list[memoryview], int]:
+        """Header, payload, and the payload's bytes."""
         _, grant, layer, part, first, block_ids = item
         giving.started_s = giving.started_s or self._clock.now()
         views = self.memory.spans(layer, part, block_ids)
@@ -278,49 +286,45 @@ class GiverLink:
         header, data = self._session.data(grant, layer, part, first, len(block_ids), crc)
         giving.frames.sent(header)
         self._counts.add("bytes_sent", header.length)
-        return [memoryview(data), *views]
+        return data, views, header.length
 
-    def _question(self, giving: Giving, item: Item) -> memoryview:
-        """COMMIT, RESUME or PROBE: the taker answers it."""
+    def _question(self, giving: Giving, item: Item) -> tuple[bytes, list[memoryview], int]:
+        """COMMIT, RESUME or PROBE, which the taker answers; as `_data`."""
         giving.committed_s = self._clock.now()
         giving.all_sent_s = giving.all_sent_s or giving.committed_s
         giving.started_s = giving.started_s or giving.committed_s
-        return memoryview(giving.question(self._session, item.kind))
+        frame = memoryview(giving.question(self._session, item.kind))
+        header, payload = bytes(frame[: codec.HEADER_BYTES]), frame[codec.HEADER_BYTES :]
+        return header, [payload], payload.nbytes
 
     def _write(self, sock: socket.socket, views: list[memoryview], num_bytes: int) -> None:
         try:
-            self._write_all(sock, views, num_bytes)
+            tcp_socket.write_views(
+                sock,
+                views,
+                num_bytes,
+                clock=self._clock,
+                is_void=self._is_abandoned,
+                let_go=self._stop_reading,
+            )
         except OSError:
             self._hear_last_words(sock)
             raise
         finally:
             self._stop_reading()
 
-    def _write_all(self, sock: socket.socket, views: list[memoryview], left: int) -> None:
-        progress_s = self._clock.now()
-        while True:
-            count = tcp_socket.write_from(sock, views)
-            left -= count
-            if not left:
-                return
-            views = tcp_socket.advance(views, count)
-            if self._is_abandoned():
-                views = [self._copy(views)]
-            now = self._clock.now()
-            if count:
-                progress_s = now
-            elif now - progress_s > tcp_socket.STALL_S:
+    def _await_room(self, ring: RingWriter, sock: socket.socket, size: int) -> None:
+        """Until the taker has taken enough out of the ring."""
+        since = self._clock.now()
+        while not ring.has_room(size):
+            if select.select([sock], [], [], tcp_socket.STALL_S)[0]:
+                self._read_reply(sock)
+            elif self._clock.now() - since > tcp_socket.STALL_S:
                 raise LinkBroken(f"KV link to {self._endpoint}: the peer takes no bytes")
 
     def _is_abandoned(self) -> bool:
         with self._state:
             return any(grant not in self._givings for grant in self._reading)
-
-    def _copy(self, views: list[memoryview]) -> memoryview:
-        """Abandoned in mid-frame: the peer counts on the rest, so it goes out from a copy."""
-        rest = memoryview(b"".join(views))
-        self._stop_reading()
-        return rest
 
     def _stop_reading(self) -> None:
         with self._state:
@@ -330,11 +334,9 @@ class GiverLink:
     def _hear_last_words(self, sock: socket.socket) -> None:
         """The peer closed while we sent; what it said before tells why. Returns when it said nothing."""
         self._stop_reading()
-        try:
+        with contextlib.suppress(OSError):
             while True:
                 self._read_reply(sock)
-        except OSError:
-            return
 
     def _check_overdue(self, sock: socket.socket) -> None:
         """On a slow link the kernel holds bytes for long; while some are under way TCP itself sees to it that they move."""
@@ -359,6 +361,8 @@ class GiverLink:
         match self._session.on_header(bytes(data)):
             case kv_session.Acknowledged(grant=grant):
                 self._on_acknowledged(grant)
+            case kv_session.Taken(total=total) if self._ring is not None:
+                self._ring.taken(total)
             case kv_session.Again(grant=grant):
                 with self._state:
                     self._givings.again(grant)

@@ -12,7 +12,7 @@ import ssl
 import struct
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from zlib_ng import zlib_ng
 
@@ -137,6 +137,33 @@ def advance(views: list[memoryview], count: int) -> list[memoryview]:
             return [view[count:], *views[index + 1 :]]
         count -= view.nbytes
     return []
+
+
+def write_views(
+    sock: socket.socket,
+    views: list[memoryview],
+    num_bytes: int,
+    *,
+    clock: Clock,
+    is_void: Callable[[], bool],
+    let_go: Callable[[], None],
+) -> None:
+    """All of them, frame by frame. Once `is_void`, the peer still counts on the rest: it goes out from a copy, after `let_go`."""
+    left, progress_s = num_bytes, clock.now()
+    while True:
+        count = write_from(sock, views)
+        left -= count
+        if not left:
+            return
+        views = advance(views, count)
+        if is_void():
+            views = [memoryview(b"".join(views))]
+            let_go()
+        now = clock.now()
+        if count:
+            progress_s = now
+        elif now - progress_s > STALL_S:
+            raise LinkBroken("the peer takes no bytes")
 
 
 def write_all(sock: socket.socket, data: bytes, clock: Clock) -> None:

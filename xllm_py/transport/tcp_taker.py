@@ -1,13 +1,12 @@
-"""D's end of KV links over TCP: a listener thread, and for each link a thread that writes granted blocks and nothing else.
+"""D's end of one KV link over TCP: a thread that writes granted blocks and nothing else. Made by tcp_listener.
 
-Made by transport/tcp. All links share one GrantTable under one lock (`Taking`); a payload is read without the lock, straight
-into the blocks that the header's grant names. A grant that is revoked in mid-frame gets no byte more: the rest of the frame
-goes into the sink. A link that does wrong is told why and closed; no exception leaves its thread.
+All links share one GrantTable under one lock (`Taking`); a payload is read without the lock, straight into the blocks that the
+header's grant names. A grant that is revoked in mid-frame gets no byte more: the rest of the frame goes into the sink. A link that
+does wrong is told why and closed; no exception leaves its thread.
 """
 
 from __future__ import annotations
 
-import select
 import socket
 import threading
 from collections.abc import Callable
@@ -15,153 +14,20 @@ from collections.abc import Callable
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
 from xllm_py.transport import tcp_handshake, tcp_socket
-from xllm_py.transport.kv_events import Wake
 from xllm_py.transport.kv_taking import Taking
+from xllm_py.transport.shm import RingReader
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState
-from xllm_py.wire.kv_handshake import Identity
 from xllm_py.wire.kv_session import Take
 from xllm_py.wire.kv_taker import TakerSession
 
-MAX_HANDSHAKES = 64  # strangers at a time
-MAX_LINKS = 512
-RETURN_S = 1.0  # a giver whose last link broke and that has not come back for so long has given up what it began
 LINGER_S = 0.25  # how long a rejected peer gets to read why
 _SINK_BYTES = 1 << 18
-_PAUSE_MS = 100  # after accept failed for want of file descriptors
-_IDLE_MS = 250
 
 _log = log.get(__name__)
-
-
-class Listener:
-    """Accepts, and owns the links."""
-
-    def __init__(
-        self,
-        *,
-        sock: socket.socket,
-        taking: Taking,
-        make_identity: Callable[[], Identity],
-        clock: Clock,
-        tls: KvTls | None,
-    ) -> None:
-        self._tls = tls
-        self._sock = sock
-        self._taking = taking
-        self._make_identity = make_identity
-        self._clock = clock
-        self._lock = threading.Lock()  # guards the three below
-        self._links: set[TakerLink] = set()
-        self._lost: dict[str, tuple[float, str]] = {}  # peer -> until when it may come back, why
-        self._closing = False
-        self._wake = Wake()
-        self._sock.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="kv-listener", daemon=True)
-        self._thread.start()
-
-    @property
-    def num_links(self) -> int:
-        """Open links, strangers included."""
-        with self._lock:
-            return len(self._links)
-
-    def close(self) -> None:
-        """End listener and links and wait for their threads."""
-        with self._lock:
-            self._closing = True
-            links = list(self._links)
-        self._wake.ring()
-        self._thread.join(tcp_socket.STALL_S)
-        for link in links:
-            link.cut()
-        for link in links:
-            link.join()
-        self._sock.close()
-        if not self._thread.is_alive():
-            self._wake.close()
-
-    def _run(self) -> None:
-        poller = select.poll()
-        poller.register(self._sock, select.POLLIN)
-        poller.register(self._wake.fd, select.POLLIN)
-        while not self._closing:
-            poller.poll(_IDLE_MS)
-            self._give_up()
-            try:
-                sock, _ = self._sock.accept()
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                _log.warning("KV listener cannot accept", reason=error.strerror)
-                select.poll().poll(_PAUSE_MS)
-                continue
-            self._admit(sock)
-
-    def _admit(self, sock: socket.socket) -> None:
-        with self._lock:
-            strangers = sum(1 for link in self._links if not link.known)
-            full = strangers >= MAX_HANDSHAKES or len(self._links) >= MAX_LINKS
-            if full or self._closing:
-                sock.close()
-                return
-            session = TakerSession(self._make_identity(), self._taking.grants)
-            link = TakerLink(
-                sock=sock,
-                session=session,
-                taking=self._taking,
-                on_known=self._on_link_known,
-                on_end=self._on_link_end,
-                clock=self._clock,
-                tls=self._tls,
-            )
-            try:
-                link.start()
-            except RuntimeError as error:
-                _log.warning("KV listener cannot serve a link", reason=str(error))
-                sock.close()
-                return
-            self._links.add(link)
-
-    def _on_link_known(self, link: TakerLink) -> None:
-        """Called in its thread before it takes a frame: the link that it takes the place of must have let go of its blocks."""
-        with self._lock:
-            self._lost.pop(link.peer, None)
-            old = [
-                other
-                for other in self._links
-                if other is not link and other.known and _place(other) == _place(link)
-            ]
-        for other in old:
-            other.cut()
-            if not other.join():
-                raise LinkBroken("an earlier link of this peer does not end")
-
-    def _on_link_end(self, link: TakerLink, reason: str) -> None:
-        with self._lock:
-            self._links.discard(link)
-            if link.known and not self._closing and not self._has(link.peer):
-                self._lost[link.peer] = (self._clock.now() + RETURN_S, reason)
-
-    def _has(self, peer: str) -> bool:
-        """Lock held."""
-        return any(link.known and link.peer == peer for link in self._links)
-
-    def _give_up(self) -> None:
-        """Peers whose last link ended, and that did not come back."""
-        with self._lock:
-            now = self._clock.now()
-            late = [peer for peer, (until, _) in self._lost.items() if now >= until]
-            gone = [(peer, self._lost.pop(peer)[1]) for peer in late]
-        for peer, reason in gone:
-            self._taking.link_lost(peer, reason)
-
-
-def _place(link: TakerLink) -> tuple[str, int]:
-    return link.peer, link.stream
 
 
 class TakerLink:
@@ -188,6 +54,7 @@ class TakerLink:
         self.known = False  # the handshake is done
         self._rejected = ""  # why we closed it
         self._told: set[bytes] = set()  # revoked grants of which the peer knows
+        self._ring: RingReader | None = None  # where payloads come, when not over the socket
         self._sink = memoryview(bytearray(_SINK_BYTES))
         self._thread = threading.Thread(target=self._run, name="kv-taker", daemon=True)
 
@@ -228,18 +95,21 @@ class TakerLink:
         finally:
             self._on_end(self, self._rejected or reason)
             self._sock.close()
+            if self._ring is not None:
+                self._ring.close()
             _log.debug("KV link ended", peer=self.peer, reason=reason)
 
     def _shake_hands(self) -> None:
         tcp_socket.tune(self._sock)
-        if self._tls is not None:
+        if self._tls is not None and self._sock.family != socket.AF_UNIX:
             self._sock.settimeout(tcp_socket.HANDSHAKE_S)
             self._sock = self._tls.as_taker(self._sock)
-        refusal = tcp_handshake.answer(self._sock, self._session, clock=self._clock)
-        if refusal is not None:
+        found = tcp_handshake.answer(self._sock, self._session, clock=self._clock)
+        if isinstance(found, Reason):
             self._taking.counts.add("frames_rejected")
-            _log.warning("KV link refused", reason=codec.TEXTS[refusal])
-            raise LinkBroken(codec.TEXTS[refusal])
+            _log.warning("KV link refused", reason=codec.TEXTS[found])
+            raise LinkBroken(codec.TEXTS[found])
+        self._ring = found
         self.known = True
         self._on_known(self)
 
@@ -296,6 +166,9 @@ class TakerLink:
                 self._taking.landed(result, self._clock.now())
         if take.is_data:
             self._taking.counts.add("bytes_received", take.header.length)
+        taken = self._ring.news() if self._ring is not None else None
+        if taken is not None:
+            tcp_socket.write_all(self._sock, self._session.taken(taken), self._clock)
         return self._answer(result)
 
     def _answer(self, result: kv_session.Result) -> bool:
@@ -317,6 +190,8 @@ class TakerLink:
 
     def _read_payload(self, take: Take) -> tuple[int, bytes]:
         """(checksum of what came, the bytes themselves when it is a COMMIT)."""
+        if self._ring is not None:
+            self._ring.begin(take.header.length)
         if take.is_commit:
             payload = bytearray(take.header.length)
             self._fill(take, [memoryview(payload)], len(payload))
@@ -342,7 +217,7 @@ class TakerLink:
         """Read into the views, `left` bytes; stops when the grant is revoked meanwhile. Returns the number of bytes left."""
         progress_s = self._clock.now()
         while not (take.store and self._is_revoked(take)):
-            count = tcp_socket.read_into(self._sock, views)
+            count = self._read_into(views)
             left -= count
             if not left:
                 return 0
@@ -353,6 +228,12 @@ class TakerLink:
             elif now - progress_s > tcp_socket.STALL_S:
                 raise LinkBroken("the giver stopped in the middle of a frame")
         return left
+
+    def _read_into(self, views: list[memoryview]) -> int:
+        """Of a payload."""
+        if self._ring is not None:
+            return self._ring.read_into(views)
+        return tcp_socket.read_into(self._sock, views)
 
     def _is_revoked(self, take: Take) -> bool:
         """When it is, the frame leaves the blocks here and now."""
@@ -370,7 +251,7 @@ class TakerLink:
         progress_s = self._clock.now()
         while length:
             view = self._sink[: min(length, _SINK_BYTES)]
-            count = tcp_socket.read_into(self._sock, [view])
+            count = self._read_into([view])
             crc = tcp_socket.checksum([view[:count]], crc)
             length -= count
             now = self._clock.now()

@@ -55,6 +55,7 @@ class FrameType(IntEnum):
     ERROR = 4
     RESUME = 5  # giver, on a new link: what became of my COMMIT? taker: nothing yet, send again (else ACK or ERROR)
     PROBE = 6  # giver: bytes for the sink; taker: they came, and as they were sent
+    TAKEN = 7  # taker: so many bytes of the shared ring are free again (the number stands in the grant's place)
 
 
 _KINDS = frozenset(int(kind) for kind in FrameType)

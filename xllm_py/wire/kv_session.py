@@ -21,7 +21,7 @@ from xllm_py.wire.kv_grants import Grant
 from xllm_py.wire.kv_handshake import Identity, fits
 
 WELCOME_BYTES = codec.HELLO_BYTES + codec.PROOF_BYTES
-_ANSWERS = (FrameType.ACK, FrameType.ERROR, FrameType.RESUME, FrameType.PROBE)
+_ANSWERS = (FrameType.ACK, FrameType.ERROR, FrameType.RESUME, FrameType.PROBE, FrameType.TAKEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,13 @@ class Acknowledged:
     """The taker says: landed, or, of a probe, arrived."""
 
     grant: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The taker says how many bytes of the shared ring it has taken, in all."""
+
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +199,7 @@ class GiverSession:
         """PROBE, header only; `length` bytes follow it."""
         return self._out.pack(Header(FrameType.PROBE, self._out.seq, probe, length=length, crc=crc))
 
-    def on_header(self, data: bytes) -> Acknowledged | Again | Refused | Closed:
+    def on_header(self, data: bytes) -> Acknowledged | Again | Taken | Refused | Closed:
         """64 bytes from the taker; its frames have no payload."""
         header = self._in.unpack(data)
         if isinstance(header, Reason):
@@ -203,6 +210,8 @@ class GiverSession:
             return Acknowledged(header.grant)
         if header.type == FrameType.RESUME:
             return Again(header.grant)
+        if header.type == FrameType.TAKEN:
+            return Taken(int.from_bytes(header.grant, "little"))
         reason = codec.reason_of(header.num_blocks)
         if reason is Reason.REVOKED:
             return Refused(header.grant, reason)

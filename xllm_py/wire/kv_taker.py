@@ -75,7 +75,7 @@ class TakerSession:
         match header.type:
             case FrameType.ERROR:
                 return Closed(codec.reason_of(header.num_blocks), by_peer=True)
-            case FrameType.ACK:
+            case FrameType.ACK | FrameType.TAKEN:
                 return Reject(Reason.BAD_FRAME)
             case FrameType.RESUME:
                 return self._judge_resume(header)
@@ -202,6 +202,11 @@ class TakerSession:
     def ack(self, grant: bytes) -> bytes:
         """Say landed."""
         return self._out.pack(Header(type=FrameType.ACK, seq=self._out.seq, grant=grant))
+
+    def taken(self, total: int) -> bytes:
+        """Say how many bytes of the shared ring were taken."""
+        name = total.to_bytes(codec.GRANT_BYTES, "little")
+        return self._out.pack(Header(type=FrameType.TAKEN, seq=self._out.seq, grant=name))
 
     def arrived(self, probe: bytes) -> bytes:
         """Answer a probe."""
