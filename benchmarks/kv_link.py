@@ -1,6 +1,6 @@
 """How fast is the KV link over loopback, against a plain socket loop in the same run?
 
-    python -m benchmarks.kv_link [--rounds 7] [--mebibytes 240]
+    python -m benchmarks.kv_link [--rounds 7] [--mebibytes 240] [--ways tcp shared ...] [--shapes 0 2 ...]
 
 Giver and taker are two processes. Each round moves the same number of bytes once through a plain sendall / recv_into loop and
 once through grants, frames, checksums and COMMIT, in turns; both read from and write to memory of that whole size, so caches
@@ -17,20 +17,26 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
+
+import trustme
 
 from benchmarks.report import emit, summary
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
+from xllm_py.core.service_config import TlsSlice
 from xllm_py.transport.base import GiverGrant, KvEventKind, TakerGrant
 from xllm_py.transport.tcp import TcpKvTransport
+from xllm_py.transport.tcp_tls import KvTls
 
 KEY = b"benchmark key of some length 32."
 DIGEST = bytes(16)
 PIECE_BYTES = 1 << 20
 DEADLINE_S = 60.0
+WAYS = ("tcp", "2 streams", "4 streams", "tls", "shared")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Shape:
     prompt_blocks: int  # of one grant
     scattered: bool
     mebibytes: int = 240
+    way: str = "tcp"
+    folder: str = ""  # of the certificates
 
     @property
     def layout(self) -> KvLayout:
@@ -52,6 +60,20 @@ class Shape:
             block_size=self.block_tokens,
             block_bytes=self.block_bytes,
             shape=self.name,
+        )
+
+    def transport(self, memory: KvMemory, incarnation: str, listen: bool) -> TcpKvTransport:
+        """One end, as `way` says."""
+        files = [f"{self.folder}/{name}" for name in ("cert.pem", "key.pem", "ca.pem")]
+        tls = KvTls(TlsSlice(cert_file=files[0], key_file=files[1], ca_file=files[2]))
+        return TcpKvTransport(
+            memory=memory,
+            incarnation=incarnation,
+            cluster_key=KEY,
+            listen=listen,
+            num_streams={"2 streams": 2, "4 streams": 4}.get(self.way, 1),
+            tls=tls if self.way == "tls" else None,
+            shared_memory=self.way == "shared",
         )
 
     @property
@@ -129,7 +151,7 @@ def say(pipe: IO[str], **message: Any) -> None:
 def take(shape: Shape) -> None:
     """The child: the taker of both."""
     memory, regions = make_memory(shape, fill=False)
-    transport = TcpKvTransport(memory=memory, incarnation="taker", cluster_key=KEY)
+    transport = shape.transport(memory, "taker", listen=True)
     plain = socket.create_server(("127.0.0.1", 0))
     say(sys.stdout, kv=transport.endpoint, plain=plain.getsockname()[1])
     link, _ = plain.accept()
@@ -184,9 +206,7 @@ class Giver:
         self.endpoint = hello["kv"]
         self.plain = socket.create_connection(("127.0.0.1", hello["plain"]))
         self.plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-        self.transport = TcpKvTransport(
-            memory=self.memory, incarnation="giver", cluster_key=KEY, listen=False
-        )
+        self.transport = shape.transport(self.memory, "giver", listen=False)
         self.number = 0
 
     def hear(self) -> dict[str, Any]:
@@ -278,7 +298,12 @@ def measure(shape: Shape, rounds: int) -> None:
     share = [ours / theirs for ours, theirs in zip(link, plain, strict=True)]
     emit(
         "kv_link",
-        {"row": shape.name, "mebibytes": shape.num_bytes >> 20, "grants": shape.num_grants},
+        {
+            "row": shape.name,
+            "way": shape.way,
+            "mebibytes": shape.num_bytes >> 20,
+            "grants": shape.num_grants,
+        },
         {
             "link_gb_s": summary(link),
             "plain_gb_s": summary(plain),
@@ -295,12 +320,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mebibytes", type=int, default=240)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))))
     options = parser.parse_args()
     if options.serve:
         take(Shape(**json.loads(options.serve)))
         return
-    for shape in SHAPES:
-        measure(Shape(**{**asdict(shape), "mebibytes": options.mebibytes}), options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        make_certificates(folder)
+        for index in options.shapes:
+            for way in options.ways:
+                shape = replace(SHAPES[index], mebibytes=options.mebibytes, way=way, folder=folder)
+                measure(shape, options.rounds)
+
+
+def make_certificates(folder: str) -> None:
+    """An authority and one certificate for both ends."""
+    authority = trustme.CA()
+    leaf = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(f"{folder}/ca.pem")
+    leaf.private_key_pem.write_to_path(f"{folder}/key.pem")
+    leaf.cert_chain_pems[0].write_to_path(f"{folder}/cert.pem")
 
 
 if __name__ == "__main__":

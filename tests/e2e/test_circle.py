@@ -58,6 +58,23 @@ def test_instances_with_blocks_of_other_sizes_are_a_pair(
         assert link["megabytes_per_s"] > 0
 
 
+def test_two_instances_of_one_host_may_share_memory(
+    tiny_model: Path, lone_instance: Cluster, tmp_path: Path
+) -> None:
+    alone = lone_instance.daemons[0]
+    with running(tmp_path, tiny_model) as cluster:
+        master = cluster.start_master("--suspect_after_ms=1500", "--gone_after_ms=3000")
+        flags = ("--block_size=16", "--kv_transport=auto", "--kv_streams=2")
+        prefill = cluster.start_instance("prefill", "PREFILL", *flags)
+        decode = cluster.start_instance("decode", "DECODE", *flags)
+        cluster.wait_ready()
+        for prompt in PROMPTS:
+            request = body(cluster, prompt, temperature=0, ignore_eos=True)
+            assert text_of(master, request) == text_of(alone, request)
+        assert decode.ledger()["kv_bytes_received"] > 0
+        assert "way=shared memory" in prefill.log()
+
+
 def test_prefill_and_decode_did_what_they_are_for(pd_cluster: Cluster) -> None:
     master, prefill, decode = pd_cluster.daemons
     _, answer = master.request("POST", "/v1/completions", body(pd_cluster, PROMPTS[4]))

@@ -344,6 +344,8 @@ class World:
         """Set the script's weather and events going; returns the clients."""
         self.network.weather = self.script.weather
         self.playing = True
+        for link in self.kv.network.links:  # opened by the first probes, when nothing was ill
+            link.faults = self._kv_faults(link.giver.incarnation, link.taker.incarnation)
         for event in self.script.events:
             self.loop.call_later(event.at, self._befall, event)
         return [self._begin(self._client(told), self.process) for told in self.told]

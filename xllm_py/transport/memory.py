@@ -75,11 +75,10 @@ class _Link:
     """Both ends of one connection."""
 
     def __init__(
-        self, giver: MemoryKvTransport, taker: MemoryKvTransport, peer: GiverGrant, probe: bool
+        self, giver: MemoryKvTransport, taker: MemoryKvTransport, peer: GiverGrant
     ) -> None:
         self.giver, self.taker = giver, taker
         self.memory = giver.memory.at(peer.block_size)
-        self.probe = probe  # a link of its own, for one probe
         self.faults = giver.network.faults(giver.incarnation, taker.incarnation)
         self.givings: dict[bytes, _Giving] = {}
         self.queue: deque[_Item] = deque()
@@ -98,7 +97,7 @@ class _Link:
         self.giver.network.links.remove(self)
         for grant in self.givings:
             self.giver.failed(grant, reason)
-        if self._known and not self.probe:
+        if self._known:
             self.taker.taking.link_lost(self.giver.incarnation, reason)
 
     def move(self, now: float) -> None:
@@ -212,8 +211,6 @@ class _Link:
                         exposed_s=now - (giving.committed_s or now),
                     )
                 )
-                if self.probe:
-                    self.end("the probe is over")
             case kv_session.Refused(grant=grant, reason=reason) if grant in self.givings:
                 self.drop(grant)
                 self.giver.failed(grant, codec.TEXTS[reason])
@@ -281,33 +278,30 @@ class MemoryKvTransport:
 
     def connect(self, grant: GiverGrant) -> None:
         """See KvTransport."""
+        self._assign(grant)
+
+    def probe(self, probe: GiverGrant, num_bytes: int) -> None:
+        """See KvTransport."""
+        link = self._assign(probe)
+        if link is not None:
+            due = self.network.clock.now() + link.faults.delay_s
+            link.queue.append((due, probe.grant, -1, num_bytes, ()))
+
+    def _assign(self, grant: GiverGrant) -> _Link | None:
+        """To the link of its peer, a new one when there is none."""
         taker = self.network.listeners.get(grant.endpoint)
         if taker is None:
             self.failed(grant.grant, "nobody listens there")
-            return
+            return None
         for link in self.network.links:
-            if link.giver is self and link.taker is taker and not link.probe:
+            if link.giver is self and link.taker is taker:
                 break
         else:
-            link = _Link(self, taker, grant, probe=False)
+            link = _Link(self, taker, grant)
             self.network.links.append(link)
-        self._give(grant, link)
-
-    def _give(self, grant: GiverGrant, link: _Link) -> None:
         link.givings[grant.grant] = _Giving(grant, self.network.clock.now())
         self._by_grant[grant.grant] = link
-
-    def probe(self, probe: GiverGrant, num_bytes: int) -> None:
-        """See KvTransport. It has a link of its own, so that faults of others are not used up by it."""
-        taker = self.network.listeners.get(probe.endpoint)
-        if taker is None:
-            self.failed(probe.grant, "nobody listens there")
-            return
-        link = _Link(self, taker, probe, probe=True)
-        self.network.links.append(link)
-        self._give(probe, link)
-        due = self.network.clock.now() + link.faults.delay_s
-        link.queue.append((due, probe.grant, -1, num_bytes, ()))
+        return link
 
     def push(
         self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]
