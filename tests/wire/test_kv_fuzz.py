@@ -70,7 +70,9 @@ steps = st.one_of(
 class Hostile:
     """An authenticated peer and D; knows which blocks it may touch."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: int = 1) -> None:
+        """patience: rejected frames of one link; a transport has none, but the machine must bear it."""
+        self.patience, self.rejected = patience, 0
         self.taker = Taker()
         self.entries = [
             grant(0, (3, 1)),
@@ -106,20 +108,24 @@ class Hostile:
 
     def send(self, header: Header) -> None:
         length = header.num_blocks * LAYOUT.block_bytes if header.length is None else header.length
-        payload = bytes(min(length, 4 << 20))
-        crc = zlib.crc32(payload) if header.crc is None else header.crc
+        small = bytes(length) if length <= 1 << 16 else b""
+        crc = zlib.crc32(small) if header.crc is None else header.crc
         judged = self.link.session.on_header(
             self.link.forge(header._replace(length=length, crc=crc))
         )
         result: object = judged
         if isinstance(judged, Take):
-            assert judged.header.length == len(payload) <= 4 << 20
+            assert judged.header.length == length <= 4 << 20
+            payload = small or bytes(length)
             if judged.store:
                 self.link.write(judged, payload)
             kept = payload if judged.is_commit else b""
             result = self.link.session.on_payload(judged, zlib.crc32(payload), kept)
         if isinstance(result, kv_session.Reject | kv_session.Closed):
-            self.link = self.taker.link()
+            self.rejected += 1
+            self.link.seq = self.link.session._in.seq
+            if self.rejected % self.patience == 0:
+                self.link = self.taker.link()
 
 
 @given(st.lists(steps, max_size=25))

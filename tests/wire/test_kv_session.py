@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 
 from tests.wire.kv_link import DIGEST, KEY, LAYOUT, Link, Taker, grant, identity
@@ -17,10 +19,12 @@ from xllm_py.wire.kv_session import (
     GiverSession,
     Landed,
     Late,
+    Probed,
     Refused,
     Reject,
     Stored,
     Take,
+    Taken,
 )
 from xllm_py.wire.kv_taker import MAX_LATE_FRAMES, TakerSession
 
@@ -340,6 +344,78 @@ def test_a_damaged_commit_closes_the_link_and_the_grant_lives_on(taker: Taker, l
     payload = link.give(1, 1).commit_payload(DIGEST)
     assert link.commit(1, payload, crc=0) == Reject(Reason.BAD_CHECKSUM, entry.grant)
     assert isinstance(taker.link().commit(1, payload), Landed)
+
+
+# ---- what happens between a header and its payload
+
+
+def test_of_two_commits_under_way_one_lands(taker: Taker) -> None:
+    """Both headers were judged before either payload had come."""
+    taker.grants.open(grant(1, (5,)))
+    one, other = taker.link(), taker.link()
+    payload = one.give(1, 1).commit_payload(DIGEST)
+    header = Header(
+        type=FrameType.COMMIT, seq=0, grant=(1).to_bytes(16, "big"), length=len(payload)
+    )
+    crc = zlib.crc32(payload)
+    first, second = (
+        link.session.on_header(link.forge(header._replace(crc=crc))) for link in (one, other)
+    )
+    assert isinstance(first, Take)
+    assert isinstance(second, Take)
+    assert first.block_ids == ()
+    other.session.on_lost(second)
+    assert isinstance(one.session.on_payload(first, crc, payload), Landed)
+    third = other.session.on_header(other.forge(header._replace(crc=crc)))
+    assert third == Reject(Reason.WRONG_STATE, header.grant)
+
+
+def test_a_commit_that_is_judged_before_another_one_lands_comes_too_late(taker: Taker) -> None:
+    entry = grant(1, (5,))
+    taker.grants.open(entry)
+    link = taker.link()
+    payload = link.give(1, 1).commit_payload(DIGEST)
+    header = Header(
+        type=FrameType.COMMIT,
+        seq=0,
+        grant=entry.grant,
+        length=len(payload),
+        crc=zlib.crc32(payload),
+    )
+    judged = link.session.on_header(link.forge(header))
+    assert isinstance(judged, Take)
+    entry.state = GrantState.COMMITTED
+    result = link.session.on_payload(judged, header.crc, payload)
+    assert result == Reject(Reason.WRONG_STATE, entry.grant)
+
+
+def test_a_late_frame_goes_to_no_block_and_may_break_off(taker: Taker, link: Link) -> None:
+    taker.grants.open(grant(1, (5,)))
+    taker.grants.revoke((1).to_bytes(16, "big"))
+    judged = link.session.on_header(link.data(1, BLOCK))
+    assert isinstance(judged, Take)
+    assert (judged.block_ids, judged.store, judged.is_data) == ((), False, True)
+    link.session.on_lost(judged)
+    assert taker.written() == set()
+
+
+@pytest.mark.parametrize("kind", [FrameType.DATA, FrameType.COMMIT])
+def test_the_giver_takes_neither_data_nor_commit(link: Link, kind: FrameType) -> None:
+    raw = link.session._out.pack(Header(type=kind, seq=link.session._out.seq))
+    assert link.giver.on_header(raw) == Closed(Reason.BAD_FRAME, by_peer=False)
+
+
+def test_the_giver_hears_how_much_of_the_ring_is_free(link: Link) -> None:
+    assert link.giver.on_header(link.session.taken(1 << 40)) == Taken(1 << 40)
+
+
+def test_a_probe_is_answered_when_it_came_whole(link: Link) -> None:
+    name, payload = b"p" * 16, bytes(300)
+    header = link.giver.probe(name, len(payload), zlib.crc32(payload))
+    assert link.arrive(header, payload) == Probed(name)
+    assert link.giver.on_header(link.session.arrived(name)) == Acknowledged(name)
+    header = link.giver.probe(name, len(payload), 1)
+    assert link.arrive(header, payload) == Reject(Reason.BAD_CHECKSUM, name)
 
 
 # ---- blocks of other sizes
