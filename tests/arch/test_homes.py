@@ -72,7 +72,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "uvicorn": ("uvicorn", ("openai.protocol", "openai.server")),
     "uvloop": ("uvloop", ("instance.daemon", "master.daemon")),
-    "zlib_ng": ("zlib-ng", ("transport.tcp_socket",)),
+    "xxhash": ("xxhash", ("base.hashing",)),
 }
 # installed, though no line of ours imports it
 UNIMPORTED: dict[str, str] = {}

@@ -33,7 +33,7 @@ BASE = ("xllm_py.base.errors", "xllm_py.base.hashing", "xllm_py.base.logprob")
 # a pure place -> what of ours it may import: its own floor's package and the pure ones below
 OURS = {
     "xllm_py/base/errors.py": (),
-    "xllm_py/base/hashing.py": (),
+    "xllm_py/base/hashing.py": ("xxhash",),
     "xllm_py/core/": (*BASE, "xllm_py.core"),
     "xllm_py/cluster/": (*BASE, "xllm_py.cluster"),
     "xllm_py/wire/": (*BASE, "xllm_py.core", "xllm_py.cluster", "xllm_py.wire"),

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm_py.base.hashing import (
+    Checksum,
     block_hashes,
     chain_root,
     derive_key,
     fingerprint,
     mac,
     next_hash,
+    payload_checksum,
     prompt_digest,
     salted,
     same,
@@ -116,3 +118,21 @@ def test_a_mac_is_hmac_sha256_and_is_compared_whole() -> None:
     assert same(code, bytes(code))
     assert not same(code, code[:-1])
     assert not same(code, code[:-1] + b"x")
+
+
+def test_a_payloads_checksum_does_not_depend_on_its_pieces() -> None:
+    data = bytes(range(256)) * 20
+    whole = payload_checksum(data)
+    assert payload_checksum(memoryview(data)[:7], data[7:3000], bytearray(data[3000:])) == whole
+    running = Checksum()
+    running.add(data[:1])
+    running.add(data[1:])
+    assert running.value == whole
+    assert payload_checksum() == payload_checksum(b"") != whole
+    assert 0 <= whole < 2**32
+
+
+def test_a_payloads_checksum_is_what_the_wire_format_says() -> None:
+    """Known values of XXH3-64 without a seed: of nothing, and of `a`."""
+    assert payload_checksum(b"") == 0x2D06800538D394C2 & 0xFFFFFFFF
+    assert payload_checksum(b"a") == 0xE6C632B61E964E1F & 0xFFFFFFFF

@@ -8,7 +8,6 @@ import select
 import socket
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -26,12 +25,13 @@ from tests.conformance.kv_pair import (
 )
 from xllm_py.base.clock import HandClock
 from xllm_py.base.errors import LayoutMismatch, PortInUse, UsageError
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.tcp import TcpKvTransport
 from xllm_py.transport.tcp_giver import ACK_S
 from xllm_py.transport.tcp_listener import MAX_HANDSHAKES
-from xllm_py.transport.tcp_socket import checksum, split_endpoint, tune
+from xllm_py.transport.tcp_socket import split_endpoint, tune
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_grants import GrantTable
@@ -89,7 +89,10 @@ class RawGiver:
 
     def frame(self, payload: bytes, *, layer: int = 0, part: int = 0, first: int = 0) -> bytes:
         count = len(payload) // LAYOUT.block_bytes
-        return self.session.data(GRANT, layer, part, first, count, zlib.crc32(payload))[1] + payload
+        return (
+            self.session.data(GRANT, layer, part, first, count, payload_checksum(payload))[1]
+            + payload
+        )
 
     def answer(self) -> object:
         return self.session.on_header(read(self.sock, codec.HEADER_BYTES))
@@ -380,7 +383,7 @@ def test_abandon_does_not_wait_for_a_peer_that_reads_slowly(
         try:
             while True:
                 header = codec.unpack_header(read(sock, codec.HEADER_BYTES))[0]
-                assert zlib.crc32(read(sock, header.length)) == header.crc
+                assert payload_checksum(read(sock, header.length)) == header.checksum
                 frames += 1
         except TimeoutError:
             assert 1 <= frames < 8
@@ -660,11 +663,6 @@ def test_a_missing_key_and_a_false_layout_are_start_errors(memory: KvMemory) -> 
 )
 def test_endpoints_are_host_and_port(endpoint: str, parts: tuple[str, int]) -> None:
     assert split_endpoint(endpoint) == parts
-
-
-def test_the_checksum_is_that_of_zlib() -> None:
-    data = memoryview(bytes(range(256)) * 100)
-    assert checksum([data[:1000], data[1000:1001], data[1001:]]) == zlib.crc32(data)
 
 
 # ---- everything at once

@@ -33,7 +33,7 @@ def try_one(data: bytes) -> None:
                 first=source.ConsumeIntInRange(0, 2**32 - 1),
                 num_blocks=source.ConsumeIntInRange(0, 65535),
                 length=None if right else source.ConsumeIntInRange(0, 2**32 - 1),  # type: ignore[arg-type]
-                crc=None if right else source.ConsumeIntInRange(0, 2**32 - 1),  # type: ignore[arg-type]
+                checksum=None if right else source.ConsumeIntInRange(0, 2**32 - 1),  # type: ignore[arg-type]
             )
         )
     if not hostile.taker.written() <= hostile.allowed:

@@ -14,7 +14,6 @@ import json
 import random
 import socket
 import time
-import zlib
 from collections.abc import Iterator
 
 from tests.conformance.kv_pair import LAYOUT as KV_LAYOUT
@@ -22,6 +21,7 @@ from tests.conformance.kv_pair import NUM_BLOCKS as KV_BLOCKS
 from tests.conformance.kv_pair import Pair, make_tcp
 from tests.wire.kv_link import DIGEST, LAYOUT, Link, Taker, grant
 from tests.wire.test_kv_fuzz import EDGES, Hostile
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import PARTS
 from xllm_py.transport.base import GiverGrant
 from xllm_py.transport.kv_giving import Giving, Givings, Item, frames_of
@@ -57,7 +57,7 @@ def header_of(chooser: random.Random) -> Header:
         first=chooser.randrange(4) if near else edge(32),
         num_blocks=chooser.randrange(4) if near else edge(10),
         length=None if chooser.random() < 0.8 else edge(32),  # type: ignore[arg-type]  # None: the right one
-        crc=None if chooser.random() < 0.8 else edge(32),  # type: ignore[arg-type]
+        checksum=None if chooser.random() < 0.8 else edge(32),  # type: ignore[arg-type]
     )
 
 
@@ -151,7 +151,7 @@ class Story:
             return raw[: codec.HEADER_BYTES], raw[codec.HEADER_BYTES :]
         layer, part = item.layer, item.part
         payload = self.content[layer, part]
-        header, raw = link.giver.data(NAME, layer, part, 0, 2, zlib.crc32(payload))
+        header, raw = link.giver.data(NAME, layer, part, 0, 2, payload_checksum(payload))
         giving.frames.sent(header)
         return raw, payload
 
@@ -164,7 +164,7 @@ class Story:
         if judged.store:
             link.write(judged, payload)
         return link.session.on_payload(
-            judged, zlib.crc32(payload), payload if judged.is_commit else b""
+            judged, payload_checksum(payload), payload if judged.is_commit else b""
         )
 
     def heard(self, link: Link, answer: object) -> bool:
@@ -220,13 +220,13 @@ def words(chooser: random.Random, link: Link) -> Iterator[bytes]:
             first=block,
             num_blocks=1,
             length=len(payload),
-            crc=zlib.crc32(payload),
+            checksum=payload_checksum(payload),
         )
         yield link.forge(header) + payload
     last = header_of(chooser)
     length = last.length if last.length is not None else last.num_blocks * KV_LAYOUT.block_bytes
-    length, crc = min(length, 2**32 - 1), last.crc if last.crc is not None else 0
-    yield link.forge(last._replace(length=length, crc=crc)) + bytes(min(length, 1 << 16))
+    length, checksum = min(length, 2**32 - 1), last.checksum if last.checksum is not None else 0
+    yield link.forge(last._replace(length=length, checksum=checksum)) + bytes(min(length, 1 << 16))
 
 
 def socket_frames(count: int, seed: int) -> dict[str, float]:

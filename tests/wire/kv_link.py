@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import PARTS, KvLayout
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import FrameLog, FrameType, Header, Signer
@@ -95,7 +94,7 @@ class Link:
             grant=number.to_bytes(16, "big"),
             num_blocks=len(payload) // LAYOUT.block_bytes,
             length=len(payload),
-            crc=zlib.crc32(payload),
+            checksum=payload_checksum(payload),
         )
         return self.forge(header._replace(**fields))
 
@@ -108,7 +107,7 @@ class Link:
         if judged.store:
             self.write(judged, payload)
         kept = payload if judged.is_commit else b""
-        return self.session.on_payload(judged, zlib.crc32(payload), kept)
+        return self.session.on_payload(judged, payload_checksum(payload), kept)
 
     def write(self, take: Take, payload: bytes) -> None:
         region, size = self.taker.memory[take.header.layer, take.header.part], LAYOUT.block_bytes
@@ -135,6 +134,6 @@ class Link:
             seq=0,
             grant=number.to_bytes(16, "big"),
             length=len(payload),
-            crc=zlib.crc32(payload),
+            checksum=payload_checksum(payload),
         )
         return self.arrive(self.forge(header._replace(**fields)), payload)

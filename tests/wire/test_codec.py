@@ -19,7 +19,7 @@ HEADER = Header(
     first=7,
     num_blocks=3,
     length=3 * 4096,
-    crc=0xDEADBEEF,
+    checksum=0xDEADBEEF,
 )
 
 
@@ -68,8 +68,10 @@ def test_a_frame_carries_no_more_than_its_limit() -> None:
     assert codec.blocks_per_frame(16) == codec.MAX_FRAME_BLOCKS
 
 
-def frame(layer: int, part: int, first: int, num_blocks: int, crc: int) -> Header:
-    return HEADER._replace(layer=layer, part=part, first=first, num_blocks=num_blocks, crc=crc)
+def frame(layer: int, part: int, first: int, num_blocks: int, checksum: int) -> Header:
+    return HEADER._replace(
+        layer=layer, part=part, first=first, num_blocks=num_blocks, checksum=checksum
+    )
 
 
 def log_of(*frames: Header) -> FrameLog:
@@ -91,7 +93,7 @@ def test_the_commit_digest_does_not_depend_on_the_order_of_arrival() -> None:
 def test_the_commit_digest_depends_on_everything_else() -> None:
     base = frame(0, 0, 0, 2, 5)
     others = [
-        base._replace(crc=6),
+        base._replace(checksum=6),
         base._replace(first=1),
         base._replace(num_blocks=1),
         base._replace(layer=1),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.wire.kv_link import DIGEST, LAYOUT, NUM_BLOCKS, Link, Taker, grant, identity
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Header
 from xllm_py.wire.kv_grants import GrantState, GrantTable
@@ -56,7 +55,7 @@ headers = st.builds(
     first=edge(32),
     num_blocks=edge(16),
     length=st.one_of(st.none(), edge(32)),  # None: the right one
-    crc=st.one_of(st.none(), edge(32)),
+    checksum=st.one_of(st.none(), edge(32)),
 )
 steps = st.one_of(
     headers,
@@ -109,9 +108,9 @@ class Hostile:
     def send(self, header: Header) -> None:
         length = header.num_blocks * LAYOUT.block_bytes if header.length is None else header.length
         small = bytes(length) if length <= 1 << 16 else b""
-        crc = zlib.crc32(small) if header.crc is None else header.crc
+        checksum = payload_checksum(small) if header.checksum is None else header.checksum
         judged = self.link.session.on_header(
-            self.link.forge(header._replace(length=length, crc=crc))
+            self.link.forge(header._replace(length=length, checksum=checksum))
         )
         result: object = judged
         if isinstance(judged, Take):
@@ -120,7 +119,7 @@ class Hostile:
             if judged.store:
                 self.link.write(judged, payload)
             kept = payload if judged.is_commit else b""
-            result = self.link.session.on_payload(judged, zlib.crc32(payload), kept)
+            result = self.link.session.on_payload(judged, payload_checksum(payload), kept)
         if isinstance(result, kv_session.Reject | kv_session.Closed):
             self.rejected += 1
             self.link.seq = self.link.session._in.seq

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
-
 import pytest
 
 from tests.wire.kv_link import DIGEST, KEY, LAYOUT, Link, Taker, grant, identity
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import KvLayout
 from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameType, Header, Reason
@@ -252,10 +251,10 @@ def test_the_same_frame_again_is_read_and_not_written(taker: Taker, link: Link) 
     take = link.session.on_header(link.data(1, BLOCK))
     assert isinstance(take, Take)
     assert not take.store
-    assert link.session.on_payload(take, take.header.crc) == Stored()
+    assert link.session.on_payload(take, take.header.checksum) == Stored()
 
 
-@pytest.mark.parametrize("fields", [{"crc": 1}, {"first": 1, "num_blocks": 2, "length": 16}])
+@pytest.mark.parametrize("fields", [{"checksum": 1}, {"first": 1, "num_blocks": 2, "length": 16}])
 def test_a_block_that_comes_in_two_versions_ends_the_grant(
     taker: Taker, link: Link, fields: dict[str, int]
 ) -> None:
@@ -342,7 +341,7 @@ def test_a_damaged_commit_closes_the_link_and_the_grant_lives_on(taker: Taker, l
     entry = grant(1, (5,))
     taker.grants.open(entry)
     payload = link.give(1, 1).commit_payload(DIGEST)
-    assert link.commit(1, payload, crc=0) == Reject(Reason.BAD_CHECKSUM, entry.grant)
+    assert link.commit(1, payload, checksum=0) == Reject(Reason.BAD_CHECKSUM, entry.grant)
     assert isinstance(taker.link().commit(1, payload), Landed)
 
 
@@ -357,16 +356,17 @@ def test_of_two_commits_under_way_one_lands(taker: Taker) -> None:
     header = Header(
         type=FrameType.COMMIT, seq=0, grant=(1).to_bytes(16, "big"), length=len(payload)
     )
-    crc = zlib.crc32(payload)
+    checksum = payload_checksum(payload)
     first, second = (
-        link.session.on_header(link.forge(header._replace(crc=crc))) for link in (one, other)
+        link.session.on_header(link.forge(header._replace(checksum=checksum)))
+        for link in (one, other)
     )
     assert isinstance(first, Take)
     assert isinstance(second, Take)
     assert first.block_ids == ()
     other.session.on_lost(second)
-    assert isinstance(one.session.on_payload(first, crc, payload), Landed)
-    third = other.session.on_header(other.forge(header._replace(crc=crc)))
+    assert isinstance(one.session.on_payload(first, checksum, payload), Landed)
+    third = other.session.on_header(other.forge(header._replace(checksum=checksum)))
     assert third == Reject(Reason.WRONG_STATE, header.grant)
 
 
@@ -380,12 +380,12 @@ def test_a_commit_that_is_judged_before_another_one_lands_comes_too_late(taker: 
         seq=0,
         grant=entry.grant,
         length=len(payload),
-        crc=zlib.crc32(payload),
+        checksum=payload_checksum(payload),
     )
     judged = link.session.on_header(link.forge(header))
     assert isinstance(judged, Take)
     entry.state = GrantState.COMMITTED
-    result = link.session.on_payload(judged, header.crc, payload)
+    result = link.session.on_payload(judged, header.checksum, payload)
     assert result == Reject(Reason.WRONG_STATE, entry.grant)
 
 
@@ -411,7 +411,7 @@ def test_the_giver_hears_how_much_of_the_ring_is_free(link: Link) -> None:
 
 def test_a_probe_is_answered_when_it_came_whole(link: Link) -> None:
     name, payload = b"p" * 16, bytes(300)
-    header = link.giver.probe(name, len(payload), zlib.crc32(payload))
+    header = link.giver.probe(name, len(payload), payload_checksum(payload))
     assert link.arrive(header, payload) == Probed(name)
     assert link.giver.on_header(link.session.arrived(name)) == Acknowledged(name)
     header = link.giver.probe(name, len(payload), 1)
@@ -519,7 +519,7 @@ def test_a_grant_revoked_in_mid_frame_is_released_by_the_frame(taker: Taker, lin
     link.session.leave(take)
     assert entry.in_flight == 0
     assert not take.store
-    assert link.session.on_payload(take, take.header.crc) == Late(entry.grant)
+    assert link.session.on_payload(take, take.header.checksum) == Late(entry.grant)
 
 
 def test_a_grant_revoked_before_its_last_byte_does_not_count_it(taker: Taker, link: Link) -> None:
@@ -528,7 +528,7 @@ def test_a_grant_revoked_before_its_last_byte_does_not_count_it(taker: Taker, li
     take = link.session.on_header(link.data(1, BLOCK))
     assert isinstance(take, Take)
     taker.grants.revoke(entry.grant)
-    assert link.session.on_payload(take, take.header.crc) == Late(entry.grant)
+    assert link.session.on_payload(take, take.header.checksum) == Late(entry.grant)
     assert entry.in_flight == 0
 
 
@@ -619,7 +619,7 @@ def test_the_link_keys_depend_on_both_nonces_and_on_the_cluster_key() -> None:
 
 def test_a_frame_sent_twice_counts_once_for_the_commit() -> None:
     log = codec.FrameLog()
-    header = Header(type=1, seq=0, num_blocks=1, length=8, crc=3)
+    header = Header(type=1, seq=0, num_blocks=1, length=8, checksum=3)
     log.sent(header)
     log.sent(header._replace(seq=1))
     assert log.num_bytes == 8

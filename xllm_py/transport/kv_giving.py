@@ -10,12 +10,12 @@ lock, no clock, no socket: the link (transport/tcp_giver) owns one and guards it
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import PARTS
 from xllm_py.transport.base import GiverGrant
 from xllm_py.wire.codec import FrameLog, FrameType
@@ -66,9 +66,9 @@ class Giving:
             return session.resume(name)
         if kind is FrameType.PROBE:
             payload = bytes(self.probe_bytes)
-            return session.probe(name, len(payload), zlib.crc32(payload)) + payload
+            return session.probe(name, len(payload), payload_checksum(payload)) + payload
         payload = self.frames.commit_payload(self.grant.prompt_digest)
-        return session.commit(name, payload, zlib.crc32(payload)) + payload
+        return session.commit(name, payload, payload_checksum(payload)) + payload
 
 
 class Givings:

@@ -6,12 +6,12 @@ test decides when; `Faults` says what happens to them on the way. Frames, sessio
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from xllm_py.base.clock import Clock
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import PARTS, KvMemory
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.kv_events import Counts, EventQueue
@@ -111,17 +111,17 @@ class _Link:
             giving = self.givings[grant]
             if layer < 0:
                 giving.committed_s, payload = now, bytes(first)
-                self._carry(self._out.probe(grant, first, zlib.crc32(payload)), payload)
+                self._carry(self._out.probe(grant, first, payload_checksum(payload)), payload)
             elif not block_ids:
                 giving.committed_s = now
                 payload = giving.frames.commit_payload(giving.grant.prompt_digest)
-                self._carry(self._out.commit(grant, payload, zlib.crc32(payload)), payload)
+                self._carry(self._out.commit(grant, payload, payload_checksum(payload)), payload)
             for part in range(PARTS if block_ids else 0):
                 if not self.open or grant not in self.givings:
                     break
                 payload = b"".join(self.memory.spans(layer, part, block_ids))
-                crc = zlib.crc32(payload)
-                header, data = self._out.data(grant, layer, part, first, len(block_ids), crc)
+                checksum = payload_checksum(payload)
+                header, data = self._out.data(grant, layer, part, first, len(block_ids), checksum)
                 giving.frames.sent(header)
                 self.giver.counts.add("bytes_sent", header.length)
                 self._carry(data, payload)
@@ -166,7 +166,7 @@ class _Link:
         payload = bytes(body) if judged.is_commit else b""
         if whole:
             self.taker.counts.add("bytes_received", len(body) if judged.is_data else 0)
-            self._answer(self._in.on_payload(judged, zlib.crc32(body), payload))
+            self._answer(self._in.on_payload(judged, payload_checksum(body), payload))
         else:
             self._in.on_lost(judged)
         self.taker.taking.settle(grant)

@@ -1,9 +1,8 @@
 """P's end of one KV link over TCP: a thread that connects, proves itself, and sends what the engine thread queues.
 
 Shared by many grants to one peer. The engine thread queues (grant, layer, blocks) and goes on; this thread computes the
-checksums and hands the cache's own memory to the kernel. Made by transport/tcp. It never copies a block, save the rest of a frame
-whose grant is abandoned while it is being sent. A connection that breaks is opened again and the grants go on under it
-(transport/kv_giving); only when that fails, or fails too often, have they failed.
+checksums and hands the cache's own memory to the kernel. Made by transport/tcp. It copies no block, save the rest of a frame whose
+grant is abandoned meanwhile. A connection that breaks is opened again and the grants go on under it (transport/kv_giving).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterable
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import InternalError
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import KvMemory
 from xllm_py.transport import tcp_handshake, tcp_socket
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind
@@ -282,8 +282,8 @@ class GiverLink:
         _, grant, layer, part, first, block_ids = item
         giving.started_s = giving.started_s or self._clock.now()
         views = self.memory.spans(layer, part, block_ids)
-        crc = tcp_socket.checksum(views)
-        header, data = self._session.data(grant, layer, part, first, len(block_ids), crc)
+        checksum = payload_checksum(*views)
+        header, data = self._session.data(grant, layer, part, first, len(block_ids), checksum)
         giving.frames.sent(header)
         self._counts.add("bytes_sent", header.length)
         return data, views, header.length

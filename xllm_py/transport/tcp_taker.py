@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
+from xllm_py.base.hashing import Checksum, payload_checksum
 from xllm_py.transport import tcp_handshake, tcp_socket
 from xllm_py.transport.kv_taking import Taking
 from xllm_py.transport.shm import RingReader
@@ -149,7 +150,7 @@ class TakerLink:
     def _take(self, take: Take) -> bool:
         grant = take.grant
         try:
-            crc, payload = self._read_payload(take)
+            checksum, payload = self._read_payload(take)
         except (LinkBroken, OSError):
             with self._taking.lock:
                 left_early = take.grant is not grant
@@ -159,7 +160,7 @@ class TakerLink:
             raise
         with self._taking.lock:
             left_early = take.grant is not grant
-            result = self._session.on_payload(take, crc, payload)
+            result = self._session.on_payload(take, checksum, payload)
             if not left_early:
                 self._taking.settle(grant)
             if isinstance(result, kv_session.Landed):
@@ -195,7 +196,7 @@ class TakerLink:
         if take.is_commit:
             payload = bytearray(take.header.length)
             self._fill(take, [memoryview(payload)], len(payload))
-            return tcp_socket.checksum([memoryview(payload)]), bytes(payload)
+            return payload_checksum(payload), bytes(payload)
         if take.store:
             return self._write_blocks(take), b""
         return self._drain(take.header.length), b""
@@ -210,8 +211,8 @@ class TakerLink:
         left = self._fill(take, views, header.length)
         if left:
             self._drain(left)
-            return header.crc  # nothing of it is used
-        return tcp_socket.checksum(views)
+            return header.checksum  # nothing of it is used
+        return payload_checksum(*views)
 
     def _fill(self, take: Take, views: list[memoryview], left: int) -> int:
         """Read into the views, `left` bytes; stops when the grant is revoked meanwhile. Returns the number of bytes left."""
@@ -247,19 +248,19 @@ class TakerLink:
 
     def _drain(self, length: int) -> int:
         """Read `length` bytes into the sink; returns their checksum."""
-        crc = 0
+        checksum = Checksum()
         progress_s = self._clock.now()
         while length:
             view = self._sink[: min(length, _SINK_BYTES)]
             count = self._read_into([view])
-            crc = tcp_socket.checksum([view[:count]], crc)
+            checksum.add(view[:count])
             length -= count
             now = self._clock.now()
             if count:
                 progress_s = now
             elif now - progress_s > tcp_socket.STALL_S:
                 raise LinkBroken("the giver stopped in the middle of a frame")
-        return crc
+        return checksum.value
 
     def _reject(self, reject: kv_session.Reject) -> None:
         """Say why, and give the peer a moment to read it: bytes of ours on the way would be lost by a reset."""

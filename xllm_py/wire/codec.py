@@ -4,7 +4,7 @@ Frame: a 64-byte header, little-endian, naturally aligned, then `length` bytes o
 
      0 magic "XKV1"   4 version u8   5 type u8   6 flags u8 = 0   7 part u8 (0 K, 1 V)
      8 seq u64 (+1 each)   16 grant 16 B   32 first u32 (relative block)   36 length u32   40 layer u16   42 count u16
-    44 crc32(payload) u32    48 mac 16 B = truncated HMAC over bytes 0..47 under the link key of this direction
+    44 checksum u32       48 mac 16 B = truncated HMAC over bytes 0..47 under the link key of this direction
 
 Called by wire/kv_session; the checks and their order are there.
 """
@@ -143,7 +143,7 @@ class Header(NamedTuple):
     first: int = 0
     num_blocks: int = 0  # of ERROR: the Reason
     length: int = 0
-    crc: int = 0
+    checksum: int = 0
 
 
 class Signer:
@@ -168,20 +168,20 @@ def blocks_per_frame(block_bytes: int) -> int:
 
 def pack_header(header: Header, signer: Signer) -> bytes:
     """64 bytes, signed."""
-    kind, seq, grant, part, layer, first, num_blocks, length, crc = header
+    kind, seq, grant, part, layer, first, num_blocks, length, checksum = header
     fields = _FIELDS.pack(
-        MAGIC, VERSION, kind, 0, part, seq, grant, first, length, layer, num_blocks, crc
+        MAGIC, VERSION, kind, 0, part, seq, grant, first, length, layer, num_blocks, checksum
     )
     return fields + signer.sign(fields)
 
 
 def unpack_header(data: bytes) -> tuple[Header, bool]:
     """The fields of exactly 64 bytes, and whether magic, version, type and flags are ours. Nothing else is checked."""
-    magic, version, kind, flags, part, seq, grant, first, length, layer, num_blocks, crc = (
+    magic, version, kind, flags, part, seq, grant, first, length, layer, num_blocks, checksum = (
         _FIELDS.unpack_from(data)
     )
     ours = magic == MAGIC and version == VERSION and flags == 0 and kind in _KINDS
-    return Header(kind, seq, grant, part, layer, first, num_blocks, length, crc), ours
+    return Header(kind, seq, grant, part, layer, first, num_blocks, length, checksum), ours
 
 
 def is_signed(data: bytes, signer: Signer) -> bool:
@@ -203,7 +203,7 @@ class FrameLog:
         self.num_bytes = 0
 
     def find(self, header: Header) -> tuple[int, int] | None:
-        """(count, crc) of the frame that began at the same block, if there was one."""
+        """(count, checksum) of the frame that began at the same block, if there was one."""
         return self._frames.get((header.layer, header.part, header.first))
 
     def claim(self, header: Header) -> bool:
@@ -221,12 +221,12 @@ class FrameLog:
 
     def confirm(self, header: Header) -> None:
         """The payload of a claimed frame was sent, or is written and verified."""
-        self._frames[header.layer, header.part, header.first] = (header.num_blocks, header.crc)
+        self._frames[header.layer, header.part, header.first] = (header.num_blocks, header.checksum)
         self.num_bytes += header.length
 
     def sent(self, header: Header) -> None:
         """Giver: note a frame that went out, perhaps again. What overlaps in another way is the taker's to refuse."""
-        if self.find(header) != (header.num_blocks, header.crc):
+        if self.find(header) != (header.num_blocks, header.checksum):
             self.confirm(header)
 
     def complete(self, num_layers: int, num_parts: int, wanted: int) -> bool:

@@ -168,7 +168,7 @@ class GiverSession:
         return codec.pack_proof(agreed.giver_proof)
 
     def data(
-        self, grant: bytes, layer: int, part: int, first: int, num_blocks: int, crc: int
+        self, grant: bytes, layer: int, part: int, first: int, num_blocks: int, checksum: int
     ) -> tuple[Header, bytes]:
         """The header of the next frame, as fields and as bytes; its payload follows it."""
         header = Header(
@@ -180,14 +180,18 @@ class GiverSession:
             first=first,
             num_blocks=num_blocks,
             length=num_blocks * self._identity.layout.block_bytes,
-            crc=crc,
+            checksum=checksum,
         )
         return header, self._out.pack(header)
 
-    def commit(self, grant: bytes, payload: bytes, crc: int) -> bytes:
+    def commit(self, grant: bytes, payload: bytes, checksum: int) -> bytes:
         """COMMIT, header only; `payload` is FrameLog.commit_payload and follows it."""
         header = Header(
-            type=FrameType.COMMIT, seq=self._out.seq, grant=grant, length=len(payload), crc=crc
+            type=FrameType.COMMIT,
+            seq=self._out.seq,
+            grant=grant,
+            length=len(payload),
+            checksum=checksum,
         )
         return self._out.pack(header)
 
@@ -195,9 +199,11 @@ class GiverSession:
         """Ask what became of a COMMIT that went over a link which broke before it was answered."""
         return self._out.pack(Header(type=FrameType.RESUME, seq=self._out.seq, grant=grant))
 
-    def probe(self, probe: bytes, length: int, crc: int) -> bytes:
+    def probe(self, probe: bytes, length: int, checksum: int) -> bytes:
         """PROBE, header only; `length` bytes follow it."""
-        return self._out.pack(Header(FrameType.PROBE, self._out.seq, probe, length=length, crc=crc))
+        return self._out.pack(
+            Header(FrameType.PROBE, self._out.seq, probe, length=length, checksum=checksum)
+        )
 
     def on_header(self, data: bytes) -> Acknowledged | Again | Taken | Refused | Closed:
         """64 bytes from the taker; its frames have no payload."""

@@ -146,7 +146,7 @@ class TakerSession:
         if header.length != self._length(header):
             return Reject(Reason.BAD_LENGTH, grant.grant)
         known = grant.frames.find(header)
-        again = known == (header.num_blocks, header.crc)
+        again = known == (header.num_blocks, header.checksum)
         if not again and not grant.frames.claim(header):
             grant.state = GrantState.FAILED
             return Reject(Reason.CONFLICT, grant.grant, failed=True)
@@ -154,11 +154,11 @@ class TakerSession:
         grant.in_flight += 1
         return Take(header, grant, store=not again)
 
-    def on_payload(self, take: Take, crc: int, payload: bytes = b"") -> Result:
-        """The payload has come; `crc` is what it gives here. `payload`: the bytes themselves, for COMMIT only."""
+    def on_payload(self, take: Take, checksum: int, payload: bytes = b"") -> Result:
+        """The payload has come; `checksum` is what it gives here. `payload`: the bytes themselves, for COMMIT only."""
         grant, stored = take.grant, take.store
         self.leave(take)
-        if crc != take.header.crc:
+        if checksum != take.header.checksum:
             if grant is not None and stored:
                 grant.frames.unclaim(take.header)
             return Reject(Reason.BAD_CHECKSUM, take.header.grant)
