@@ -94,6 +94,7 @@ class FakeStream:
     def __init__(self, address: str, kind: str, *, refuses: bool) -> None:
         self.address = address
         self.kind = kind
+        self.addressee = ""
         self.sent: list[GenerationsUp] = []
         self.closed = False
         self.holding = asyncio.Event()  # cleared: a send waits, as on a full connection
@@ -143,8 +144,9 @@ class FakeNetwork:
         self.streams: list[FakeStream] = []
         self.away: set[str] = set()
 
-    def connect(self, address: str, kind: str) -> FakeStream:
+    def connect(self, address: str, kind: str, addressee: str = "") -> FakeStream:
         stream = FakeStream(address, kind, refuses=address in self.away)
+        stream.addressee = addressee
         self.streams.append(stream)
         return stream
 

@@ -169,6 +169,15 @@ async def test_a_peer_is_probed_at_the_address_in_its_card(house: House) -> None
     assert (closed.works, closed.reason) == (False, "d has no KV port")
 
 
+async def test_a_relayed_answer_is_for_the_life_of_the_giver_that_asked(house: House) -> None:
+    """Its next life at the same address knows nothing of the request and would have it cancelled."""
+    await house.link()
+    await house.service.add_new_requests([offer("a", relay=True)])
+    house.outlets.on_outputs(outputs(("a", 1, 5)))
+    stream = await house.network.stream("p:1")
+    assert (stream.kind, stream.addressee) == ("instance", "pp")
+
+
 # ---- submissions ----
 
 
@@ -235,7 +244,9 @@ async def test_a_refused_offer_leaves_no_outlet(house: House) -> None:
 async def test_tokens_of_a_relayed_offer_go_to_the_giver(house: House) -> None:
     await house.link()
     await house.service.add_new_requests([offer("a", relay=True)])
-    assert house.outlets.destination("a") == Destination("p:1", relay=True, master="master:1")
+    assert house.outlets.destination("a") == Destination(
+        "p:1", relay=True, master="master:1", incarnation="pp"
+    )
 
 
 async def test_a_giver_that_died_is_not_dialled_for_every_token(house: House) -> None:

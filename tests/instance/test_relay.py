@@ -164,6 +164,21 @@ async def test_a_cancel_goes_down_to_the_taker_and_closes_the_request(giver: Giv
     assert giver.relay.num_open == 0
 
 
+async def test_a_taker_that_waits_for_words_hears_that_nobody_wants_the_request(
+    giver: Giver,
+) -> None:
+    """A master that has lost the taker cancels at us alone."""
+    giver.relay.open("a", MASTER)
+    taker = Taker(giver)
+    taker.say(("a", 1, 5, "stop"))
+    await until("the words", lambda: giver.relay._takers)
+    giver.relay.cancel("a")
+    await until("the cancel", lambda: taker.downs)
+    assert taker.downs[0].cancels.request_ids == ["a"]
+    assert giver.relay.num_open == 0
+    giver.relay.cancel("a")  # and once only
+
+
 async def test_a_cancel_before_the_taker_spoke_is_our_own(giver: Giver) -> None:
     giver.relay.open("a", MASTER)
     giver.generations.send(MASTER, outputs(("a", 0, 4)))

@@ -53,7 +53,7 @@ def rest(made: Givings) -> list[Item]:
 
 def test_what_was_sent_goes_first_and_in_its_order() -> None:
     made = givings(A, B)
-    made.put([block(A, 0), block(B, 0), block(A, 1), block(B, 1), commit(A)])
+    made.put([block(A, 0), block(B, 0), block(A, 1), block(B, 1), commit(A)], 1.0)
     send(made, 3)
     assert made.reopened() == []
     again = rest(made)
@@ -63,7 +63,7 @@ def test_what_was_sent_goes_first_and_in_its_order() -> None:
 
 def test_a_commit_that_left_is_asked_for_before_anything_is_sent_again() -> None:
     made = givings(A)
-    made.put([block(A, 0), commit(A)])
+    made.put([block(A, 0), commit(A)], 1.0)
     send(made, 2)
     made.reopened()
     assert send(made, 1) == [Item(RESUME, A)]
@@ -76,7 +76,7 @@ def test_a_commit_that_left_is_asked_for_before_anything_is_sent_again() -> None
 
 def test_an_answer_to_no_question_changes_nothing() -> None:
     made = givings(A)
-    made.put([block(A, 0)])
+    made.put([block(A, 0)], 1.0)
     send(made, 1)
     made.again(A)
     made.again(B)
@@ -85,7 +85,7 @@ def test_an_answer_to_no_question_changes_nothing() -> None:
 
 def test_a_grant_sees_only_so_many_links_break() -> None:
     made = givings(A)
-    made.put([block(A, 0)])
+    made.put([block(A, 0)], 1.0)
     for _ in range(MAX_TRIES - 1):
         send(made, 1)
         assert made.reopened() == []
@@ -98,9 +98,9 @@ def test_a_grant_sees_only_so_many_links_break() -> None:
 
 def test_frames_of_a_dropped_grant_are_gone() -> None:
     made = givings(A, B)
-    made.put([block(A, 0), block(B, 0)])
+    made.put([block(A, 0), block(B, 0)], 1.0)
     made.drop(A)
-    made.put([block(A, 1)])
+    made.put([block(A, 1)], 1.0)
     assert rest(made) == [block(B, 0)]
     assert made.clear() == [B]
     assert len(made) == 0

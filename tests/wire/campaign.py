@@ -106,8 +106,8 @@ class Story:
             )
         )
         for layer in range(LAYOUT.num_layers):
-            self.givings.put(frames_of(NAME, layer, 0, (5, 9), 2))
-        self.givings.put([Item(FrameType.COMMIT, NAME)])
+            self.givings.put(frames_of(NAME, layer, 0, (5, 9), 2), 1.0)
+        self.givings.put([Item(FrameType.COMMIT, NAME)], 1.0)
         self.bits = 0  # of everything that was sent so far
         self.seen = False  # the flip
         self.links = 0

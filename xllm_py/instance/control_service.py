@@ -179,7 +179,7 @@ class ControlService:
         for request_id in request_ids:
             self._outlets.close(request_id)
             self._generations.forget(request_id)
-            self._relay.close(request_id)
+            self._relay.cancel(request_id)
         self._engine.abort(list(request_ids), list(attempts))
 
     async def drain(self, mode: str, timeout_s: float) -> int:
@@ -202,7 +202,12 @@ class ControlService:
 def _destination(offer: Offer) -> Destination:
     submission = offer.submission
     if submission.relay:
-        return Destination(offer.giver_address, relay=True, master=submission.master)
+        return Destination(
+            offer.giver_address,
+            relay=True,
+            master=submission.master,
+            incarnation=offer.giver_incarnation,
+        )
     return Destination(submission.master)
 
 

@@ -52,7 +52,7 @@ class _Told:
 
 
 Key = tuple[str, int]  # request, attempt
-Connect = Callable[[str, Literal["master", "instance"]], Stream]
+Connect = Callable[[str, Literal["master", "instance"], str], Stream]  # where, what, whom
 
 
 class Generations:
@@ -228,7 +228,8 @@ class _Talk:
     async def _talk(self) -> None:
         """One connection: everything unacknowledged first, then the queue, until it breaks."""
         kind: Literal["master", "instance"] = "instance" if self.destination.relay else "master"
-        stream = self._owner.connect(self.destination.address, kind)
+        to = self.destination
+        stream = self._owner.connect(to.address, kind, to.incarnation)
         reading = TaskFamily(f"downs-{self.destination.address}")
         try:
             waiting, self._queue = self._queue, []

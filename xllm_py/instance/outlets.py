@@ -28,6 +28,9 @@ class Destination:
     address: str
     relay: bool = False
     master: str = ""  # relayed: the master behind the giver
+    incarnation: str = (
+        ""  # relayed: the giver that asked; its next life knows nothing of the request
+    )
 
 
 @dataclass(frozen=True, slots=True)

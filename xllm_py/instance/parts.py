@@ -263,14 +263,10 @@ async def routed_parts(
         registry=registry, cluster_key=key, ttl_s=config.cluster.etcd.ttl_s, tasks=parts.tasks
     )
 
-    def connect(address: str, kind: Literal["master", "instance"]) -> GenerationsStream:
-        sender, tls = identity.incarnation, config.cluster.tls
-        return GenerationsStream(address, kind, cluster_key=key, sender=sender, tls=tls)
-
     generations = Generations(
         name=name,
         incarnation=identity.incarnation,
-        connect=connect,
+        connect=functools.partial(_connect, parts, identity),
         tasks=parts.tasks,
         clock=parts.clock,
         on_cancel=lambda ids, attempts: service.end(ids, attempts),
@@ -306,6 +302,23 @@ async def routed_parts(
     )
     parts.routed = routed
     return routed
+
+
+def _connect(
+    parts: Parts,
+    identity: Identity,
+    address: str,
+    kind: Literal["master", "instance"],
+    addressee: str,
+) -> GenerationsStream:
+    return GenerationsStream(
+        address,
+        kind,
+        cluster_key=identity.cluster_key,
+        sender=identity.incarnation,
+        addressee=addressee,
+        tls=parts.config.cluster.tls,
+    )
 
 
 async def _open_control(parts: Parts, identity: Identity, service: ControlService) -> ControlServer:

@@ -60,16 +60,17 @@ class Relay:
         self._finished.pop(request_id, None)
 
     def expire(self) -> None:
-        """Forget what is past its deadline: its D went straight to the master before it spoke here even once, or is gone.
-
-        A D that did speak is told, because what its master says of the request later will not reach it.
-        """
+        """Forget what is past its deadline: its D went straight to the master before it spoke here even once, or is gone."""
         now = self._clock.now()
         for request_id in [name for name, at in self._deadlines.items() if at <= now]:
-            taker = self._takers.get(request_id)
-            self.close(request_id)
-            if taker is not None:
-                taker.put_nowait(_cancel([request_id]))
+            self.cancel(request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """Nobody waits for it any more. A D that spoke here is told: it may have said all it has to, and wait for words on that."""
+        taker = self._takers.get(request_id)
+        self.close(request_id)
+        if taker is not None:
+            taker.put_nowait(_cancel([request_id]))
 
     def on_own_outputs(self, outputs: Outputs) -> None:
         """What our own engine said: choices that it finished itself are not handed over, so nothing of them will come through here."""

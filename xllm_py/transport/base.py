@@ -57,7 +57,7 @@ class KvEvent:
     text: str = ""
     num_bytes: int = 0  # payload moved under the grant (LANDED, ACKNOWLEDGED)
     seconds: float = 0.0  # from the first byte to the end (LANDED, ACKNOWLEDGED)
-    exposed_s: float = 0.0  # from COMMIT to its answer: what no computation hid (ACKNOWLEDGED)
+    exposed_s: float = 0.0  # from `commit` to its answer: what no computation hid (ACKNOWLEDGED)
 
 
 class KvTransport(Protocol):

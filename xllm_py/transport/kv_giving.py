@@ -56,7 +56,7 @@ class Giving:
     sent: list[Item] = field(default_factory=list)  # over the link that is open, in order
     broken: int = 0  # links that broke under it
     started_s: float = 0.0
-    all_sent_s: float = 0.0  # when COMMIT was sent for the first time
+    ready_s: float = 0.0  # when COMMIT was asked for: from here on nothing hides the transfer
     committed_s: float = 0.0  # when COMMIT or RESUME was sent last; 0: no answer is awaited
 
     def question(self, session: GiverSession, kind: FrameType) -> bytes:
@@ -97,9 +97,14 @@ class Givings:
         if probe_bytes:
             self._queue.append(Item(FrameType.PROBE, grant.grant))
 
-    def put(self, items: Iterable[Item]) -> None:
+    def put(self, items: Iterable[Item], now: float) -> None:
         """Queue frames; those of a grant that has ended are passed over."""
-        self._queue.extend(item for item in items if item.grant in self._givings)
+        for item in items:
+            giving = self._givings.get(item.grant)
+            if giving is not None:
+                self._queue.append(item)
+                if item.kind is FrameType.COMMIT:
+                    giving.ready_s = giving.ready_s or now
 
     def next(self) -> tuple[Giving, Item] | None:
         """The frame that is to be sent now; it counts as sent."""
@@ -144,7 +149,7 @@ class Givings:
         if giving is None or not giving.committed_s:
             return
         items, giving.sent, giving.committed_s = giving.sent, [], 0.0
-        self.put([*items, Item(FrameType.COMMIT, grant)])
+        self._queue.extend([*items, Item(FrameType.COMMIT, grant)])
 
     def clear(self) -> list[bytes]:
         """Forget everything; returns the grants that were open."""

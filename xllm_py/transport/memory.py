@@ -63,6 +63,7 @@ class MemoryNetwork:
 class _Giving:
     grant: GiverGrant
     since_s: float
+    ready_s: float | None = None  # when COMMIT was asked for
     committed_s: float | None = None
     frames: FrameLog = field(default_factory=FrameLog)
 
@@ -208,7 +209,7 @@ class _Link:
                         grant=grant,
                         num_bytes=giving.frames.num_bytes,
                         seconds=now - giving.since_s,
-                        exposed_s=now - (giving.committed_s or now),
+                        exposed_s=now - (giving.ready_s or now),
                     )
                 )
             case kv_session.Refused(grant=grant, reason=reason) if grant in self.givings:
@@ -318,10 +319,10 @@ class MemoryKvTransport:
 
     def commit(self, grant: bytes) -> None:
         """See KvTransport."""
-        link = self._by_grant.get(grant)
+        link, now = self._by_grant.get(grant), self.network.clock.now()
         if link is not None:
-            due = self.network.clock.now() + link.faults.delay_s
-            link.queue.append((due, grant, 0, 0, ()))
+            link.givings[grant].ready_s = now
+            link.queue.append((now + link.faults.delay_s, grant, 0, 0, ()))
 
     def abandon(self, grant: bytes) -> None:
         """See KvTransport."""

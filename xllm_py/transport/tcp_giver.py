@@ -111,7 +111,7 @@ class GiverLink:
 
     def _enqueue(self, items: Iterable[Item]) -> None:
         with self._state:
-            self._givings.put(items)
+            self._givings.put(items, self._clock.now())
             idle, self._idle = self._idle, False
         if idle:
             self._wake.ring()
@@ -291,7 +291,6 @@ class GiverLink:
     def _question(self, giving: Giving, item: Item) -> tuple[bytes, list[memoryview], int]:
         """COMMIT, RESUME or PROBE, which the taker answers; as `_data`."""
         giving.committed_s = self._clock.now()
-        giving.all_sent_s = giving.all_sent_s or giving.committed_s
         giving.started_s = giving.started_s or giving.committed_s
         frame = memoryview(giving.question(self._session, item.kind))
         header, payload = bytes(frame[: codec.HEADER_BYTES]), frame[codec.HEADER_BYTES :]
@@ -389,7 +388,7 @@ class GiverLink:
                 grant=grant,
                 num_bytes=giving.probe_bytes or giving.frames.num_bytes,
                 seconds=now - giving.started_s,
-                exposed_s=now - giving.all_sent_s,
+                exposed_s=now - giving.ready_s,
             )
         )
 

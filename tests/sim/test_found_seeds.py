@@ -1,0 +1,22 @@
+"""Seeds that once went wrong, each with what it found; they run in every test run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.run import run, simulating
+
+FOUND = {
+    132156: "relayed, P is reborn while D stands still: the new life answered D's words with a cancel, and the client waited in vain",
+    137892: "the same",
+    206881: "the same, with two choices",
+    191605: "relayed, the master loses D and cancels at P: D, which had said everything, waited for words on it for ever",
+    221876: "the same",
+    158383: "slow weather: a Submit that takes more than its second is an error of its own",
+}
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_a_seed_that_went_wrong_goes_right(seed: int) -> None:
+    with simulating():
+        run(seed)
