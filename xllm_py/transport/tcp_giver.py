@@ -94,12 +94,13 @@ class GiverLink:
     def add(self, grant: GiverGrant, probe_bytes: int = 0) -> bool:
         """Serve this grant, or this probe; False when the link has ended."""
         with self._state:
-            if not self._ended:
-                self._givings.add(grant, probe_bytes)
+            if self._ended:
+                return False
+            self._givings.add(grant, probe_bytes)
             idle, self._idle = self._idle, False
         if idle:
             self._wake.ring()
-        return not self._ended
+        return True
 
     def push(self, grant: bytes, layer: int, first: int, block_ids: tuple[int, ...]) -> None:
         """Queue blocks; passed over when the grant has ended."""
