@@ -319,7 +319,7 @@ class GiverLink:
         while not ring.has_room(size):
             if select.select([sock], [], [], tcp_socket.STALL_S)[0]:
                 self._read_reply(sock)
-            elif self._clock.now() - since > tcp_socket.STALL_S:
+            if self._clock.now() - since > tcp_socket.STALL_S:  # also when it only talks
                 raise LinkBroken(f"KV link to {self._endpoint}: the peer takes no bytes")
 
     def _is_abandoned(self) -> bool:
