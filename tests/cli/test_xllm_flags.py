@@ -185,7 +185,7 @@ def test_minus_one_means_our_default_and_is_said(build):
         "--nnodes=2",
         "--kv_transport=rdma",
         "--kv_cache_dtype=int8",
-        "--kv_cache_transfer_mode=PULL",
+        "--kv_cache_transfer_mode=pull",
         "--block_size=3",
         "--block_size=512",
         "--block_size=0",

@@ -84,10 +84,11 @@ def memory_maker() -> Make:
 
 
 class Pair:
-    """P gives, D takes. Blocks of D that no grant names hold canaries."""
+    """P gives, D takes. Blocks of D that no grant names hold canaries. pull: D fetches them."""
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Make, *, pull: bool = False) -> None:
         self.make = make
+        self.pull = pull
         self.giver_memory, self.taker_memory = make_memory(1), make_memory(None)
         self.giver = make(memory=self.giver_memory, incarnation="p-1")
         self.taker = make(memory=self.taker_memory, incarnation="d-1")
@@ -96,6 +97,8 @@ class Pair:
         self.taken: list[KvEvent] = []
         self.num_streams = 1
         self._grants = 0
+        self._streams: dict[bytes, int] = {}
+        self.way = ""  # endpoint of a proxy before the side that listens
 
     def add(self, **made: object) -> KvTransport:
         """One more transport, closed with the pair."""
@@ -113,7 +116,7 @@ class Pair:
         """D opens a grant."""
         self._grants += 1
         grant = self._grants.to_bytes(16, "big")
-        self.taker.open_grant(
+        self._streams[grant] = self.taker.open_grant(
             TakerGrant(
                 grant=grant,
                 peer_incarnation=peer,
@@ -121,6 +124,8 @@ class Pair:
                 block_ids=block_ids,
                 first_wanted=first_wanted,
                 prompt_digest=digest,
+                source=(self.way or self.giver.endpoint) if self.pull else "",
+                read_grant=read_grant(grant) if self.pull else b"",
             )
         )
         return grant
@@ -137,10 +142,12 @@ class Pair:
         (giver or self.giver).connect(
             GiverGrant(
                 grant=grant,
-                endpoint=self.taker.endpoint,
+                endpoint="" if self.pull else (self.way or self.taker.endpoint),
                 peer_incarnation=incarnation,
                 block_size=4,
                 prompt_digest=digest,
+                read_grant=read_grant(grant) if self.pull else b"",
+                stream=self._streams.get(grant, 0),
             )
         )
 
@@ -215,3 +222,8 @@ class Pair:
 
 def _find(events: list[KvEvent], kind: KvEventKind, grant: bytes) -> list[KvEvent]:
     return [event for event in events if event.kind is kind and event.grant == grant]
+
+
+def read_grant(grant: bytes) -> bytes:
+    """What P gives D for a grant of D's."""
+    return bytes(255 - byte for byte in grant)

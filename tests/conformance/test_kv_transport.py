@@ -34,12 +34,23 @@ MAKERS = {
 }
 
 
-@pytest.fixture(params=list(MAKERS))
+def pair_of(kind: str, pull: bool) -> Iterator[Pair]:
+    pair = Pair(MAKERS[kind](), pull=pull)
+    pair.num_streams = 3 if kind == "tcp streams" else 1
+    yield pair
+    pair.close()
+
+
+@pytest.fixture(params=[(kind, pull) for pull in (False, True) for kind in MAKERS], ids=str)
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    made = Pair(MAKERS[request.param]())
-    made.num_streams = 3 if request.param == "tcp streams" else 1
-    yield made
-    made.close()
+    """Pushing or fetching."""
+    yield from pair_of(*request.param)
+
+
+@pytest.fixture(params=list(MAKERS))
+def pushing(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """P connects."""
+    yield from pair_of(request.param, pull=False)
 
 
 def land(pair: Pair, sources: tuple[int, ...], targets: tuple[int, ...]) -> bytes:
@@ -161,60 +172,60 @@ def test_kv_of_another_prompt_never_lands(pair: Pair) -> None:
     pair.given_event(FAILED, grant)
 
 
-def test_a_grant_of_another_peer_cannot_be_used(pair: Pair) -> None:
-    grant = pair.grant((10, 11), peer="p-2")
-    pair.give(grant, (1, 2))
-    assert "unknown" in pair.given_event(FAILED, grant).text
-    pair.assert_untouched()
-    assert pair.taker.ledger()["frames_rejected"] == 1
+def test_a_grant_of_another_peer_cannot_be_used(pushing: Pair) -> None:
+    grant = pushing.grant((10, 11), peer="p-2")
+    pushing.give(grant, (1, 2))
+    assert "unknown" in pushing.given_event(FAILED, grant).text
+    pushing.assert_untouched()
+    assert pushing.taker.ledger()["frames_rejected"] == 1
 
 
-def test_an_invented_grant_cannot_be_used(pair: Pair) -> None:
-    pair.give(b"?" * 16, (1, 2))
-    assert "unknown" in pair.given_event(FAILED, b"?" * 16).text
-    pair.assert_untouched()
+def test_an_invented_grant_cannot_be_used(pushing: Pair) -> None:
+    pushing.give(b"?" * 16, (1, 2))
+    assert "unknown" in pushing.given_event(FAILED, b"?" * 16).text
+    pushing.assert_untouched()
 
 
-def test_a_restarted_taker_is_not_the_one_that_gave_the_grant(pair: Pair) -> None:
-    grant = pair.grant((10, 11))
-    pair.connect(grant, incarnation="d-0")
-    pair.push(grant, (1, 2))
-    assert "another process" in pair.given_event(FAILED, grant).text
-    pair.assert_untouched()
+def test_a_restarted_taker_is_not_the_one_that_gave_the_grant(pushing: Pair) -> None:
+    grant = pushing.grant((10, 11))
+    pushing.connect(grant, incarnation="d-0")
+    pushing.push(grant, (1, 2))
+    assert "another process" in pushing.given_event(FAILED, grant).text
+    pushing.assert_untouched()
 
 
-def test_a_peer_with_another_cluster_key_gets_no_link(pair: Pair) -> None:
-    stranger = pair.add(memory=make_memory(3), incarnation="p-1", cluster_key=b"x" * 32)
-    grant = pair.grant((10, 11))
-    pair.connect(grant, giver=stranger)
+def test_a_peer_with_another_cluster_key_gets_no_link(pushing: Pair) -> None:
+    stranger = pushing.add(memory=make_memory(3), incarnation="p-1", cluster_key=b"x" * 32)
+    grant = pushing.grant((10, 11))
+    pushing.connect(grant, giver=stranger)
     stranger.push(grant, 0, 0, (1, 2))
-    assert "cluster key" in pair.given_event(FAILED, grant).text
-    pair.assert_untouched()
+    assert "cluster key" in pushing.given_event(FAILED, grant).text
+    pushing.assert_untouched()
 
 
-def test_a_peer_with_another_layout_gets_no_link(pair: Pair) -> None:
+def test_a_peer_with_another_layout_gets_no_link(pushing: Pair) -> None:
     other = KvLayout(num_layers=3, block_size=4, block_bytes=96, shape="another dtype")
-    stranger = pair.add(memory=make_memory(3, other), incarnation="p-1")
-    grant = pair.grant((10, 11))
-    pair.connect(grant, giver=stranger)
+    stranger = pushing.add(memory=make_memory(3, other), incarnation="p-1")
+    grant = pushing.grant((10, 11))
+    pushing.connect(grant, giver=stranger)
     stranger.push(grant, 0, 0, (1, 2))
-    assert "layout" in pair.given_event(FAILED, grant).text
-    pair.assert_untouched()
+    assert "layout" in pushing.given_event(FAILED, grant).text
+    pushing.assert_untouched()
 
 
-def test_nobody_at_the_endpoint_fails_the_grant(pair: Pair) -> None:
-    grant = pair.grant((10, 11))
-    endpoint = pair.taker.endpoint
-    pair.taker.close()
-    pair.taker = pair.make(memory=make_memory(None), incarnation="d-2")
-    assert pair.taker.endpoint != endpoint
-    pair.giver.connect(
+def test_nobody_at_the_endpoint_fails_the_grant(pushing: Pair) -> None:
+    grant = pushing.grant((10, 11))
+    endpoint = pushing.taker.endpoint
+    pushing.taker.close()
+    pushing.taker = pushing.make(memory=make_memory(None), incarnation="d-2")
+    assert pushing.taker.endpoint != endpoint
+    pushing.giver.connect(
         GiverGrant(
             grant=grant, endpoint=endpoint, peer_incarnation="d-1", block_size=4, prompt_digest=b""
         )
     )
-    pair.given_event(FAILED, grant)
-    assert pair.giver.ledger()["grants_given"] == 0
+    pushing.given_event(FAILED, grant)
+    assert pushing.giver.ledger()["grants_given"] == 0
 
 
 def test_nothing_is_written_after_revoke_and_the_link_serves_the_others(pair: Pair) -> None:
@@ -247,22 +258,22 @@ def test_revoke_in_the_middle_releases_and_later_frames_are_sunk(pair: Pair) -> 
     assert pair.taker.ledger()["grants_open"] == 0
 
 
-def test_a_landed_grant_is_forgotten_by_revoke_and_takes_no_more_frames(pair: Pair) -> None:
-    grant = land(pair, (1, 2), (10, 11))
-    pair.taker.revoke(grant)
-    pair.taken_event(RELEASED, grant)
-    assert pair.taker.ledger()["grants_open"] == 0
-    pair.connect(grant)
-    pair.push(grant, (3, 4))
-    pair.given_event(FAILED, grant)
-    pair.assert_copied((1, 2), (10, 11))
+def test_a_landed_grant_is_forgotten_by_revoke_and_takes_no_more_frames(pushing: Pair) -> None:
+    grant = land(pushing, (1, 2), (10, 11))
+    pushing.taker.revoke(grant)
+    pushing.taken_event(RELEASED, grant)
+    assert pushing.taker.ledger()["grants_open"] == 0
+    pushing.connect(grant)
+    pushing.push(grant, (3, 4))
+    pushing.given_event(FAILED, grant)
+    pushing.assert_copied((1, 2), (10, 11))
 
 
-def test_a_landed_grant_takes_no_second_commit(pair: Pair) -> None:
-    grant = land(pair, (1, 2), (10, 11))
-    pair.give(grant, (3, 4))
-    assert "no more" in pair.given_event(FAILED, grant).text
-    pair.assert_copied((1, 2), (10, 11))
+def test_a_landed_grant_takes_no_second_commit(pushing: Pair) -> None:
+    grant = land(pushing, (1, 2), (10, 11))
+    pushing.give(grant, (3, 4))
+    assert "no more" in pushing.given_event(FAILED, grant).text
+    pushing.assert_copied((1, 2), (10, 11))
 
 
 def test_revoking_an_unknown_grant_says_released(pair: Pair) -> None:
@@ -282,16 +293,16 @@ def test_a_taker_that_closes_fails_the_grants_of_its_givers(pair: Pair) -> None:
     pair.given_event(FAILED, second)
 
 
-def test_a_giver_that_closes_fails_what_it_had_begun(pair: Pair) -> None:
-    begun, waiting = pair.grant((10, 11)), pair.grant((12,))
-    pair.connect(begun)
-    pair.connect(waiting)
-    pair.giver.push(begun, 0, 0, (1, 2))
-    pair.until("the first layer", lambda: pair.taker.ledger()["bytes_received"] > 0)
-    pair.giver.close()
-    pair.giver = pair.make(memory=make_memory(1), incarnation="p-2")
-    pair.taken_event(FAILED, begun)
-    assert all(event.grant != waiting for event in pair.taken)
+def test_a_giver_that_closes_fails_what_it_had_begun(pushing: Pair) -> None:
+    begun, waiting = pushing.grant((10, 11)), pushing.grant((12,))
+    pushing.connect(begun)
+    pushing.connect(waiting)
+    pushing.giver.push(begun, 0, 0, (1, 2))
+    pushing.until("the first layer", lambda: pushing.taker.ledger()["bytes_received"] > 0)
+    pushing.giver.close()
+    pushing.giver = pushing.make(memory=make_memory(1), incarnation="p-2")
+    pushing.taken_event(FAILED, begun)
+    assert all(event.grant != waiting for event in pushing.taken)
 
 
 def test_a_new_link_is_opened_after_one_failed(pair: Pair) -> None:
@@ -361,8 +372,8 @@ def test_blocks_may_change_once_their_grant_is_abandoned(pair: Pair) -> None:
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
     for make in (make_tcp, memory_maker(), tls_maker(), make_shared):
         threads, descriptors = threading.active_count(), psutil.Process().num_fds()
-        for _ in range(3):
-            pair = Pair(make)
+        for pull in (False, True, False, True):
+            pair = Pair(make, pull=pull)
             land(pair, (1, 2), (10, 11))
             pair.close()
             pair.close()
@@ -394,21 +405,21 @@ def probe_of(pair: Pair, name: bytes, incarnation: str = "d-1") -> GiverGrant:
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4096, 1 << 20])
-def test_a_probe_comes_back_and_touches_nothing(pair: Pair, num_bytes: int) -> None:
-    pair.giver.probe(probe_of(pair, b"p" * 16), num_bytes)
-    event = pair.given_event(ACKNOWLEDGED, b"p" * 16)
+def test_a_probe_comes_back_and_touches_nothing(pushing: Pair, num_bytes: int) -> None:
+    pushing.giver.probe(probe_of(pushing, b"p" * 16), num_bytes)
+    event = pushing.given_event(ACKNOWLEDGED, b"p" * 16)
     assert event.num_bytes in (0, num_bytes)
     assert event.seconds >= 0
-    pair.assert_untouched()
-    assert pair.taken == []
-    counts = pair.giver.ledger() | {"received": pair.taker.ledger()["bytes_received"]}
+    pushing.assert_untouched()
+    assert pushing.taken == []
+    counts = pushing.giver.ledger() | {"received": pushing.taker.ledger()["bytes_received"]}
     assert (counts["bytes_sent"], counts["received"], counts["grants_given"]) == (0, 0, 0)
-    land(pair, (1, 2), (20, 21))
+    land(pushing, (1, 2), (20, 21))
 
 
-def test_a_probe_of_somebody_who_is_not_there_fails(pair: Pair) -> None:
-    pair.giver.probe(probe_of(pair, b"p" * 16, "d-0"), 64)
-    assert "another process" in pair.given_event(FAILED, b"p" * 16).text
+def test_a_probe_of_somebody_who_is_not_there_fails(pushing: Pair) -> None:
+    pushing.giver.probe(probe_of(pushing, b"p" * 16, "d-0"), 64)
+    assert "another process" in pushing.given_event(FAILED, b"p" * 16).text
     nobody = GiverGrant(
         grant=b"q" * 16,
         endpoint="127.0.0.1:1",
@@ -416,12 +427,12 @@ def test_a_probe_of_somebody_who_is_not_there_fails(pair: Pair) -> None:
         block_size=4,
         prompt_digest=b"",
     )
-    pair.giver.probe(nobody, 64)
-    assert pair.given_event(FAILED, b"q" * 16).text
+    pushing.giver.probe(nobody, 64)
+    assert pushing.given_event(FAILED, b"q" * 16).text
 
 
-def test_an_abandoned_probe_is_silent(pair: Pair) -> None:
-    pair.giver.probe(probe_of(pair, b"p" * 16), 64)
-    pair.giver.abandon(b"p" * 16)
-    land(pair, (1, 2), (20, 21))
-    assert b"p" * 16 not in {event.grant for event in pair.given}
+def test_an_abandoned_probe_is_silent(pushing: Pair) -> None:
+    pushing.giver.probe(probe_of(pushing, b"p" * 16), 64)
+    pushing.giver.abandon(b"p" * 16)
+    land(pushing, (1, 2), (20, 21))
+    assert b"p" * 16 not in {event.grant for event in pushing.given}

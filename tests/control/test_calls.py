@@ -64,6 +64,7 @@ OFFER = Offer(
     model_fingerprint="m",
     layout_fingerprint="l",
     block_size=4,
+    read_grant=b"r" * 16,
 )
 ANSWER = OfferAnswer(
     request_id="cmpl-1",
@@ -72,6 +73,7 @@ ANSWER = OfferAnswer(
     num_held_blocks=1,
     num_blocks=3,
     endpoints=("127.0.0.1:4",),
+    stream=2,
     expires_s=30.0,
 )
 
@@ -103,8 +105,8 @@ class ScriptedInstance:
     async def link_instance(self, card_json: bytes) -> None:
         self._note(card_json)
 
-    async def probe_peer(self, card_json: bytes) -> LinkHealth:
-        self._note(card_json)
+    async def probe_peer(self, card_json: bytes, fetch: bool) -> LinkHealth:
+        self._note(card_json, fetch)
         return LinkHealth(works=True, round_trip_s=0.25, bytes_per_s=1e9)
 
     async def unlink_instance(self, name: str, incarnation: str) -> None:
@@ -192,6 +194,7 @@ async def test_offers_first_tokens_and_the_rest_keep_their_values() -> None:
         await client.link_instance(b'{"a":1}')
         health = LinkHealth(works=True, round_trip_s=0.25, bytes_per_s=1e9)
         assert await client.probe_peer(b'{"b":2}') == health
+        assert await client.probe_peer(b'{"c":3}', fetch=True) == health
         await client.unlink_instance("p", "pp")
         assert await client.cancel(["a", "b"], [1, 0], "deadline") == ["running", "running"]
         assert await client.drain("finish", 2.0) == 3
@@ -200,7 +203,8 @@ async def test_offers_first_tokens_and_the_rest_keep_their_values() -> None:
             (OFFER,),
             (first, other),
             (b'{"a":1}',),
-            (b'{"b":2}',),
+            (b'{"b":2}', False),
+            (b'{"c":3}', True),
             ("p", "pp"),
             (["a", "b"], [1, 0], "deadline"),
             ("finish", 2.0),

@@ -58,13 +58,22 @@ def test_instances_with_blocks_of_other_sizes_are_a_pair(
         assert link["megabytes_per_s"] > 0
 
 
-def test_two_instances_of_one_host_may_share_memory(
-    tiny_model: Path, lone_instance: Cluster, tmp_path: Path
+@pytest.mark.parametrize(
+    ("transport", "mode", "way"),
+    [("auto", "PUSH", "shared memory"), ("tcp", "PULL", "tcp"), ("auto", "PULL", "shared memory")],
+)
+def test_however_the_kv_gets_there_the_answer_is_the_same(
+    tiny_model: Path, lone_instance: Cluster, tmp_path: Path, transport: str, mode: str, way: str
 ) -> None:
     alone = lone_instance.daemons[0]
     with running(tmp_path, tiny_model) as cluster:
         master = cluster.start_master("--suspect_after_ms=1500", "--gone_after_ms=3000")
-        flags = ("--block_size=16", "--kv_transport=auto", "--kv_streams=2")
+        flags = (
+            "--block_size=16",
+            f"--kv_transport={transport}",
+            "--kv_streams=2",
+            f"--kv_cache_transfer_mode={mode}",
+        )
         prefill = cluster.start_instance("prefill", "PREFILL", *flags)
         decode = cluster.start_instance("decode", "DECODE", *flags)
         cluster.wait_ready()
@@ -72,7 +81,10 @@ def test_two_instances_of_one_host_may_share_memory(
             request = body(cluster, prompt, temperature=0, ignore_eos=True)
             assert text_of(master, request) == text_of(alone, request)
         assert decode.ledger()["kv_bytes_received"] > 0
-        assert "way=shared memory" in prefill.log()
+        assert f"way={way}" in prefill.log()
+        (link,) = master.request("GET", "/admin/instances")[1]["instances"][0]["links"]
+        assert (link["state"], link["reason"]) == ("linked", "")
+        assert link["megabytes_per_s"] > 0
 
 
 def test_prefill_and_decode_did_what_they_are_for(pd_cluster: Cluster) -> None:

@@ -122,10 +122,14 @@ class Pair:
         faults: Callable[[str, str], Faults] = lambda _giver, _taker: Faults(),
         p: dict[str, Any] | None = None,
         d: dict[str, Any] | None = None,
+        pull: bool = False,
     ) -> None:
+        """pull: D fetches what P pushes else."""
         self.clock = HandClock()
         self.network = MemoryNetwork(self.clock, faults)
-        self.p = Engine("p", self.clock, self.network, **{"num_blocks": 24, **(p or {})})
+        self.p = Engine(
+            "p", self.clock, self.network, **{"num_blocks": 24, "kv_pull": pull, **(p or {})}
+        )
         self.d = Engine("d", self.clock, self.network, **{"num_blocks": 24, **(d or {})})
         self.fate = fate
         self.tokens: dict[str, dict[int, int]] = {}
@@ -175,7 +179,9 @@ class Pair:
                 self.post(self.p, event)
             case m.OffersOut(offers=offers):
                 for offer in offers:
-                    named = dataclasses.replace(offer, giver_incarnation="p-1")
+                    named = dataclasses.replace(
+                        offer, giver_incarnation="p-1", endpoint=self.p.transport.endpoint
+                    )
                     none = m.Answers(answers=[_unreachable(offer)])
                     self._call("offer", m.Offers(offers=[named]), none)
             case m.FirstTokensOut(firsts=firsts):

@@ -39,8 +39,9 @@ def check_texts(pair: Pair, *asked: Submission) -> None:
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 30])
 @pytest.mark.parametrize("chunk", [2, 4, 100])
-def test_p_says_the_first_token_and_d_all_others(length: int, chunk: int) -> None:
-    pair = Pair(p={"max_tokens_per_chunk": chunk})
+@pytest.mark.parametrize("pull", [False, True])
+def test_p_says_the_first_token_and_d_all_others(length: int, chunk: int, pull: bool) -> None:
+    pair = Pair(p={"max_tokens_per_chunk": chunk}, pull=pull)
     one = ask(length=length)
     pair.submit(one)
     check_texts(pair, one)
@@ -50,10 +51,16 @@ def test_p_says_the_first_token_and_d_all_others(length: int, chunk: int) -> Non
 
 @pytest.mark.parametrize("on_p", [1, 2, 4, 16])
 @pytest.mark.parametrize("on_d", [1, 2, 8, 16])
-@pytest.mark.parametrize("chunk", [3, 100])
-def test_the_two_sides_may_cut_their_caches_differently(on_p: int, on_d: int, chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "pull"), [(3, False), (3, True), (100, False)])
+def test_the_two_sides_may_cut_their_caches_differently(
+    on_p: int, on_d: int, chunk: int, pull: bool
+) -> None:
     sizes = [{"block_size": size, "num_blocks": 160 // size} for size in (on_p, on_d)]
-    pair = Pair(p={**sizes[0], "max_tokens_per_chunk": chunk}, d={**sizes[1], "prefix_root": ROOT})
+    pair = Pair(
+        p={**sizes[0], "max_tokens_per_chunk": chunk},
+        d={**sizes[1], "prefix_root": ROOT},
+        pull=pull,
+    )
     asked = [ask(f"r{length}", length=length) for length in (1, 4, 7, 16, 23)]
     asked.append(ask("again", length=23))
     for one in asked:
@@ -330,6 +337,7 @@ links = st.builds(
     chunk=st.sampled_from([3, 4, 100]),
     num_blocks=st.tuples(st.sampled_from([13, 16, 30]), st.sampled_from([13, 16, 30])),
     roots=st.tuples(st.sampled_from([b"", ROOT]), st.sampled_from([b"", ROOT])),
+    pull=st.booleans(),
 )
 def test_many_requests_over_bad_links_end_once_with_the_right_text_and_leave_nothing(
     requests: list[tuple[int, int, int, int, int, int | None]],
@@ -338,6 +346,7 @@ def test_many_requests_over_bad_links_end_once_with_the_right_text_and_leave_not
     chunk: int,
     num_blocks: tuple[int, int],
     roots: tuple[bytes, bytes],
+    pull: bool,
 ) -> None:
     fate, fault = iter(fates), iter(faults)
     pair = Pair(
@@ -345,6 +354,7 @@ def test_many_requests_over_bad_links_end_once_with_the_right_text_and_leave_not
         faults=lambda _giver, _taker: next(fault, Faults()),
         p={"num_blocks": num_blocks[0], "max_tokens_per_chunk": chunk, "prefix_root": roots[0]},
         d={"num_blocks": num_blocks[1], "prefix_root": roots[1]},
+        pull=pull,
     )
     asked = {}
     for turn in range(105):

@@ -132,6 +132,7 @@ class Setup:
     is_pd: bool = False
     p_cache: bool = False
     d_cache: bool = False
+    pull: bool = False  # D fetches, else P pushes
     chunk: int = 10240
     num_blocks: int = 1200
     block_size: int = 4
@@ -164,6 +165,7 @@ class Cluster:
                 prefill_usage_threshold=1.0,
                 max_seqs_per_batch=setup.max_seqs,
                 max_tokens_per_chunk=setup.chunk,
+                kv_pull=setup.pull,
             ),
         )
         roles = (("p", setup.p_cache), ("d", setup.d_cache)) if setup.is_pd else (("p", False),)
@@ -245,7 +247,11 @@ class Cluster:
     def _carry(self, event: m.Event, now: float) -> None:
         match event:
             case m.OffersOut(offers=offers):
-                named = [dataclasses.replace(offer, giver_incarnation="p-1") for offer in offers]
+                endpoint = self.p.transport.endpoint if self.p.transport is not None else ""
+                named = [
+                    dataclasses.replace(offer, giver_incarnation="p-1", endpoint=endpoint)
+                    for offer in offers
+                ]
                 self.d.agent.on_offers(m.Offers(offers=named), now)
             case m.Answers(answers=answers):
                 for answer in answers:

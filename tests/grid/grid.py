@@ -161,10 +161,12 @@ async def _preempted(cluster: Cluster, setup: Setup, index: int, asked: Asked) -
 
 
 def _company(setup: Setup, index: int, num_prompt: int, spare: int) -> Submission:
-    """All blocks but `spare` and those of a prompt beside it; at its end it holds every block there is."""
+    """All blocks but `spare` and those of a prompt beside it; it grows a little further than that."""
     size = setup.block_size
     beside = -(-num_prompt // size) + spare
-    sampling = SamplingParams(max_tokens=beside * size, temperature=0.0, seed=0, ignore_eos=True)
+    sampling = SamplingParams(
+        max_tokens=min(beside, spare + 2) * size, temperature=0.0, seed=0, ignore_eos=True
+    )
     prompt = tuple((index + at) % 200 for at in range((setup.num_blocks - beside) * size))
     return Submission(request_id=f"company {index} {spare}", prompt_ids=prompt, sampling=sampling)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -53,6 +54,7 @@ class FakeEngine:
         self.answering.set()
         self.error: Exception | None = None
         self.offered: list[Offer] = []
+        self.fetches: list[bool] = []
 
     def submit(self, submission: Submission) -> None:
         self.submitted.append(submission)
@@ -78,9 +80,10 @@ class FakeEngine:
         )
 
     async def probe(
-        self, endpoint: str, incarnation: str, block_size: int, *, timeout_s: float
+        self, endpoint: str, incarnation: str, block_size: int, fetch: bool, *, timeout_s: float
     ) -> Probed:
         assert (endpoint, incarnation, block_size) == ("d:26000", "dd", 8)
+        self.fetches.append(fetch)
         return Probed(call=1, works=True, round_trip_s=0.5, bytes_per_s=3.0)
 
     async def first_tokens(self, firsts: list[FirstToken], *, timeout_s: float) -> list[bool]:
@@ -163,10 +166,21 @@ def offer(request_id: str, incarnation: str = "pp", **fields: Any) -> Offer:
 
 async def test_a_peer_is_probed_at_the_address_in_its_card(house: House) -> None:
     raw = card_to_json(card("d", "dd", addrs=("d:26000",), block_size=8), card_key(KEY))
-    found = await house.service.probe_peer(raw)
-    assert found == LinkHealth(works=True, round_trip_s=0.5, bytes_per_s=3.0)
-    closed = await house.service.probe_peer(card_to_json(card(), card_key(KEY)))
+    for fetch in (False, True):
+        found = await house.service.probe_peer(raw, fetch)
+        assert found == LinkHealth(works=True, round_trip_s=0.5, bytes_per_s=3.0)
+    assert house.engine.fetches == [False, True]
+    closed = await house.service.probe_peer(card_to_json(card(), card_key(KEY)), False)
     assert (closed.works, closed.reason) == (False, "d has no KV port")
+
+
+async def test_what_is_fetched_is_fetched_from_where_the_card_says(house: House) -> None:
+    """An offer that names another place is not believed."""
+    await house.link(addrs=("p:26000",))
+    lie = dataclasses.replace(offer("a"), read_grant=b"r" * 16, endpoint="elsewhere:1")
+    await house.service.add_new_requests([lie])
+    (put,) = house.engine.offered
+    assert (put.endpoint, put.read_grant) == ("p:26000", b"r" * 16)
 
 
 async def test_a_relayed_answer_is_for_the_life_of_the_giver_that_asked(house: House) -> None:

@@ -83,6 +83,7 @@ class FakeInstance:
         self.submit_error: Exception | None = None
         self.link_error: Exception | None = None
         self.probed: list[bytes] = []
+        self.fetched: list[bytes] = []
         self.probe_error: Exception | None = None
         self.health = LinkHealth(works=True, round_trip_s=0.001, bytes_per_s=2e9)
         self.hang_on_submit = False
@@ -228,8 +229,8 @@ class FakeInstance:
             raise self.link_error
         self.linked.append(card_json)
 
-    async def probe_peer(self, card_json: bytes) -> LinkHealth:
-        self.probed.append(card_json)
+    async def probe_peer(self, card_json: bytes, fetch: bool) -> LinkHealth:
+        (self.fetched if fetch else self.probed).append(card_json)
         if self.probe_error is not None:
             raise self.probe_error
         return self.health

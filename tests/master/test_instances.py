@@ -83,6 +83,15 @@ async def test_a_pair_serves_once_kv_has_got_through() -> None:
         )
 
 
+async def test_a_pair_whose_decode_side_fetches_is_probed_from_there() -> None:
+    async with running_master() as master:
+        decode = await master.add("d", Role.DECODE)
+        prefill = await master.add("p", Role.PREFILL, kv_cache_transfer_mode="PULL")
+        await master.mode("pd")
+        assert decode.fetched == [card_to_json(prefill.card, card_key(b"k" * 32))]
+        assert (decode.probed, prefill.probed, prefill.fetched) == ([], [], [])
+
+
 async def test_a_lost_handoff_has_its_pair_looked_at_and_a_wedged_link_leaves_routing_alone() -> (
     None
 ):

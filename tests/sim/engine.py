@@ -310,7 +310,9 @@ class Kv:
         if not self.network.links:
             return
         self.wake()
-        if self._pumping is None and any(link.queue for link in self.network.links):
+        if self._pumping is None and any(
+            link.sending.due is not None for link in self.network.links
+        ):
             delay_s = self._random.uniform(0.0, 0.002)
             self._pumping = self._loop.call_later(delay_s, self._pump)
 
@@ -318,7 +320,8 @@ class Kv:
         self._pumping = None
         self.network.pump()
         self.wake()
-        dues = [link.queue[0][0] for link in self.network.links if link.queue]
+        found = (link.sending.due for link in self.network.links)
+        dues = [due for due in found if due is not None]
         if dues:
             self._pumping = self._loop.call_at(max(min(dues), self._loop.time()), self._pump)
 

@@ -60,6 +60,7 @@ class Script:
     threshold: float
     local_decode: bool
     strategy: str = "fcfs"
+    pull: bool = False  # D fetches, else P pushes
     asks: list[Ask]
     events: list[Event] = field(default_factory=list)
     weather: Weather = field(default_factory=Weather)
@@ -116,6 +117,7 @@ def script_of(seed: int) -> Script:
         _flushes(random, script)
     if random.random() < 0.1:
         _poison(random, script)
+    script.pull = Random(f"{seed} transfer").random() < 0.3
     return script
 
 

@@ -108,6 +108,7 @@ class Instance:
                     prefill_usage_threshold=script.threshold,
                     grant_ttl_s=GRANT_TTL_S,
                     enable_local_decode=script.local_decode,
+                    kv_pull=script.pull,
                     priority_strategy=script.strategy,
                 ),
                 incarnation=self.incarnation,

@@ -116,7 +116,9 @@ class _Frames:
 class FaultProxy:
     """Listens on loopback; every connection is passed on to `target`."""
 
-    def __init__(self, target: str, plan: Callable[[int], Fault]) -> None:
+    def __init__(self, target: str, plan: Callable[[int], Fault], *, called: bool = False) -> None:
+        """called: takers connect, the target is a giver."""
+        self._called = called
         self._target = split_endpoint(target)
         self._plan = plan
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -137,19 +139,20 @@ class FaultProxy:
         while not self._closing.is_set():
             if not select.select([self._server], [], [], _LOOK_S)[0]:
                 continue
-            giver, _ = self._server.accept()
+            sock, _ = self._server.accept()
             fault = self._plan(self.num_connections)
             self.num_connections += 1
             thread = threading.Thread(
-                target=self._carry, args=(giver, fault), name="proxy", daemon=True
+                target=self._carry, args=(sock, fault), name="proxy", daemon=True
             )
             self._threads.append(thread)
             thread.start()
 
-    def _carry(self, giver: socket.socket, fault: Fault) -> None:
-        with giver, contextlib.suppress(OSError):
-            taker = socket.create_connection(self._target)
-            with taker:
+    def _carry(self, caller: socket.socket, fault: Fault) -> None:
+        with caller, contextlib.suppress(OSError):
+            target = socket.create_connection(self._target)
+            with target:
+                giver, taker = (target, caller) if self._called else (caller, target)
                 self._pump(giver, taker, fault)
 
     def _pump(self, giver: socket.socket, taker: socket.socket, fault: Fault) -> None:

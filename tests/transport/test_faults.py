@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.conformance.kv_pair import DIGEST, LAYOUT, Pair, make_tcp
+from tests.conformance.kv_pair import LAYOUT, Pair, make_tcp
 from tests.transport.fault_proxy import GREETING_BYTES, PASS, Fault, FaultProxy
 from xllm_py.core.kv_memory import PARTS
-from xllm_py.transport.base import GiverGrant, KvEventKind
+from xllm_py.transport.base import KvEventKind
 from xllm_py.transport.kv_giving import MAX_TRIES
 from xllm_py.wire import codec
 
@@ -18,6 +18,7 @@ SOURCES, TARGETS = (5, 6, 7, 2), (20, 9, 10, 30)
 FRAMES = LAYOUT.num_layers * PARTS  # each holds all four blocks; then COMMIT
 FRAME_BYTES = codec.HEADER_BYTES + len(SOURCES) * LAYOUT.block_bytes
 WIRE_BYTES = GREETING_BYTES + FRAMES * FRAME_BYTES + codec.HEADER_BYTES + codec.COMMIT_BYTES
+CALL_BYTES = codec.HELLO_BYTES + codec.HEADER_BYTES  # what a taker that fetches says beside
 BACK_BYTES = codec.HELLO_BYTES + codec.PROOF_BYTES + codec.HEADER_BYTES
 EDGES = sorted(
     {0, 1, 63, 64, 65, WIRE_BYTES - 1, WIRE_BYTES - 2}
@@ -26,11 +27,16 @@ EDGES = sorted(
 SOME = sorted(random.Random(4).sample(range(WIRE_BYTES), 50))
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    made = Pair(make_tcp)
+@pytest.fixture(params=[False, True], ids=["push", "pull"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    made = Pair(make_tcp, pull=request.param)
     yield made
     made.close()
+
+
+def back_bytes(pair: Pair) -> int:
+    """What the taker says in all."""
+    return BACK_BYTES + (CALL_BYTES if pair.pull else 0)
 
 
 def first(fault: Fault) -> Callable[[int], Fault]:
@@ -43,7 +49,9 @@ class Through:
 
     def __init__(self, pair: Pair, plan: Callable[[int], Fault]) -> None:
         self.pair = pair
-        self.proxy = FaultProxy(pair.taker.endpoint, plan)
+        target = pair.giver if pair.pull else pair.taker
+        self.proxy = FaultProxy(target.endpoint, plan, called=pair.pull)
+        pair.way = self.proxy.endpoint
 
     def __enter__(self) -> Through:
         return self
@@ -53,17 +61,7 @@ class Through:
 
     def give(self) -> bytes:
         grant = self.pair.grant(TARGETS)
-        self.pair.giver.connect(
-            GiverGrant(
-                grant=grant,
-                endpoint=self.proxy.endpoint,
-                peer_incarnation="d-1",
-                block_size=4,
-                prompt_digest=DIGEST,
-            )
-        )
-        self.pair.push(grant, SOURCES)
-        self.pair.giver.commit(grant)
+        self.pair.give(grant, SOURCES)
         return grant
 
     def assert_lands(self) -> None:
@@ -91,7 +89,8 @@ def test_a_link_that_ends_at_any_byte_is_opened_again(pair: Pair, kind: str) -> 
 
 @pytest.mark.parametrize("kind", ["reset", "fin"])
 def test_an_answer_that_is_lost_is_asked_for_on_the_next_link(pair: Pair, kind: str) -> None:
-    for at in (0, BACK_BYTES - 65, BACK_BYTES - 64, BACK_BYTES - 1):
+    size = back_bytes(pair)
+    for at in (0, size - 65, size - 64, size - 1):
         with Through(pair, first(Fault(kind, at, back=True))) as through:
             through.assert_lands()
             assert through.proxy.num_connections == 2
@@ -107,7 +106,7 @@ def test_a_link_on_which_nothing_moves_any_more_is_left(pair: Pair, at: int) -> 
 @pytest.mark.parametrize("back", [False, True])
 def test_a_flipped_bit_is_seen_and_what_it_spoilt_comes_again(pair: Pair, back: bool) -> None:
     """N-4."""
-    size = BACK_BYTES if back else WIRE_BYTES
+    size = back_bytes(pair) if back else WIRE_BYTES
     for at in sorted(random.Random(5).sample(range(size), 100)):
         with Through(pair, first(Fault("flip", at, back=back))) as through:
             through.assert_lands()
@@ -149,19 +148,11 @@ def test_a_way_that_spoils_every_link_fails_the_grant_after_a_few(pair: Pair) ->
 
 
 def test_other_grants_of_a_broken_link_land_too(pair: Pair) -> None:
-    with Through(pair, first(Fault("reset", GREETING_BYTES + 3 * FRAME_BYTES + 5))) as through:
+    with Through(pair, first(Fault("reset", GREETING_BYTES + 3 * FRAME_BYTES + 5))):
         grants = []
         for base in (0, 4, 8):
             grant = pair.grant(tuple(range(base + 16, base + 20)))
-            pair.giver.connect(
-                GiverGrant(
-                    grant=grant,
-                    endpoint=through.proxy.endpoint,
-                    peer_incarnation="d-1",
-                    block_size=4,
-                    prompt_digest=DIGEST,
-                )
-            )
+            pair.connect(grant)
             grants.append(grant)
         for layer in range(LAYOUT.num_layers):  # interleaved, as layers of one step are
             for index, grant in enumerate(grants):

@@ -141,8 +141,8 @@ def test_both_sides_have_to_want_it(giver: bool, taker: bool) -> None:
     pair.give(grant, (1, 2))
     pair.given_event(KvEventKind.ACKNOWLEDGED, grant)
     pair.assert_copied((1, 2), (10, 11))
-    (link,) = pair.giver._links.values()  # type: ignore[attr-defined]
-    assert (link._ring is not None) == (giver and taker)
+    (link,) = pair.taker._listener._links  # type: ignore[attr-defined]
+    assert (link._sock.family == socket.AF_UNIX) == (giver and taker)
     pair.close()
 
 

@@ -49,7 +49,7 @@ def header_of(chooser: random.Random) -> Header:
 
     near = chooser.random() < 0.7
     return Header(
-        type=chooser.choice((1, 1, 1, 1, 2, 3, 4, 5, 6, 7, edge(8))),
+        type=chooser.choice((1, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, edge(8))),
         seq=0,
         grant=chooser.randrange(7).to_bytes(16, "big"),
         part=chooser.randrange(2) if near else edge(8),

@@ -76,7 +76,7 @@ class Link:
         proof = self.giver.on_welcome(welcome)
         assert isinstance(proof, bytes)
         assert self.session.on_proof(proof) is None
-        agreed = identity(giver, nonce).agreement(self.giver.hello(), welcome[: codec.HELLO_BYTES])
+        agreed = identity(giver, nonce).agreement(self.giver.hello() + welcome[: codec.HELLO_BYTES])
         self.signer = Signer(agreed.giver_key)
         self.seq = 0
 

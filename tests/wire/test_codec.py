@@ -54,7 +54,7 @@ def test_another_magic_version_or_flag_is_not_ours(place: int) -> None:
     assert codec.unpack_header(bytes(data))[1] is False
 
 
-@pytest.mark.parametrize("kind", [0, 8, 255])
+@pytest.mark.parametrize("kind", [0, 9, 255])
 def test_an_unknown_type_is_not_ours(kind: int) -> None:
     data = codec.pack_header(HEADER._replace(type=kind), SIGNER)
     assert codec.unpack_header(data)[1] is False

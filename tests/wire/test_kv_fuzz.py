@@ -47,7 +47,7 @@ def test_random_handshakes_open_nothing(data: bytes) -> None:
 
 headers = st.builds(
     Header,
-    type=st.one_of(st.sampled_from([1, 1, 1, 2, 3, 4, 5, 6]), edge(8)),
+    type=st.one_of(st.sampled_from([1, 1, 1, 2, 3, 4, 5, 6, 7, 8]), edge(8)),
     seq=st.just(0),
     grant=st.integers(0, 6).map(lambda number: number.to_bytes(16, "big")),
     part=st.one_of(st.integers(0, 1), edge(8)),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.wire.kv_link import DIGEST, KEY, LAYOUT, Link, Taker, grant, identity
 from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import KvLayout
 from xllm_py.wire import codec
-from xllm_py.wire.codec import FrameType, Header, Reason
+from xllm_py.wire.codec import FrameType, Header, Reason, Step
 from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState, GrantTable
+from xllm_py.wire.kv_handshake import answering
 from xllm_py.wire.kv_session import (
     Acknowledged,
     Again,
     Asked,
     Closed,
+    Fetched,
     GiverSession,
     Landed,
     Late,
@@ -104,7 +108,7 @@ def test_another_layout_is_refused_by_both() -> None:
     assert shake(giver, taker)[0] is Reason.WRONG_LAYOUT
     welcome = taker.on_hello(giver.hello())
     assert isinstance(welcome, bytes)
-    agreed = identity("p", 1, layout=other).agreement(giver.hello(), welcome[: codec.HELLO_BYTES])
+    agreed = identity("p", 1, layout=other).agreement(giver.hello() + welcome[: codec.HELLO_BYTES])
     assert taker.on_proof(codec.pack_proof(agreed.giver_proof)) is Reason.WRONG_LAYOUT
 
 
@@ -418,6 +422,87 @@ def test_a_probe_is_answered_when_it_came_whole(link: Link) -> None:
     assert link.arrive(header, payload) == Reject(Reason.BAD_CHECKSUM, name)
 
 
+# ---- a taker that calls
+
+
+def call(
+    *,
+    size: int = 4,
+    stream: int = 2,
+    expects: str = "p",
+    key: bytes = KEY,
+    giver_size: int = 4,
+) -> tuple[object, object, GiverSession, TakerSession]:
+    """What the giver and the taker think of it, and their sessions."""
+    layouts = [
+        KvLayout(num_layers=2, block_size=each, block_bytes=2 * each, shape="test")
+        for each in (size, giver_size)
+    ]
+    mine = replace(identity("d", 2, layout=layouts[0]), stream=stream)
+    taker = TakerSession(mine, GrantTable(), calls=expects)
+    found = answering(taker.call(), identity("p", 1, layout=layouts[1], key=key))
+    assert not isinstance(found, Reason)
+    giver = GiverSession(found[1], found[0], taker.call())
+    welcome = taker.on_hello(giver.hello())
+    if not isinstance(welcome, bytes):
+        return None, welcome, giver, taker
+    proof = giver.on_welcome(welcome)
+    if not isinstance(proof, bytes):
+        return proof, None, giver, taker
+    return "open", taker.on_proof(proof) or "open", giver, taker
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_taker_may_call_for_a_stream_and_a_size_of_blocks(size: int) -> None:
+    here, there, giver, taker = call(size=size, stream=3)
+    assert (here, there) == ("open", "open")
+    assert giver.place == ("d", 3)
+    assert (taker.peer, taker.stream, taker.block_size) == ("p", 3, size)
+
+
+def test_who_answers_a_call_must_be_the_one_that_was_called() -> None:
+    assert call(expects="p-before")[1] is Reason.WRONG_INCARNATION
+    assert call(key=b"x" * 32)[0] is Reason.WRONG_KEY
+    taker = TakerSession(replace(identity("d", 2), stream=1), GrantTable(), calls="p")
+    assert taker.on_hello(identity("p", 1).hello(Step.HELLO)) is Reason.WRONG_INCARNATION
+
+
+def test_a_size_that_is_no_part_of_the_givers_opens_no_link() -> None:
+    assert call(size=8)[1] is Reason.WRONG_LAYOUT
+
+
+def test_a_call_that_was_changed_on_its_way_opens_no_link() -> None:
+    taker = TakerSession(identity("d", 2), GrantTable(), calls="p")
+    changed = bytearray(taker.call())
+    changed[-1] ^= 1  # of the nonce, of which nobody makes use
+    found = answering(bytes(changed), identity("p", 1))
+    assert not isinstance(found, Reason)
+    giver = GiverSession(found[1], found[0], bytes(changed))
+    welcome = taker.on_hello(giver.hello())
+    assert isinstance(welcome, bytes)
+    assert giver.on_welcome(welcome) is Reason.WRONG_KEY
+
+
+def test_what_is_no_call_is_not_answered() -> None:
+    for damaged in (identity("d", 2).hello(Step.HELLO), bytes(codec.HELLO_BYTES)):
+        assert not codec.is_call(damaged)
+        assert answering(damaged, identity("p", 1)) is Reason.BAD_FRAME
+
+
+def test_a_taker_that_called_fetches_and_no_other_does(link: Link) -> None:
+    _, _, giver, taker = call()
+    assert giver.on_header(taker.fetch(b"r" * 16)) == Fetched(b"r" * 16, 0)
+    assert giver.on_header(taker.fetch(b"q" * 16, 4096)) == Fetched(b"q" * 16, 4096)
+    raw = taker.fetch(b"q" * 16, codec.MAX_PAYLOAD_BYTES + 1)
+    assert giver.on_header(raw) == Closed(Reason.BAD_LENGTH, by_peer=False)
+    assert link.giver.on_header(link.session.fetch(b"r" * 16)) == Closed(
+        Reason.BAD_FRAME, by_peer=False
+    )
+    assert link.session.on_header(link.forge(Header(FrameType.FETCH, 0))) == Reject(
+        Reason.BAD_FRAME
+    )
+
+
 # ---- blocks of other sizes
 
 
@@ -607,7 +692,7 @@ def test_the_two_directions_have_keys_of_their_own(link: Link) -> None:
 def test_the_link_keys_depend_on_both_nonces_and_on_the_cluster_key() -> None:
     hello = identity("p", 1).hello(codec.Step.HELLO)
     keys = {
-        identity("p", 1, key=key).agreement(hello, welcome).giver_key
+        identity("p", 1, key=key).agreement(hello + welcome).giver_key
         for key in (KEY, b"x" * 32)
         for welcome in (
             identity("d", 2).hello(codec.Step.WELCOME),

@@ -152,7 +152,7 @@ def _check_kv_link(causes: rules.Causes, values: Mapping[str, Any]) -> None:
         engine not in ("nixl", "mooncake"),
         f"--kv_transport={engine} is not built yet. Use tcp or auto",
     )
-    need(mode == "PUSH", f"--kv_cache_transfer_mode={mode} is not built. Use PUSH")
+    need(mode in ("PUSH", "PULL"), f"--kv_cache_transfer_mode={mode}. Use PUSH or PULL")
     need(1 <= values["kv_streams"] <= 16, f"--kv_streams={values['kv_streams']}. Use 1 to 16")
 
 
@@ -257,6 +257,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
             grant_ttl_s=values["grant_ttl_s"],
             handoff_hold_s=values["handoff_hold_s"],
             enable_local_decode=values["enable_local_decode"],
+            kv_pull=values["kv_cache_transfer_mode"] == "PULL",
         ),
         kv_host=host,
         kv_port=values["transfer_listen_port"],

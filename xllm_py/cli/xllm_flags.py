@@ -150,7 +150,12 @@ _CLUSTER = in_group(
     a("instance_role", "string", "DEFAULT", "DEFAULT, PREFILL, DECODE or MIX"),
     a("disagg_pd_port", "int32", 7777, "gRPC control port"),
     a("transfer_listen_port", "int32", 26000, "KV port; local rank i listens on this + i"),
-    a("kv_cache_transfer_mode", "string", "PUSH", "PUSH"),
+    a(
+        "kv_cache_transfer_mode",
+        "string",
+        "PUSH",
+        "of what this instance prefills: PUSH sends the KV, PULL lets the decode instance fetch it",
+    ),
     a(
         "enable_service_routing",
         "bool",

@@ -63,6 +63,9 @@ class Card:
     enable_chunked_prefill: bool = True
     max_seqs: int = 0
     kv_transports: tuple[str, ...] = ("tcp",)
+    kv_cache_transfer_mode: str = (
+        "PUSH"  # of what it gives: it pushes, or the decode instance fetches (PULL)
+    )
     numerics_fingerprint: str = ""
 
     @property

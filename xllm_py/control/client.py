@@ -187,9 +187,9 @@ class InstanceClient:
         message = pb.LinkInstanceRequest(card_json=card_json)
         await self._caller.unary("LinkInstance", message, pb.LinkInstanceReply, self._timeout_s)
 
-    async def probe_peer(self, card_json: bytes) -> LinkHealth:
-        """Make P try its KV link to the decode instance with this card."""
-        message = pb.ProbePeerRequest(card_json=card_json)
+    async def probe_peer(self, card_json: bytes, *, fetch: bool = False) -> LinkHealth:
+        """Make P try its KV link to the decode instance with this card; fetch: make D try to fetch from this prefill instance."""
+        message = pb.ProbePeerRequest(card_json=card_json, fetch=fetch)
         reply = await self._caller.unary("ProbePeer", message, pb.ProbePeerReply, PROBE_TIMEOUT_S)
         return convert.to_health(reply)
 

@@ -152,6 +152,7 @@ def from_offers(offers: Sequence[Offer]) -> pb.AddNewRequestsRequest:
             model_fingerprint=offer.model_fingerprint,
             layout_fingerprint=offer.layout_fingerprint,
             block_size=offer.block_size,
+            read_grant=offer.read_grant,
         )
         for offer in offers
     ]
@@ -170,6 +171,7 @@ def to_offers(message: pb.AddNewRequestsRequest) -> list[Offer]:
             model_fingerprint=label(row.model_fingerprint),
             layout_fingerprint=label(row.layout_fingerprint),
             block_size=row.block_size,
+            read_grant=_grant(row.read_grant),
         )
         for row in message.offers
     ]
@@ -186,6 +188,7 @@ def from_answers(answers: Sequence[OfferAnswer]) -> pb.AddNewRequestsReply:
             num_held_blocks=answer.num_held_blocks,
             num_blocks=answer.num_blocks,
             endpoints=answer.endpoints,
+            stream=answer.stream,
             expires_s=answer.expires_s,
             refusal=answer.refusal,
             text=answer.text,
@@ -210,6 +213,7 @@ def to_answers(message: pb.AddNewRequestsReply) -> list[OfferAnswer]:
             num_held_blocks=row.num_held_blocks,
             num_blocks=row.num_blocks,
             endpoints=tuple(labels(row.endpoints)),
+            stream=row.stream,
             expires_s=row.expires_s,
             refusal=label(row.refusal),
             text=row.text[:MAX_TEXT],

@@ -61,6 +61,10 @@ class Offer:
     model_fingerprint: str
     layout_fingerprint: str
     block_size: int  # tokens, of P
+    read_grant: bytes = (
+        b""  # 16 random bytes of P's: D is to fetch with them (PULL); empty: P pushes
+    )
+    endpoint: str = ""  # host:port of P's KV listener, where D fetches; D takes it from P's card
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,7 @@ class OfferAnswer:
     num_held_blocks: int = 0  # leading blocks D already has
     num_blocks: int = 0  # blocks of the prompt in all
     endpoints: tuple[str, ...] = ()  # host:port of the KV listener, one per rank
+    stream: int = 0  # over which of its links to P D fetches
     expires_s: float = 0.0
     refusal: str = ""
     text: str = ""

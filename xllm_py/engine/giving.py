@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xllm_py.base import log
+from xllm_py.base import ids, log
 from xllm_py.base.errors import LayoutMismatch
 from xllm_py.base.hashing import prompt_digest
 from xllm_py.core import handoff
@@ -38,6 +38,7 @@ class _Giving:
     machine: handoff.Giver
     request: Request
     grant: bytes = b""
+    read_grant: bytes = b""  # with which D is to fetch; empty: we push
     block_size: int = (
         0  # tokens of the blocks that are pushed, ours or a part of ours; 0: D has not said
     )
@@ -157,6 +158,7 @@ class GivingAgent:
                 jitter=self._jitter.random(),
             ),
             request=request,
+            read_grant=ids.grant_id() if self._config.kv_pull else b"",
         )
         self._giving[request.request_id] = giving
         self._act(giving, giving.machine.start(), now)
@@ -248,7 +250,7 @@ class GivingAgent:
         match action:
             case handoff.SendOffer():
                 giving.request.stamp(Moment.OFFERED, now)
-                self._offers.append(self._offer(giving.request, now))
+                self._offers.append(self._offer(giving, now))
             case handoff.Connect(answer=answer):
                 self._connect(giving, answer)
             case handoff.Push(first=first, count=count):
@@ -281,8 +283,9 @@ class GivingAgent:
             raise LayoutMismatch("a handoff on an engine without KV transport")
         return self._transport
 
-    def _offer(self, request: Request, now: float) -> Offer:
+    def _offer(self, giving: _Giving, now: float) -> Offer:
         """Names and addresses of this instance are filled in by the API process, which knows them."""
+        request = giving.request
         left_s = max(0.0, request.deadline - now)
         return Offer(
             submission=dataclasses.replace(request.submission, timeout_s=left_s),
@@ -292,6 +295,7 @@ class GivingAgent:
             model_fingerprint=self._model_fingerprint,
             layout_fingerprint=self._layout.fingerprint,
             block_size=self._layout.block_size,
+            read_grant=giving.read_grant,
         )
 
     def _connect(self, giving: _Giving, answer: OfferAnswer) -> None:
@@ -304,10 +308,12 @@ class GivingAgent:
         transport.connect(
             GiverGrant(
                 grant=answer.grant,
-                endpoint=answer.endpoints[0],
+                endpoint="" if giving.read_grant else answer.endpoints[0],
                 peer_incarnation=receiver.incarnation,
                 block_size=giving.block_size,
                 prompt_digest=prompt_digest(giving.request.tokens[: giving.request.num_submitted]),
+                read_grant=giving.read_grant,
+                stream=answer.stream,
             )
         )
 

@@ -1,4 +1,4 @@
-"""P's looks at its KV links: a small probe for the round trip, then a large one for the rate. Part of engine/handoff_agent.
+"""Looks at KV links, from the side that connects: a small probe for the round trip, then a large one for the rate. Part of engine/handoff_agent.
 
 Asked for by the API process on a master's word; the answer follows whatever happens, since every probe of the transport ends.
 """
@@ -56,6 +56,7 @@ class ProbingAgent:
                 prompt_digest=b"",
             ),
             num_bytes,
+            fetch=look.command.fetch,
         )
 
     def on_transport(self, event: KvEvent) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from xllm_py.base import ids, log
 from xllm_py.base.hashing import prompt_digest
@@ -18,6 +19,16 @@ from xllm_py.transport.base import KvEvent, KvEventKind, KvTransport, TakerGrant
 from xllm_py.wire import messages as m
 
 _log = log.get(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taking:
+    """Of one grant."""
+
+    request_id: str
+    attempt: int
+    peer: str  # incarnation of the giver
+    stream: int  # over which of the links to it we fetch
 
 
 class TakingAgent:
@@ -37,7 +48,7 @@ class TakingAgent:
         self._model_fingerprint = model_fingerprint
         self._layout = layout
         self._send = send
-        self._taking: dict[bytes, tuple[str, int, str]] = {}  # request, attempt, peer
+        self._taking: dict[bytes, _Taking] = {}  # by grant
 
     @property
     def num_open(self) -> int:
@@ -49,7 +60,7 @@ class TakingAgent:
         taking = self._taking.get(event.grant)
         if taking is None or self._transport is None:
             return
-        request_id, attempt, _ = taking
+        request_id, attempt = taking.request_id, taking.attempt
         if event.kind is KvEventKind.RECEIVING:
             self._scheduler.on_receiving(request_id, attempt, now)
         elif event.kind is KvEventKind.LANDED:
@@ -77,6 +88,8 @@ class TakingAgent:
             return _refuse(offer, "model_differs", "the giver serves another model")
         if offer.layout_fingerprint != self._layout.fingerprint or offer.block_size < 1:
             return _refuse(offer, "layout_differs", "the giver's KV layout is another one")
+        if offer.read_grant and not offer.endpoint:
+            return _refuse(offer, "not_linked", "the giver's card names no KV port to fetch from")
         fresh = ids.grant_id()
         answer = self._scheduler.reserve(offer, fresh, now)
         if not answer.grant:
@@ -89,28 +102,33 @@ class TakingAgent:
             block_size=size,
             num_held_blocks=answer.num_held_blocks * pieces,
             num_blocks=-(-length // size),
+            endpoints=(self._transport.endpoint,),
         )
-        if (
-            answer.grant == fresh
-        ):  # a repeated offer gets the grant it has, which may be in use or closed already
-            self._taking[answer.grant] = (
-                submission.request_id,
-                submission.attempt,
-                offer.giver_incarnation,
+        if answer.grant == fresh:
+            self._open(offer, answer, pieces, self._transport)
+        # a repeated offer gets the grant it has, which may be in use or closed already
+        taking = self._taking.get(answer.grant)
+        return dataclasses.replace(answer, stream=taking.stream if taking is not None else 0)
+
+    def _open(self, offer: Offer, answer: OfferAnswer, pieces: int, transport: KvTransport) -> None:
+        """pieces: of one of our blocks, as the grant counts."""
+        submission = offer.submission
+        blocks = in_pieces(self._scheduler.reserved_blocks(submission.request_id), pieces)
+        stream = transport.open_grant(
+            TakerGrant(
+                grant=answer.grant,
+                peer_incarnation=offer.giver_incarnation,
+                block_size=answer.block_size,
+                block_ids=blocks[: answer.num_blocks],
+                first_wanted=answer.num_held_blocks,
+                prompt_digest=prompt_digest(submission.prompt_ids + submission.generated_ids),
+                source=offer.endpoint if offer.read_grant else "",
+                read_grant=offer.read_grant,
             )
-            self._transport.open_grant(
-                TakerGrant(
-                    grant=answer.grant,
-                    peer_incarnation=offer.giver_incarnation,
-                    block_size=size,
-                    block_ids=in_pieces(
-                        self._scheduler.reserved_blocks(submission.request_id), pieces
-                    )[: answer.num_blocks],
-                    first_wanted=answer.num_held_blocks,
-                    prompt_digest=prompt_digest(submission.prompt_ids + submission.generated_ids),
-                )
-            )
-        return dataclasses.replace(answer, endpoints=(self._transport.endpoint,))
+        )
+        self._taking[answer.grant] = _Taking(
+            submission.request_id, submission.attempt, offer.giver_incarnation, stream
+        )
 
     def on_first_tokens(self, command: m.FirstTokens, now: float) -> None:
         """D: first tokens sampled by P."""
@@ -126,9 +144,9 @@ class TakingAgent:
 
     def on_peer_gone(self, command: m.PeerGone, now: float) -> None:
         """D: the reservations of a giver end."""
-        for request_id, attempt, peer in list(self._taking.values()):
-            if peer == command.incarnation:
-                self._scheduler.on_reservation_lost(request_id, attempt, now)
+        for taking in list(self._taking.values()):
+            if taking.peer == command.incarnation:
+                self._scheduler.on_reservation_lost(taking.request_id, taking.attempt, now)
 
     def revoke_ended(self) -> None:
         """Reservations that will never run: take open grants back, blocks follow with RELEASED; and say so."""

@@ -7,6 +7,7 @@ Generations in relayed mode). It decides nothing about requests; the engine does
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -84,13 +85,20 @@ class ControlService:
 
     async def add_new_requests(self, offers: list[Offer]) -> list[OfferAnswer]:
         """A giver's offers, put before our engine."""
-        known = [offer for offer in offers if offer.giver_incarnation in self._givers]
+        known = [
+            self._with_source(offer) for offer in offers if offer.giver_incarnation in self._givers
+        ]
         answers: dict[tuple[str, int], OfferAnswer] = {}
         if known:
             # a giver that hangs up meanwhile changes nothing: what the engine says still has to be heard
             asking = self._tasks.start(self._ask_engine(known), name="offers")
             answers = await asyncio.shield(asking)
         return [answers.get(_key(offer.submission)) or _not_linked(offer) for offer in offers]
+
+    def _with_source(self, offer: Offer) -> Offer:
+        """What is fetched is fetched from where the giver's signed card says."""
+        addrs = self._givers[offer.giver_incarnation].addrs
+        return dataclasses.replace(offer, endpoint=addrs[0] if addrs else "")
 
     async def _ask_engine(self, offers: list[Offer]) -> dict[tuple[str, int], OfferAnswer]:
         """Outlets are open before the engine is asked, and closed again for what it refuses."""
@@ -140,14 +148,16 @@ class ControlService:
         self._refused[giver.name] = reason
         raise LayoutMismatch(reason)
 
-    async def probe_peer(self, card_json: bytes) -> LinkHealth:
-        """Try our KV link to this decode instance. Raises DeadlineExceeded when our engine is too busy to say."""
-        taker = card_from_json(card_json, card_key(self._cluster_key))
-        if not taker.addrs:
-            return LinkHealth(works=False, reason=f"{taker.name} has no KV port")
-        block_size = min(taker.block_size, self._card().block_size)
+    async def probe_peer(self, card_json: bytes, fetch: bool) -> LinkHealth:
+        """Try our KV link to this peer: push to a decode instance, or fetch from a prefill instance. Raises DeadlineExceeded when our
+        engine is too busy to say.
+        """
+        peer = card_from_json(card_json, card_key(self._cluster_key))
+        if not peer.addrs:
+            return LinkHealth(works=False, reason=f"{peer.name} has no KV port")
+        block_size = min(peer.block_size, self._card().block_size)
         found = await self._engine.probe(
-            taker.addrs[0], taker.incarnation_id, block_size, timeout_s=_ENGINE_TIMEOUT_S
+            peer.addrs[0], peer.incarnation_id, block_size, fetch, timeout_s=_ENGINE_TIMEOUT_S
         )
         return LinkHealth(
             works=found.works,

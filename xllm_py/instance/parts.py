@@ -244,6 +244,7 @@ def make_card(parts: Parts, identity: Identity, control_port: int, state: str) -
         enable_chunked_prefill=config.engine.scheduler.enable_chunked_prefill,
         max_seqs=config.engine.scheduler.max_seqs_per_batch,
         numerics_fingerprint=ready.numerics_fingerprint,
+        kv_cache_transfer_mode="PULL" if config.engine.scheduler.kv_pull else "PUSH",
     )
 
 

@@ -136,7 +136,7 @@ class Links:
         if pair.state is not PairState.LINKED:
             await self._peers.of(decode.card).link_instance(prefill.raw_card)
         try:
-            health = await self._peers.of(prefill.card).probe_peer(decode.raw_card)
+            health = await self._probe(prefill, decode)
         except XllmError:
             if pair.state is not PairState.LINKED:
                 raise
@@ -146,6 +146,12 @@ class Links:
             pair.reason = inexact(prefill.card, decode.card)
         else:
             pair.health, pair.state, pair.reason = None, PairState.BROKEN, health.reason
+
+    async def _probe(self, prefill: Member, decode: Member) -> LinkHealth:
+        """By the side that connects."""
+        if prefill.card.kv_cache_transfer_mode == "PULL":
+            return await self._peers.of(decode.card).probe_peer(prefill.raw_card, fetch=True)
+        return await self._peers.of(prefill.card).probe_peer(decode.raw_card)
 
     def _show(self, pair: Pair) -> None:
         names = (pair.prefill.card.name, pair.decode.card.name)

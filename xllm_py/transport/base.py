@@ -25,6 +25,8 @@ class TakerGrant:
     block_ids: tuple[int, ...]  # relative block i is block_ids[i]
     first_wanted: int  # relative blocks before this one are already held and must not be written
     prompt_digest: bytes  # base.hashing.prompt_digest of the prompt, 16 bytes
+    source: str = ""  # host:port of the giver's KV listener: connect there and fetch; empty: the giver connects and pushes
+    read_grant: bytes = b""  # what allows that: 16 random bytes of the giver's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +34,12 @@ class GiverGrant:
     """P's side of a grant."""
 
     grant: bytes
-    endpoint: str  # host:port of the peer's KV listener
+    endpoint: str  # host:port of the peer's KV listener; not used when the peer fetches
     peer_incarnation: str
     block_size: int  # tokens of the blocks that are pushed, ours or a part of ours: the smaller one of both sides
     prompt_digest: bytes
+    read_grant: bytes = b""  # our word that the peer may read, 16 random bytes: nothing is sent before it fetches. Empty: push
+    stream: int = 0  # over which of its links it fetches
 
 
 class KvEventKind(Enum):
@@ -43,7 +47,7 @@ class KvEventKind(Enum):
 
     RECEIVING = "receiving"  # taker: blocks keep coming; told about once a second
     LANDED = "landed"  # taker: COMMIT verified, every wanted block is in place
-    ACKNOWLEDGED = "acknowledged"  # giver: the peer said LANDED; of a probe: it has arrived
+    ACKNOWLEDGED = "acknowledged"  # giver: the peer said LANDED; of a probe, for who asked for it: it has arrived
     FAILED = "failed"  # either side: this grant is dead; `text` says why
     RELEASED = "released"  # taker: after `revoke`, nothing can be written under the grant any more
 
@@ -73,8 +77,10 @@ class KvTransport(Protocol):
         """A file descriptor that becomes readable when `poll` has something to tell."""
         ...
 
-    def open_grant(self, grant: TakerGrant) -> None:
-        """Taker: from now on the named peer may write the named blocks. Raises ValueError for a block size that is no part of ours."""
+    def open_grant(self, grant: TakerGrant) -> int:
+        """Taker: from now on the named peer may write the named blocks; with a `source` they are fetched from there, over the stream
+        that is returned. Raises ValueError for a block size that is no part of ours.
+        """
         ...
 
     def revoke(self, grant: bytes) -> None:
@@ -99,11 +105,12 @@ class KvTransport(Protocol):
         """Giver: everything has been pushed; ask the peer to verify. ACKNOWLEDGED or FAILED follows."""
         ...
 
-    def probe(self, probe: GiverGrant, num_bytes: int) -> None:
+    def probe(self, probe: GiverGrant, num_bytes: int, *, fetch: bool = False) -> None:
         """Giver: send so many bytes (at most 4 MiB) that are checked and thrown away there, on the way that blocks take.
+        fetch: taker: have the peer send them to us, on the way that fetched blocks take.
 
         `probe.grant` is a name of 16 random bytes, no grant of the peer. ACKNOWLEDGED (`seconds` is the round trip) or FAILED
-        follows; `abandon` ends it too.
+        follows.
         """
         ...
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from xllm_py.core.kv_memory import KvMemory
@@ -95,6 +96,33 @@ class Taking:
         """Lock held. Nothing can land under this grant any more."""
         self._arrivals.pop(grant, None)
         self.events.put(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=text))
+
+    def num_open(self, grants: Iterable[bytes]) -> int:
+        """How many of them wait for blocks."""
+        with self.lock:
+            return sum(self.grants.is_open(grant) for grant in grants)
+
+    def not_landed(self, grants: Iterable[bytes], peer: str) -> list[bytes]:
+        """Those of them that this peer was given and has not filled, be they open or taken back."""
+        ended = (None, GrantState.COMMITTED, GrantState.FAILED)
+        with self.lock:
+            return [grant for grant in grants if self.grants.state(grant, peer) not in ended]
+
+    def probed(self, name: bytes, num_bytes: int, seconds: float) -> None:
+        """A probe that we fetched has come."""
+        self.events.put(
+            KvEvent(kind=KvEventKind.ACKNOWLEDGED, grant=name, num_bytes=num_bytes, seconds=seconds)
+        )
+
+    def fetching_failed(self, grants: Iterable[bytes], probes: Iterable[bytes], text: str) -> None:
+        """What we ask a giver for will not come."""
+        self.counts.add("failures")
+        with self.lock:
+            for grant in grants:
+                if self.grants.fail(grant):
+                    self.failed(grant, text)
+        for name in probes:
+            self.events.put(KvEvent(kind=KvEventKind.FAILED, grant=name, text=text))
 
     def link_lost(self, peer: str, text: str) -> None:
         """The last link of this peer broke: what it had begun will not be finished."""

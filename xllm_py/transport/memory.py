@@ -6,9 +6,8 @@ test decides when; `Faults` says what happens to them on the way. Frames, sessio
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from xllm_py.base.clock import Clock
 from xllm_py.base.hashing import payload_checksum
@@ -16,8 +15,9 @@ from xllm_py.core.kv_memory import PARTS, KvMemory
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.kv_events import Counts, EventQueue
 from xllm_py.transport.kv_taking import Taking
+from xllm_py.transport.memory_queue import Sending, Sent
 from xllm_py.wire import codec, kv_session
-from xllm_py.wire.codec import FrameLog, Header, Reason
+from xllm_py.wire.codec import Header, Reason
 from xllm_py.wire.kv_handshake import Identity
 from xllm_py.wire.kv_session import GiverSession, Take
 from xllm_py.wire.kv_taker import TakerSession
@@ -59,19 +59,6 @@ class MemoryNetwork:
             link.move(self.clock.now())
 
 
-@dataclass(slots=True)
-class _Giving:
-    grant: GiverGrant
-    since_s: float
-    ready_s: float | None = None  # when COMMIT was asked for
-    committed_s: float | None = None
-    frames: FrameLog = field(default_factory=FrameLog)
-
-
-# due, grant, layer, first, blocks (none: COMMIT, or with layer -1 a probe of `first` bytes)
-_Item = tuple[float, bytes, int, int, tuple[int, ...]]
-
-
 class _Link:
     """Both ends of one connection."""
 
@@ -81,8 +68,7 @@ class _Link:
         self.giver, self.taker = giver, taker
         self.memory = giver.memory.at(peer.block_size)
         self.faults = giver.network.faults(giver.incarnation, taker.incarnation)
-        self.givings: dict[bytes, _Giving] = {}
-        self.queue: deque[_Item] = deque()
+        self.sending = Sending()
         self.open = True
         self._out = GiverSession(giver.identity(peer.block_size), peer.peer_incarnation)
         self._in = TakerSession(taker.identity(), taker.taking.grants)
@@ -96,8 +82,10 @@ class _Link:
             return
         self.open = False
         self.giver.network.links.remove(self)
-        for grant in self.givings:
-            self.giver.failed(grant, reason)
+        for grant in list(self.sending.givings):
+            asker = self.taker if grant in self.taker.probes else self.giver
+            self.giver.abandon(grant)
+            asker.failed(grant, reason)
         if self._known:
             self.taker.taking.link_lost(self.giver.incarnation, reason)
 
@@ -107,9 +95,8 @@ class _Link:
             refusal = self._shake_hands()
             if refusal is not None:
                 self.end(codec.TEXTS[refusal])
-        while self.open and self.queue and self.queue[0][0] <= now:
-            _, grant, layer, first, block_ids = self.queue.popleft()
-            giving = self.givings[grant]
+        while self.open and (found := self.sending.next(now)) is not None:
+            giving, (_, grant, layer, first, block_ids) = found
             if layer < 0:
                 giving.committed_s, payload = now, bytes(first)
                 self._carry(self._out.probe(grant, first, payload_checksum(payload)), payload)
@@ -118,7 +105,7 @@ class _Link:
                 payload = giving.frames.commit_payload(giving.grant.prompt_digest)
                 self._carry(self._out.commit(grant, payload, payload_checksum(payload)), payload)
             for part in range(PARTS if block_ids else 0):
-                if not self.open or grant not in self.givings:
+                if not self.open or grant not in self.sending.givings:
                     break
                 payload = b"".join(self.memory.spans(layer, part, block_ids))
                 checksum = payload_checksum(payload)
@@ -126,9 +113,7 @@ class _Link:
                 giving.frames.sent(header)
                 self.giver.counts.add("bytes_sent", header.length)
                 self._carry(data, payload)
-        if any(
-            now - each.committed_s > ACK_S for each in self.givings.values() if each.committed_s
-        ):
+        if self.sending.is_overdue(now - ACK_S):
             self.end("the peer did not acknowledge")
 
     def _shake_hands(self) -> Reason | None:
@@ -180,6 +165,8 @@ class _Link:
 
     def _answer(self, result: kv_session.Result | kv_session.Asked | kv_session.Closed) -> None:
         match result:  # a link in memory never comes back after it broke, so its giver never asks
+            case kv_session.Probed(probe=probe) if self.taker.on_probed(probe):
+                self.giver.abandon(probe)
             case kv_session.Probed(probe=probe):
                 self._reply(self._in.arrived(probe))
             case kv_session.Landed(grant=grant):
@@ -200,8 +187,8 @@ class _Link:
         if self.faults.lose_replies:
             return
         match self._out.on_header(data):
-            case kv_session.Acknowledged(grant=grant) if grant in self.givings:
-                giving = self.givings.pop(grant)
+            case kv_session.Acknowledged(grant=grant) if grant in self.sending.givings:
+                giving = self.sending.givings.pop(grant)
                 now = self.giver.network.clock.now()
                 self.giver.end_grant(
                     KvEvent(
@@ -212,16 +199,11 @@ class _Link:
                         exposed_s=now - (giving.ready_s or now),
                     )
                 )
-            case kv_session.Refused(grant=grant, reason=reason) if grant in self.givings:
-                self.drop(grant)
+            case kv_session.Refused(grant=grant, reason=reason) if grant in self.sending.givings:
+                self.sending.drop(grant)
                 self.giver.failed(grant, codec.TEXTS[reason])
             case kv_session.Closed(reason=reason):
                 self.end(codec.TEXTS[reason])
-
-    def drop(self, grant: bytes) -> None:
-        """Send nothing more of it."""
-        self.givings.pop(grant, None)
-        self.queue = deque(item for item in self.queue if item[1] != grant)
 
 
 class MemoryKvTransport:
@@ -240,6 +222,8 @@ class MemoryKvTransport:
         self._events = EventQueue()
         self.taking = Taking(memory=memory, events=self._events, counts=self.counts)
         self._by_grant: dict[bytes, _Link] = {}
+        self.fetched: set[bytes] = set()  # read grants of ours that were asked for
+        self.probes: dict[bytes, tuple[int, float]] = {}  # that we fetch: bytes, when asked for
         self._closed = False
         self.endpoint = f"127.0.0.1:{network.fresh()}"  # as an address in a card
         network.listeners[self.endpoint] = self
@@ -260,18 +244,40 @@ class MemoryKvTransport:
         self.end_grant(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=text))
 
     def end_grant(self, event: KvEvent) -> None:
-        """Giver: a grant has ended, well or not."""
+        """Giver: a grant has ended, well or not. Either side: so has a probe of its own."""
         self._by_grant.pop(event.grant, None)
+        self.probes.pop(event.grant, None)
         self._events.put(event)
+
+    def on_probed(self, name: bytes) -> bool:
+        """Taker: a probe came. Whether it is one that we fetched, which is told here and not to the giver."""
+        num_bytes, asked_s = self.probes.pop(name, (0, 0.0))
+        if num_bytes:
+            self.taking.probed(name, num_bytes, self.network.clock.now() - asked_s)
+        return num_bytes > 0
 
     @property
     def wake_fd(self) -> int:
         """See KvTransport."""
         return self._events.wake.fd
 
-    def open_grant(self, grant: TakerGrant) -> None:
+    def open_grant(self, grant: TakerGrant) -> int:
         """See KvTransport."""
         self.taking.open(grant)
+        if grant.source:
+            giver = self.network.listeners.get(grant.source)
+            if giver is None or giver.incarnation != grant.peer_incarnation:
+                self.taking.fetching_failed([grant.grant], [], "the giver is not there")
+            else:
+                giver.on_fetch(grant.read_grant, self)
+        return 0
+
+    def on_fetch(self, read_grant: bytes, taker: MemoryKvTransport) -> None:
+        """Giver: a taker asks, perhaps before we have its grant."""
+        self.fetched.add(read_grant)
+        for link in self.network.links:
+            if link.giver is self and link.taker is taker:
+                link.sending.fetch(read_grant)
 
     def revoke(self, grant: bytes) -> None:
         """See KvTransport."""
@@ -281,16 +287,29 @@ class MemoryKvTransport:
         """See KvTransport."""
         self._assign(grant)
 
-    def probe(self, probe: GiverGrant, num_bytes: int) -> None:
+    def probe(self, probe: GiverGrant, num_bytes: int, *, fetch: bool = False) -> None:
         """See KvTransport."""
+        if not fetch:
+            self.send_probe(probe, num_bytes)
+            return
+        giver = self.network.listeners.get(probe.endpoint)
+        if giver is None or giver.incarnation != probe.peer_incarnation:
+            self.failed(probe.grant, "the peer is another process than the one expected")
+            return
+        self.probes[probe.grant] = (num_bytes, self.network.clock.now())
+        asked = replace(probe, endpoint=self.endpoint, peer_incarnation=self.incarnation)
+        giver.send_probe(asked, num_bytes)
+
+    def send_probe(self, probe: GiverGrant, num_bytes: int) -> None:
+        """Giver: whoever asked for it."""
         link = self._assign(probe)
         if link is not None:
             due = self.network.clock.now() + link.faults.delay_s
-            link.queue.append((due, probe.grant, -1, num_bytes, ()))
+            link.sending.put((due, probe.grant, -1, num_bytes, ()))
 
     def _assign(self, grant: GiverGrant) -> _Link | None:
         """To the link of its peer, a new one when there is none."""
-        taker = self.network.listeners.get(grant.endpoint)
+        taker = self._taker_of(grant)
         if taker is None:
             self.failed(grant.grant, "nobody listens there")
             return None
@@ -300,9 +319,18 @@ class MemoryKvTransport:
         else:
             link = _Link(self, taker, grant)
             self.network.links.append(link)
-        link.givings[grant.grant] = _Giving(grant, self.network.clock.now())
+        wanted = not grant.read_grant or grant.read_grant in self.fetched
+        link.sending.givings[grant.grant] = Sent(grant, self.network.clock.now(), wanted=wanted)
+        self.fetched.discard(grant.read_grant)
         self._by_grant[grant.grant] = link
         return link
+
+    def _taker_of(self, grant: GiverGrant) -> MemoryKvTransport | None:
+        """One that fetches names no endpoint."""
+        if not grant.read_grant:
+            return self.network.listeners.get(grant.endpoint)
+        takers = self.network.listeners.values()
+        return next((each for each in takers if each.incarnation == grant.peer_incarnation), None)
 
     def push(
         self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]
@@ -315,20 +343,20 @@ class MemoryKvTransport:
         for start in range(0, len(block_ids), step):
             due = self.network.clock.now() + link.faults.delay_s
             blocks = block_ids[start : start + step]
-            link.queue.append((due, grant, layer, first_relative + start, blocks))
+            link.sending.put((due, grant, layer, first_relative + start, blocks))
 
     def commit(self, grant: bytes) -> None:
         """See KvTransport."""
         link, now = self._by_grant.get(grant), self.network.clock.now()
         if link is not None:
-            link.givings[grant].ready_s = now
-            link.queue.append((now + link.faults.delay_s, grant, 0, 0, ()))
+            link.sending.givings[grant].ready_s = now
+            link.sending.put((now + link.faults.delay_s, grant, 0, 0, ()))
 
     def abandon(self, grant: bytes) -> None:
         """See KvTransport."""
         link = self._by_grant.pop(grant, None)
         if link is not None:
-            link.drop(grant)
+            link.sending.drop(grant)
 
     def poll(self) -> list[KvEvent]:
         """See KvTransport."""

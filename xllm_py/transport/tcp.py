@@ -2,37 +2,43 @@
 
 Made by engine/__main__ and used by engine/handoff_agent from the engine's thread; the bytes move in threads of their own
 (tcp_giver: one per peer we give to; tcp_taker: a listener, and one per peer that gives to us). What moves is decided by the
-grants alone; nothing here knows requests.
+grants alone; nothing here knows requests. A peer that fetches (PULL) connects to the giver's listener: tcp_fetching and tcp_callers.
 """
 
 from __future__ import annotations
 
-import errno
 import secrets
 import socket
+import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 from xllm_py.base import log
 from xllm_py.base.clock import Clock, RealClock
 from xllm_py.base.errors import LayoutMismatch, PortInUse, UsageError
-from xllm_py.base.ports import port_taken
 from xllm_py.core.kv_memory import KvMemory
-from xllm_py.transport import shm
+from xllm_py.transport import shm, tcp_handshake, tcp_listener
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.kv_events import Counts, EventQueue
 from xllm_py.transport.kv_taking import Taking
+from xllm_py.transport.tcp_accepted import Host
+from xllm_py.transport.tcp_callers import Awaited, Callers
+from xllm_py.transport.tcp_fetching import FetchLink
 from xllm_py.transport.tcp_giver import GiverLink
-from xllm_py.transport.tcp_handshake import Way
+from xllm_py.transport.tcp_handshake import GiverEnd, Hold, Pause, Way
 from xllm_py.transport.tcp_listener import Listener
 from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec
 from xllm_py.wire.kv_handshake import Identity
 from xllm_py.wire.kv_session import GiverSession
+from xllm_py.wire.kv_taker import TakerSession
 
 _log = log.get(__name__)
 
-_BACKLOG = 128
-_PORTS_TO_TRY = 1000
 MIN_KEY_BYTES = 16
+
+Link = TypeVar("Link", GiverLink, FetchLink)
+Place = tuple[str, str, int]  # endpoint ("" when the peer fetches), incarnation, stream
 
 
 class TcpKvTransport:
@@ -85,18 +91,23 @@ class TcpKvTransport:
         self._num_streams = num_streams
         self._tls = tls
         self._shared = shared_memory and shm.supported()
-        self._links: dict[tuple[str, str, int], GiverLink] = {}
+        self._lock = (
+            threading.Lock()
+        )  # guards the two below: the listener's threads add links for takers that call
+        self._closed = False
+        self._links: dict[Place, GiverLink] = {}
+        self._fetchers: dict[Place, FetchLink] = {}
+        self._callers = Callers(self._clock)
         self._by_grant: dict[bytes, GiverLink] = {}
         self._taking = Taking(memory=memory, events=self._events, counts=self._counts)
         self._listener: Listener | None = None
         self._endpoint = ""
-        self._closed = False
         if listen:
             self._listen(host, port, port_may_move)
 
     def _listen(self, host: str, port: int, may_move: bool) -> None:
         try:
-            sock = _bind(host, port, may_move)
+            sock = tcp_listener.bind(host, port, may_move)
         except PortInUse:
             self._events.wake.close()
             raise
@@ -104,14 +115,16 @@ class TcpKvTransport:
         self._endpoint = f"{shown}:{sock.getsockname()[1]}"
         socks = [sock]
         if self._shared:
-            socks.append(_bind_here(sock.getsockname()[1], self._incarnation))
-        self._listener = Listener(
-            socks=socks,
-            taking=self._taking,
+            socks.append(tcp_listener.bind_here(sock.getsockname()[1], self._incarnation))
+        shared = Host(
             make_identity=self._identity,
+            taking=self._taking,
+            callers=self._callers,
+            on_call=self._on_call,
             clock=self._clock,
             tls=self._tls,
         )
+        self._listener = Listener(socks, shared)
 
     def _identity(self, stream: int = 0, block_size: int = 0) -> Identity:
         layout = self._memory.layout
@@ -133,9 +146,19 @@ class TcpKvTransport:
         """See KvTransport."""
         return self._events.wake.fd
 
-    def open_grant(self, grant: TakerGrant) -> None:
+    def open_grant(self, grant: TakerGrant) -> int:
         """See KvTransport. Raises IndexError for blocks outside the cache, ValueError for a grant opened before."""
         self._taking.open(grant)
+        if not grant.source:
+            return 0
+        place = self._place(self._fetchers, grant.source, grant.peer_incarnation)
+        try:
+            self._ask(
+                place, grant.block_size, lambda link: link.fetch(grant.grant, grant.read_grant)
+            )
+        except (OSError, RuntimeError) as error:
+            self._taking.fetching_failed([grant.grant], [], f"no KV link can be made: {error}")
+        return place[2]
 
     def revoke(self, grant: bytes) -> None:
         """See KvTransport."""
@@ -145,32 +168,79 @@ class TcpKvTransport:
         """See KvTransport."""
         self._assign(grant, 0)
 
-    def probe(self, probe: GiverGrant, num_bytes: int) -> None:
+    def probe(self, probe: GiverGrant, num_bytes: int, *, fetch: bool = False) -> None:
         """See KvTransport."""
-        self._assign(probe, num_bytes)
+        if not fetch:
+            self._assign(probe, num_bytes)
+            return
+        place = self._place(self._fetchers, probe.endpoint, probe.peer_incarnation)
+        try:
+            self._ask(place, probe.block_size, lambda link: link.probe(probe.grant, num_bytes))
+        except (OSError, RuntimeError) as error:
+            self._taking.fetching_failed([], [probe.grant], f"no KV link can be made: {error}")
+
+    def _ask(self, place: Place, block_size: int, ask: Callable[[FetchLink], bool]) -> None:
+        """Over a link to this giver, a new one when there is none or it has ended. Raises OSError, RuntimeError."""
+        link = self._fetchers.get(place)
+        if link is not None and ask(link):
+            return
+        self._sweep()
+        endpoint, peer, stream = place
+        link = FetchLink(
+            way=self._way(endpoint, peer),
+            peer=peer,
+            make_session=lambda: TakerSession(
+                self._identity(stream, block_size), self._taking.grants, calls=peer
+            ),
+            taking=self._taking,
+            clock=self._clock,
+        )
+        ask(link)
+        link.start()
+        self._fetchers[place] = link
 
     def _assign(self, grant: GiverGrant, probe_bytes: int) -> None:
         """To a link of its peer, a new one when there is none or it has ended."""
-        place = (grant.endpoint, grant.peer_incarnation, self._stream_for(grant))
-        link = self._links.get(place)
-        if link is None or not link.add(grant, probe_bytes):
-            self._sweep()
+        place = ("", grant.peer_incarnation, grant.stream)
+        if not grant.read_grant:
+            place = self._place(self._links, grant.endpoint, grant.peer_incarnation)
+        self._sweep()
+        with self._lock:
+            link = self._links.get(place)
+            if link is None or not link.add(grant, probe_bytes):
+                try:
+                    link = self._open_link(place, grant.block_size)
+                    link.add(grant, probe_bytes)
+                    link.start()
+                except (OSError, RuntimeError) as error:  # no descriptor, no thread
+                    self._fail(grant.grant, f"no KV link can be made: {error}")
+                    return
+                self._links[place] = link
+            self._by_grant[grant.grant] = link
+
+    def _on_call(self, session: GiverSession) -> None:
+        """A listener's thread: a taker has called. Its link serves it from now on, before there is a grant for it too."""
+        place = ("", *session.place)
+        with self._lock:
+            link = self._links.get(place)
+            if self._closed or (link is not None and link.expect_call()):
+                return
+            if link is not None:
+                link.close()
+                del self._links[place]
             try:
-                link = self._open_link(grant, place[2])
-                link.add(grant, probe_bytes)
+                link = self._open_link(place, session.block_size)
                 link.start()
-            except (OSError, RuntimeError) as error:  # no descriptor, no thread
-                self._fail(grant.grant, f"no KV link can be made: {error}")
+            except (OSError, RuntimeError) as error:
+                _log.warning("no KV link can be made", peer=session.place[0], reason=str(error))
                 return
             self._links[place] = link
-        self._by_grant[grant.grant] = link
 
-    def _stream_for(self, grant: GiverGrant) -> int:
+    def _place(self, links: dict[Place, Link], endpoint: str, peer: str) -> Place:
         """All frames of a grant go over one link, the one with the fewest grants; a further one is opened when all are busy."""
-        peer = (grant.endpoint, grant.peer_incarnation)
-        links = [self._links.get((*peer, stream)) for stream in range(self._num_streams)]
-        loads = [len(link) if link is not None else 0 for link in links]
-        return loads.index(min(loads))
+        found = [links.get((endpoint, peer, stream)) for stream in range(self._num_streams)]
+        loads = [len(link) if link is not None else 0 for link in found]
+        return endpoint, peer, loads.index(min(loads))
 
     def _fail(self, grant: bytes, text: str) -> None:
         self._counts.add("failures")
@@ -179,22 +249,34 @@ class TcpKvTransport:
 
     def _sweep(self) -> None:
         """Give back what ended links still hold."""
-        for key, link in list(self._links.items()):
-            if link.ended:
-                link.close()
-                del self._links[key]
+        with self._lock:
+            _close_ended(self._links)
+        _close_ended(self._fetchers)
 
-    def _open_link(self, peer: GiverGrant, stream: int) -> GiverLink:
+    def _way(self, endpoint: str, peer: str) -> Way:
+        return Way(endpoint=endpoint, tls=self._tls, shared=peer if self._shared else "")
+
+    def _open_link(self, place: Place, block_size: int) -> GiverLink:
+        endpoint, peer, stream = place
+
+        def shake(sock: socket.socket) -> GiverEnd:
+            session = GiverSession(self._identity(stream, block_size), peer)
+            return tcp_handshake.as_giver(sock, session, clock=self._clock)
+
+        def dial(hold: Hold, pause: Pause, again: bool) -> GiverEnd:
+            return tcp_handshake.dial(
+                self._way(endpoint, peer),
+                shake,
+                clock=self._clock,
+                hold=hold,
+                pause=pause,
+                again=again,
+            )
+
         return GiverLink(
-            way=Way(
-                endpoint=peer.endpoint,
-                tls=self._tls,
-                shared=peer.peer_incarnation if self._shared else "",
-            ),
-            make_session=lambda: GiverSession(
-                self._identity(stream, peer.block_size), peer.peer_incarnation
-            ),
-            memory=self._memory.at(peer.block_size),
+            peer=endpoint or peer,
+            opening=dial if endpoint else Awaited(self._callers, (peer, stream)),
+            memory=self._memory.at(block_size),
             events=self._events,
             counts=self._counts,
             clock=self._clock,
@@ -231,63 +313,42 @@ class TcpKvTransport:
             self._sweep()
         return events
 
+    def _made(self) -> list[GiverLink | FetchLink]:
+        with self._lock:
+            return [*self._links.values(), *self._fetchers.values()]
+
     def ledger(self) -> dict[str, int]:
         """See KvTransport."""
-        given = sum(not link.ended for link in self._links.values())
+        given = sum(not link.ended for link in self._made())
         taken = self._listener.num_links if self._listener is not None else 0
         with self._taking.lock:
             opened = len(self._taking.grants)
         return {
             "grants_open": opened,
             "grants_given": len(self._by_grant),
-            "links": given + taken,
+            "links": given + taken + len(self._callers),
             **self._counts.read(),
         }
 
     def close(self) -> None:
         """See KvTransport."""
-        if self._closed:
-            return
-        self._closed = True
-        for link in self._links.values():
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for link in self._made():
             link.close()
         if self._listener is not None:
             self._listener.close()
+        self._callers.close()
         self._links.clear()
+        self._fetchers.clear()
         self._by_grant.clear()
         self._events.wake.close()
 
 
-def _bind_here(port: int, incarnation: str) -> socket.socket:
-    """The Unix socket over which peers of this host hand their shared memory."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.bind(shm.address_of(port, incarnation))
-        sock.listen(_BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise PortInUse(f"no Unix socket for shared memory: {error.strerror}") from error
-    return sock
-
-
-def _bind(host: str, port: int, may_move: bool) -> socket.socket:
-    """A listening socket on `port`, or on the next free one. Raises PortInUse."""
-    tries = _PORTS_TO_TRY if may_move and port else 1
-    for candidate in range(port, min(port + tries, 65536)):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, candidate))
-            sock.listen(_BACKLOG)
-        except OSError as error:
-            sock.close()
-            if error.errno != errno.EADDRINUSE:
-                raise PortInUse(
-                    f"cannot listen for KV on {host}:{candidate}: {error.strerror}"
-                ) from error
-            continue
-        if candidate != port and port:
-            _log.warning("KV port is taken, moved on", port=port, took=candidate)
-        return sock
-    raise port_taken(port, "--transfer_listen_port")
+def _close_ended(links: dict[Place, Link]) -> None:
+    for place, link in list(links.items()):
+        if link.ended:
+            link.close()
+            del links[place]

@@ -1,8 +1,9 @@
-"""P's end of one KV link over TCP: a thread that connects, proves itself, and sends what the engine thread queues.
+"""P's end of one KV link over TCP: a thread that sends what the engine thread queues.
 
 Shared by many grants to one peer. The engine thread queues (grant, layer, blocks) and goes on; this thread computes the
 checksums and hands the cache's own memory to the kernel. Made by transport/tcp. It copies no block, save the rest of a frame whose
-grant is abandoned meanwhile. A connection that breaks is opened again and the grants go on under it (transport/kv_giving).
+grant is abandoned meanwhile. It connects to the taker, or is called by it (PULL; tcp_callers). After a connection that broke comes
+another one and the grants go on under it (transport/kv_giving).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from xllm_py.base.clock import Clock
 from xllm_py.base.errors import InternalError
 from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import KvMemory
-from xllm_py.transport import tcp_handshake, tcp_socket
+from xllm_py.transport import tcp_socket
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind
 from xllm_py.transport.kv_events import Counts, EventQueue, Wake
 from xllm_py.transport.kv_giving import Giving, Givings, Item, frames_of
 from xllm_py.transport.shm import RingWriter
-from xllm_py.transport.tcp_handshake import Way
+from xllm_py.transport.tcp_handshake import GiverEnd, Hold, Pause
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import FrameType
@@ -33,8 +34,6 @@ ACK_S = 1.0  # a verified COMMIT is answered in microseconds; after so long the 
 ABANDON_S = 0.5  # how long `abandon` lets the thread come out of the kernel before it cuts the link
 BATCH_BYTES = codec.FRAME_BYTES  # frames that wait go out in one call, up to about so many bytes
 CUT_S = 10.0  # the kernel returns from a cut link at once; only a machine that starves the thread makes this last
-REOPEN_S = 0.25  # a connection that cannot be had within so long, and at the second try, has failed
-_FIRST_WAIT_S = 0.02  # between two tries, doubling
 _IDLE_MS = 250
 
 _log = log.get(__name__)
@@ -46,26 +45,26 @@ class GiverLink:
     def __init__(
         self,
         *,
-        way: Way,
-        make_session: Callable[[], GiverSession],
+        peer: str,
+        opening: Callable[[Hold, Pause, bool], GiverEnd],
         memory: KvMemory,
         events: EventQueue,
         counts: Counts,
         clock: Clock,
     ) -> None:
-        self._way, self._endpoint = way, way.endpoint
-        self._make_session = make_session
-        self._session = make_session()
+        """peer: what to call it in logs. opening: gives a connection, or another one after one that broke; or raises LinkBroken."""
+        self._peer = peer
+        self._opening = opening
         self.memory = memory
         self._events = events
         self._counts = counts
         self._clock = clock
-        self._ring: RingWriter | None = None  # where payloads go, when not over the socket
         self._state = threading.Condition()  # guards everything down to _ended
         self._givings = Givings()
         self._reading: set[bytes] = set()  # grants whose blocks the thread may be reading
         self._idle = False
         self._sock: socket.socket | None = None
+        self._called = False  # a taker's call is for us
         self._closing = False
         self._ended = False
         self._wake = Wake()
@@ -101,6 +100,12 @@ class GiverLink:
         if idle:
             self._wake.ring()
         return True
+
+    def expect_call(self) -> bool:
+        """The taker has called; False when the link has ended."""
+        with self._state:
+            self._called = not self._ended
+            return self._called
 
     def push(self, grant: bytes, layer: int, first: int, block_ids: tuple[int, ...]) -> None:
         """Queue blocks; passed over when the grant has ended."""
@@ -141,7 +146,7 @@ class GiverLink:
         self._wake.ring()
         self._thread.join(tcp_socket.HANDSHAKE_S + 1.0)
         if self._thread.is_alive():
-            _log.error("a KV link's thread does not end", endpoint=self._endpoint)
+            _log.error("a KV link's thread does not end", peer=self._peer)
             return
         self._wake.close()
 
@@ -154,101 +159,85 @@ class GiverLink:
 
     def _serve_grants(self) -> str:
         """Over one connection after the other. Returns why there is no next one."""
-        since, tries, cause = self._clock.now(), 0, ""
+        cause = ""
         while True:
-            opened = False
             try:
-                with self._connect() as sock:
-                    opened = True
-                    self._serve(sock)
+                end = self._opening(self._hold, self._pause, bool(cause))
+            except LinkBroken as broken:
+                return cause + self._named(broken.message)
+            way = "tcp" if end.ring is None else "shared memory"
+            _log.info("KV link open", peer=self._peer, way=way)
+            try:
+                self._serve(end)
                 return "closed"
             except LinkBroken as broken:
-                reason = broken.message
+                reason = self._named(broken.message)
             except OSError as error:
-                reason = f"KV link to {self._endpoint}: {error.strerror or error}"
-            if opened:
-                since, tries, cause = self._clock.now(), 0, f"{reason}; opened again: "
-                self._counts.add("links_broken")
-                self._fail(self._take_stock(), reason)
-            wait_s = _FIRST_WAIT_S * 2**tries
-            tries += 1
-            late = tries > 1 and self._clock.now() + wait_s - since > REOPEN_S
-            if late or not self._pause(wait_s):
-                return cause + reason
+                reason = self._named(error.strerror or str(error))
+            finally:
+                self._stop_reading()
+                end.close()
+            cause = f"{reason}; opened again: "
+            self._counts.add("links_broken")
+            self._fail(self._take_stock(), reason)
+
+    def _named(self, text: str) -> str:
+        return f"KV link to {self._peer}: {text}"
 
     def _take_stock(self) -> list[bytes]:
         """The connection broke: what was sent is to be sent again. Returns the grants that saw this too often."""
         with self._state:
             self._sock = None
-            self._let_go()
             return self._givings.reopened()
 
     def _pause(self, wait_s: float) -> bool:
-        """Before the next try; False when nobody waits for it."""
+        """Before a try; False when nobody waits for it."""
         with self._state:
             closing = self._state.wait_for(lambda: self._closing, wait_s)
-            if not len(self._givings):
+            if not len(self._givings) and not self._called:
                 self._ended = True  # nobody can add a grant to a link that is not tried any more
             return not closing and not self._ended
 
     def _end(self, reason: str) -> None:
         with self._state:
             self._ended, self._sock = True, None
-            self._let_go()
             lost = self._givings.clear()
             if self._closing:
                 lost = []
         self._fail(lost, reason)
 
-    def _let_go(self) -> None:
-        """Lock held. Of blocks, and of the ring of a connection that is over."""
-        self._reading.clear()
-        self._state.notify_all()
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
-
     def _fail(self, grants: list[bytes], reason: str) -> None:
         if grants:
             self._counts.add("failures")
-            _log.warning("KV link failed", endpoint=self._endpoint, reason=reason)
+            _log.warning("KV link failed", peer=self._peer, reason=reason)
         for grant in grants:
             self._events.put(KvEvent(kind=KvEventKind.FAILED, grant=grant, text=reason))
-
-    def _connect(self) -> socket.socket:
-        self._session = self._make_session()
-        sock, self._ring = tcp_handshake.call(
-            self._way, self._session, clock=self._clock, on_socket=self._hold
-        )
-        way = "tcp" if self._ring is None else "shared memory"
-        _log.info("KV link open", endpoint=self._endpoint, way=way)
-        return sock
 
     def _hold(self, sock: socket.socket) -> None:
         """From here on the engine thread can cut it."""
         with self._state:
-            self._sock = sock
+            self._sock, self._called = sock, False
             if self._closing:
                 raise LinkBroken("closed")
 
-    def _serve(self, sock: socket.socket) -> None:
-        poller = select.poll()
+    def _serve(self, end: GiverEnd) -> None:
+        sock, poller = end.sock, select.poll()
         poller.register(sock, select.POLLIN)
         poller.register(self._wake.fd, select.POLLIN)
         while True:
-            views, num_bytes = self._gather(sock)
+            views, num_bytes = self._gather(end)
             ready = dict(poller.poll(0 if views else _IDLE_MS))
             if self._wake.fd in ready:
                 self._wake.hush()
             if self._closing:
                 return
             if sock.fileno() in ready:
-                self._read_reply(sock)
+                self._read_reply(end)
             if views:
-                self._write(sock, views, num_bytes)
+                self._write(end, views, num_bytes)
             self._check_overdue(sock)
 
-    def _gather(self, sock: socket.socket) -> tuple[list[memoryview], int]:
+    def _gather(self, end: GiverEnd) -> tuple[list[memoryview], int]:
         """What goes over the socket of the next frames, of up to about BATCH_BYTES, and how many bytes that is; their grants are in
         _reading from here on. Payloads that go through shared memory are there when this returns.
         """
@@ -263,44 +252,46 @@ class GiverLink:
                 giving, item = found
                 if item.kind is FrameType.DATA:
                     self._reading.add(item.grant)
-            if item.kind is FrameType.DATA:
-                header, payload, size = self._data(giving, item)
-            else:
-                header, payload, size = self._question(giving, item)
+            make = self._data if item.kind is FrameType.DATA else self._question
+            header, payload, size = make(end.session, giving, item)
             views.append(memoryview(header))
             moved += codec.HEADER_BYTES + size
             num_bytes += codec.HEADER_BYTES
-            if self._ring is None:
+            if end.ring is None:
                 views += payload
                 num_bytes += size
             elif size:
-                self._await_room(self._ring, sock, size)
-                self._ring.put(payload, size)
+                self._await_room(end, end.ring, size)
+                end.ring.put(payload, size)
         return views, num_bytes
 
-    def _data(self, giving: Giving, item: Item) -> tuple[bytes, list[memoryview], int]:
+    def _data(
+        self, session: GiverSession, giving: Giving, item: Item
+    ) -> tuple[bytes, list[memoryview], int]:
         """Header, payload, and the payload's bytes."""
         _, grant, layer, part, first, block_ids = item
         giving.started_s = giving.started_s or self._clock.now()
         views = self.memory.spans(layer, part, block_ids)
         checksum = payload_checksum(*views)
-        header, data = self._session.data(grant, layer, part, first, len(block_ids), checksum)
+        header, data = session.data(grant, layer, part, first, len(block_ids), checksum)
         giving.frames.sent(header)
         self._counts.add("bytes_sent", header.length)
         return data, views, header.length
 
-    def _question(self, giving: Giving, item: Item) -> tuple[bytes, list[memoryview], int]:
+    def _question(
+        self, session: GiverSession, giving: Giving, item: Item
+    ) -> tuple[bytes, list[memoryview], int]:
         """COMMIT, RESUME or PROBE, which the taker answers; as `_data`."""
         giving.committed_s = self._clock.now()
         giving.started_s = giving.started_s or giving.committed_s
-        frame = memoryview(giving.question(self._session, item.kind))
+        frame = memoryview(giving.question(session, item.kind))
         header, payload = bytes(frame[: codec.HEADER_BYTES]), frame[codec.HEADER_BYTES :]
         return header, [payload], payload.nbytes
 
-    def _write(self, sock: socket.socket, views: list[memoryview], num_bytes: int) -> None:
+    def _write(self, end: GiverEnd, views: list[memoryview], num_bytes: int) -> None:
         try:
             tcp_socket.write_views(
-                sock,
+                end.sock,
                 views,
                 num_bytes,
                 clock=self._clock,
@@ -308,19 +299,19 @@ class GiverLink:
                 let_go=self._stop_reading,
             )
         except OSError:
-            self._hear_last_words(sock)
+            self._hear_last_words(end)
             raise
         finally:
             self._stop_reading()
 
-    def _await_room(self, ring: RingWriter, sock: socket.socket, size: int) -> None:
+    def _await_room(self, end: GiverEnd, ring: RingWriter, size: int) -> None:
         """Until the taker has taken enough out of the ring."""
         since = self._clock.now()
         while not ring.has_room(size):
-            if select.select([sock], [], [], tcp_socket.STALL_S)[0]:
-                self._read_reply(sock)
+            if select.select([end.sock], [], [], tcp_socket.STALL_S)[0]:
+                self._read_reply(end)
             if self._clock.now() - since > tcp_socket.STALL_S:  # also when it only talks
-                raise LinkBroken(f"KV link to {self._endpoint}: the peer takes no bytes")
+                raise LinkBroken("the peer takes no bytes")
 
     def _is_abandoned(self) -> bool:
         with self._state:
@@ -331,12 +322,12 @@ class GiverLink:
             self._reading.clear()
             self._state.notify_all()
 
-    def _hear_last_words(self, sock: socket.socket) -> None:
+    def _hear_last_words(self, end: GiverEnd) -> None:
         """The peer closed while we sent; what it said before tells why. Returns when it said nothing."""
         self._stop_reading()
         with contextlib.suppress(OSError):
             while True:
-                self._read_reply(sock)
+                self._read_reply(end)
 
     def _check_overdue(self, sock: socket.socket) -> None:
         """On a slow link the kernel holds bytes for long; while some are under way TCP itself sees to it that they move."""
@@ -346,33 +337,41 @@ class GiverLink:
         if not any(now - giving.committed_s > ACK_S for giving in waiting):
             return
         if not tcp_socket.num_under_way(sock):
-            raise LinkBroken(f"KV link to {self._endpoint}: no answer to COMMIT")
+            raise LinkBroken("no answer to COMMIT")
         for giving in waiting:
             giving.committed_s = now
 
-    def _read_reply(self, sock: socket.socket) -> None:
+    def _read_reply(self, end: GiverEnd) -> None:
         data = bytearray(codec.HEADER_BYTES)
         views = [memoryview(data)]
         since = self._clock.now()
         while views:
-            views = tcp_socket.advance(views, tcp_socket.read_into(sock, views))
+            views = tcp_socket.advance(views, tcp_socket.read_into(end.sock, views))
             if views and self._clock.now() - since > tcp_socket.STALL_S:
-                raise LinkBroken(f"KV link to {self._endpoint}: half an answer")
-        match self._session.on_header(bytes(data)):
+                raise LinkBroken("half an answer")
+        match end.session.on_header(bytes(data)):
             case kv_session.Acknowledged(grant=grant):
                 self._on_acknowledged(grant)
-            case kv_session.Taken(total=total) if self._ring is not None:
-                self._ring.taken(total)
+            case kv_session.Taken(total=total) if end.ring is not None:
+                end.ring.taken(total)
             case kv_session.Again(grant=grant):
                 with self._state:
                     self._givings.again(grant)
+            case kv_session.Fetched(read_grant=name, probe_bytes=num_bytes):
+                self._on_fetched(name, num_bytes)
             case kv_session.Refused(grant=grant, reason=reason):
                 self._on_refused(grant, codec.TEXTS[reason])
             case kv_session.Closed(reason=reason, by_peer=by_peer, grant=grant):
-                text = f"KV link to {self._endpoint}: {codec.TEXTS[reason]}"
                 if by_peer and reason in codec.OF_THE_GRANT:
-                    self._on_refused(grant, text)
-                raise LinkBroken(text)
+                    self._on_refused(grant, self._named(codec.TEXTS[reason]))
+                raise LinkBroken(codec.TEXTS[reason])
+
+    def _on_fetched(self, name: bytes, probe_bytes: int) -> None:
+        with self._state:
+            if not probe_bytes:
+                self._givings.fetch(name)
+            elif not self._givings.fetch_probe(name, probe_bytes):
+                raise LinkBroken("the peer fetches too many probes")
 
     def _on_acknowledged(self, grant: bytes) -> None:
         with self._state:
@@ -380,7 +379,7 @@ class GiverLink:
             if giving is None:
                 return  # abandoned while the answer was under way
             if not giving.committed_s:
-                raise LinkBroken(f"KV link to {self._endpoint}: an answer to no COMMIT")
+                raise LinkBroken("an answer to no COMMIT")
             self._givings.drop(grant)
         now = self._clock.now()
         self._events.put(

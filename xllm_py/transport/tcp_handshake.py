@@ -1,10 +1,15 @@
-"""The first messages on a KV link over TCP, from both ends. Used by tcp_giver and tcp_taker; what is said is wire/kv_session's."""
+"""The first messages on a KV link over TCP, from all its ends. Used by tcp_giver, tcp_fetching and tcp_accepted.
+
+Either side connects: a giver to push, a taker to fetch, which begins with a CALL. Then the giver says HELLO, whoever connected. What
+is said is wire/kv_session's.
+"""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 from xllm_py.base.clock import Clock
 from xllm_py.transport import shm, tcp_socket
@@ -16,56 +21,100 @@ from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_session import GiverSession
 from xllm_py.wire.kv_taker import TakerSession
 
+REOPEN_S = 0.25  # a connection that cannot be had within so long, and at the second try, has failed
+_FIRST_WAIT_S = 0.02  # between two tries, doubling
+
+Hold = Callable[
+    [socket.socket], None
+]  # gets a socket as soon as there is one, so that others can cut it; may raise LinkBroken
+Pause = Callable[[float], bool]  # waits so many seconds; False when the link is not wanted any more
+End = TypeVar("End")
+
+
+class Refused(LinkBroken):
+    """The peer is not who it should be, or its KV does not fit."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How a giver gets to one peer."""
+    """How to get to one peer."""
 
     endpoint: str
     tls: KvTls | None = None
     shared: str = ""  # the peer's incarnation, when shared memory may carry the payloads: its Unix socket is tried first
 
 
-def call(
+class GiverEnd(NamedTuple):
+    """Of a connection whose handshake is done."""
+
+    sock: socket.socket
+    session: GiverSession
+    ring: RingWriter | None  # where payloads go, when not over the socket
+
+    def close(self) -> None:
+        """Socket and ring."""
+        self.sock.close()
+        if self.ring is not None:
+            self.ring.close()
+
+
+class TakerEnd(NamedTuple):
+    """Likewise."""
+
+    sock: socket.socket
+    session: TakerSession
+    ring: RingReader | None  # where payloads come from, when not over the socket
+
+    def close(self) -> None:
+        """Socket and ring."""
+        self.sock.close()
+        if self.ring is not None:
+            self.ring.close()
+
+
+def dial(
     way: Way,
-    session: GiverSession,
+    shake: Callable[[socket.socket], End],
     *,
     clock: Clock,
-    on_socket: Callable[[socket.socket], None],
-) -> tuple[socket.socket, RingWriter | None]:
-    """Giver: connect and shake hands. `on_socket` gets the socket, and the one over TLS, as soon as there is one, and may raise.
+    hold: Hold,
+    pause: Pause,
+    again: bool,
+) -> End:
+    """Connect and shake hands, a few tries. again: after a connection that broke. Raises LinkBroken."""
+    if again and not pause(_FIRST_WAIT_S):
+        raise LinkBroken("closed")
+    since, tries = clock.now(), 0
+    while True:
+        try:
+            return _dial_once(way, shake, hold)
+        except LinkBroken as broken:
+            reason = broken.message
+        except OSError as error:
+            reason = error.strerror or str(error)
+        wait_s = _FIRST_WAIT_S * 2**tries
+        tries += 1
+        late = tries > 1 and clock.now() + wait_s - since > REOPEN_S
+        if late or not pause(wait_s):
+            raise LinkBroken(reason)
 
-    Raises LinkBroken, OSError.
-    """
-    deadline = clock.now() + tcp_socket.HANDSHAKE_S
+
+def _dial_once(way: Way, shake: Callable[[socket.socket], End], hold: Hold) -> End:
     address = tcp_socket.split_endpoint(way.endpoint)
-    ring: RingWriter | None = None
     sock = _connect_here(address[1], way.shared) if way.shared else None
     local = sock is not None
     if sock is None:
         sock = _connect_there(way.endpoint, address)
     try:
         tcp_socket.tune(sock)
-        on_socket(sock)
+        hold(sock)
         if way.tls is not None and not local:
-            sock = way.tls.as_giver(sock, address[0])
-            on_socket(sock)
-        sock.sendall(session.hello())
-        welcome = tcp_socket.read_handshake(sock, kv_session.WELCOME_BYTES, deadline, clock)
-        proof = session.on_welcome(welcome)
-        if isinstance(proof, Reason):
-            raise LinkBroken(f"KV link to {way.endpoint}: {codec.TEXTS[proof]}")
-        sock.sendall(proof)
-        if local:
-            ring = RingWriter()
-            ring.hand_over(sock)
-        tcp_socket.set_slices(sock)
+            sock = way.tls.as_client(sock, address[0])
+            hold(sock)
+        return shake(sock)
     except BaseException:
         sock.close()
-        if ring is not None:
-            ring.close()
         raise
-    return sock, ring
 
 
 def _connect_there(endpoint: str, address: tuple[str, int]) -> socket.socket:
@@ -76,7 +125,7 @@ def _connect_there(endpoint: str, address: tuple[str, int]) -> socket.socket:
 
 
 def _connect_here(port: int, incarnation: str) -> socket.socket | None:
-    """To a taker of this host that offers shared memory; None when there is none."""
+    """To a peer of this host that offers shared memory; None when there is none."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(tcp_socket.HANDSHAKE_S)
     try:
@@ -87,23 +136,44 @@ def _connect_here(port: int, incarnation: str) -> socket.socket | None:
     return sock
 
 
-def answer(
-    sock: socket.socket, session: TakerSession, *, clock: Clock
-) -> Reason | RingReader | None:
-    """Taker: shake hands. Returns why the peer is refused; else it is known now, over a Unix socket with its ring.
+def as_giver(sock: socket.socket, session: GiverSession, *, clock: Clock) -> GiverEnd:
+    """HELLO, and what follows; over a Unix socket a ring is handed over. Raises Refused, LinkBroken, OSError."""
+    deadline = clock.now() + tcp_socket.HANDSHAKE_S
+    sock.sendall(session.hello())
+    welcome = tcp_socket.read_handshake(sock, kv_session.WELCOME_BYTES, deadline, clock)
+    proof = session.on_welcome(welcome)
+    if isinstance(proof, Reason):
+        raise Refused(codec.TEXTS[proof])
+    sock.sendall(proof)
+    ring = None
+    if sock.family == socket.AF_UNIX:
+        ring = RingWriter()
+        try:
+            ring.hand_over(sock)
+        except BaseException:
+            ring.close()
+            raise
+    tcp_socket.set_slices(sock)
+    return GiverEnd(sock, session, ring)
 
-    Raises LinkBroken, OSError.
+
+def as_taker(
+    sock: socket.socket, session: TakerSession, *, hello: bytes = b"", clock: Clock
+) -> TakerEnd:
+    """Answer a HELLO, which has been read already or is read now; over a Unix socket a ring comes with it.
+
+    Raises Refused, LinkBroken, OSError.
     """
     deadline = clock.now() + tcp_socket.HANDSHAKE_S
-    hello = tcp_socket.read_handshake(sock, codec.HELLO_BYTES, deadline, clock)
+    hello = hello or tcp_socket.read_handshake(sock, codec.HELLO_BYTES, deadline, clock)
     welcome = session.on_hello(hello)
     if isinstance(welcome, Reason):
-        return welcome
+        raise Refused(codec.TEXTS[welcome])
     sock.sendall(welcome)
     proof = tcp_socket.read_handshake(sock, codec.PROOF_BYTES, deadline, clock)
     refusal = session.on_proof(proof)
     if refusal is not None:
-        return refusal
+        raise Refused(codec.TEXTS[refusal])
     ring = RingReader(sock) if sock.family == socket.AF_UNIX else None
     tcp_socket.set_slices(sock)
-    return ring
+    return TakerEnd(sock, session, ring)

@@ -1,4 +1,5 @@
-"""D's end of one KV link over TCP: a thread that writes granted blocks and nothing else. Made by tcp_listener.
+"""D's end of one KV link over TCP: writes granted blocks and does nothing else, in the thread of who made it: tcp_accepted when the
+giver connected, tcp_fetching when we did.
 
 All links share one GrantTable under one lock (`Taking`); a payload is read without the lock, straight into the blocks that the
 header's grant names. A grant that is revoked in mid-frame gets no byte more: the rest of the frame goes into the sink. A link that
@@ -8,22 +9,19 @@ does wrong is told why and closed; no exception leaves its thread.
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable
 
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
 from xllm_py.base.hashing import Checksum, payload_checksum
-from xllm_py.transport import tcp_handshake, tcp_socket
+from xllm_py.transport import tcp_socket
 from xllm_py.transport.kv_taking import Taking
-from xllm_py.transport.shm import RingReader
+from xllm_py.transport.tcp_handshake import TakerEnd
 from xllm_py.transport.tcp_socket import LinkBroken
-from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState
 from xllm_py.wire.kv_session import Take
-from xllm_py.wire.kv_taker import TakerSession
 
 LINGER_S = 0.25  # how long a rejected peer gets to read why
 _SINK_BYTES = 1 << 18
@@ -32,90 +30,42 @@ _log = log.get(__name__)
 
 
 class TakerLink:
-    """One accepted connection and its thread."""
+    """One connection whose handshake is done."""
 
     def __init__(
         self,
-        *,
-        sock: socket.socket,
-        session: TakerSession,
+        end: TakerEnd,
         taking: Taking,
-        on_known: Callable[[TakerLink], None],
-        on_end: Callable[[TakerLink, str], None],
+        *,
         clock: Clock,
-        tls: KvTls | None,
+        await_frame: Callable[[], None] | None = None,
+        on_probed: Callable[[bytes], None] | None = None,
     ) -> None:
-        self._tls = tls
-        self._sock = sock
-        self._session = session
+        """await_frame: called before each frame, returns when there may be one; on_probed: hears of probes that came."""
+        self._sock, self._session, self._ring = end
         self._taking = taking
-        self._on_known = on_known
-        self._on_end = on_end
         self._clock = clock
-        self.known = False  # the handshake is done
+        self._await_frame = await_frame
+        self._on_probed = on_probed
         self._rejected = ""  # why we closed it
         self._told: set[bytes] = set()  # revoked grants of which the peer knows
-        self._ring: RingReader | None = None  # where payloads come, when not over the socket
         self._sink = memoryview(bytearray(_SINK_BYTES))
-        self._thread = threading.Thread(target=self._run, name="kv-taker", daemon=True)
 
-    @property
-    def peer(self) -> str:
-        """Incarnation of the giver, true once `known`."""
-        return self._session.peer
-
-    @property
-    def stream(self) -> int:
-        """Which of the giver's links, true once `known`."""
-        return self._session.stream
-
-    def start(self) -> None:
-        """Run."""
-        self._thread.start()
-
-    def cut(self) -> None:
-        """From another thread: end soon."""
-        tcp_socket.cut(self._sock)
-
-    def join(self) -> bool:
-        """Wait for the thread; whether it has ended."""
-        self._thread.join(tcp_socket.HANDSHAKE_S + 1.0)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        reason = "the link's thread broke"
+    def serve(self) -> str:
+        """Until the link ends. Returns why it did."""
         try:
-            self._shake_hands()
             while self._serve_frame():
                 pass
-            reason = "the giver gave the link up"
+            return self._rejected or "the giver gave the link up"
         except LinkBroken as broken:
-            reason = broken.message
+            return self._rejected or broken.message
         except OSError as error:
-            reason = f"KV link: {error.strerror or error}"
-        finally:
-            self._on_end(self, self._rejected or reason)
-            self._sock.close()
-            if self._ring is not None:
-                self._ring.close()
-            _log.debug("KV link ended", peer=self.peer, reason=reason)
-
-    def _shake_hands(self) -> None:
-        tcp_socket.tune(self._sock)
-        if self._tls is not None and self._sock.family != socket.AF_UNIX:
-            self._sock.settimeout(tcp_socket.HANDSHAKE_S)
-            self._sock = self._tls.as_taker(self._sock)
-        found = tcp_handshake.answer(self._sock, self._session, clock=self._clock)
-        if isinstance(found, Reason):
-            self._taking.counts.add("frames_rejected")
-            _log.warning("KV link refused", reason=codec.TEXTS[found])
-            raise LinkBroken(codec.TEXTS[found])
-        self._ring = found
-        self.known = True
-        self._on_known(self)
+            return self._rejected or f"KV link: {error.strerror or error}"
 
     def _serve_frame(self) -> bool:
         """Take one frame; False when the link is to be closed."""
+        if self._await_frame is not None:
+            self._await_frame()
         data = self._read_header()
         with self._taking.lock:
             judged = self._session.on_header(data)
@@ -176,6 +126,8 @@ class TakerLink:
         if isinstance(result, kv_session.Landed):
             tcp_socket.write_all(self._sock, self._session.ack(result.grant), self._clock)
         elif isinstance(result, kv_session.Probed):
+            if self._on_probed is not None:
+                self._on_probed(result.probe)
             tcp_socket.write_all(self._sock, self._session.arrived(result.probe), self._clock)
         elif isinstance(result, kv_session.Late) and result.grant not in self._told:
             if len(self._told) >= MAX_REMEMBERED:
@@ -266,7 +218,7 @@ class TakerLink:
         """Say why, and give the peer a moment to read it: bytes of ours on the way would be lost by a reset."""
         text = self._rejected = codec.TEXTS[reject.reason]
         self._taking.counts.add("frames_rejected")
-        _log.warning("KV frame rejected", peer=self.peer, reason=text)
+        _log.warning("KV frame rejected", peer=self._session.peer, reason=text)
         if reject.failed:
             with self._taking.lock:
                 self._taking.failed(reject.grant, text)

@@ -23,12 +23,12 @@ class KvTls:
         self._server.num_tickets = 0  # a giver's socket is readable only when the taker has spoken
         self._client = _context(ssl.PROTOCOL_TLS_CLIENT, files)
 
-    def as_taker(self, sock: socket.socket) -> ssl.SSLSocket:
+    def as_server(self, sock: socket.socket) -> ssl.SSLSocket:
         """Within the socket's time-out. Raises OSError, ssl.SSLError."""
         return self._server.wrap_socket(sock, server_side=True)
 
-    def as_giver(self, sock: socket.socket, host: str) -> ssl.SSLSocket:
-        """The certificate has to name the host. Raises as `as_taker`."""
+    def as_client(self, sock: socket.socket, host: str) -> ssl.SSLSocket:
+        """The certificate has to name the host. Raises as `as_server`."""
         return self._client.wrap_socket(sock, server_hostname=host)
 
 

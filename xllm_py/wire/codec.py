@@ -56,14 +56,16 @@ class FrameType(IntEnum):
     RESUME = 5  # giver, on a new link: what became of my COMMIT? taker: nothing yet, send again (else ACK or ERROR)
     PROBE = 6  # giver: bytes for the sink; taker: they came, and as they were sent
     TAKEN = 7  # taker: so many bytes of the shared ring are free again (the number stands in the grant's place)
+    FETCH = 8  # taker, on a link it called for: send me what this read grant is about; with `first`, a probe of so many bytes
 
 
 _KINDS = frozenset(int(kind) for kind in FrameType)
 
 
 class Step(IntEnum):
-    """The messages of a handshake; after PROOF come frames."""
+    """The messages of a handshake; after PROOF come frames. A giver that connects begins with HELLO, a taker with CALL."""
 
+    CALL = 4  # taker: who I am, what I count blocks in, and which stream I want; HELLO follows from the giver
     HELLO = 1  # giver: who I am, my layout, my nonce
     WELCOME = 2  # taker: the same of its own, followed by its PROOF
     PROOF = 3  # proof of the cluster key over both messages
@@ -249,13 +251,13 @@ def _mask(header: Header) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """HELLO and WELCOME."""
+    """CALL, HELLO and WELCOME."""
 
     step: Step
     incarnation: str  # at most 64 bytes of UTF-8
     layout: str  # KvLayout.fingerprint: 32 hex digits
     nonce: bytes  # 32 fresh random bytes
-    block_size: int  # tokens; HELLO: of the blocks that this link's frames count in
+    block_size: int  # tokens; CALL and HELLO: of the blocks that this link's frames count in
     rank: int = 0
     num_ranks: int = 1
     stream: int = (
@@ -280,6 +282,11 @@ def pack_hello(hello: Hello) -> bytes:
         layout,
         hello.nonce,
     )
+
+
+def is_call(data: bytes) -> bool:
+    """Whether the first HELLO_BYTES on a link are those of a taker that connected; nothing else is checked."""
+    return data[5] == Step.CALL
 
 
 def unpack_hello(data: bytes, step: Step) -> Hello | Reason:

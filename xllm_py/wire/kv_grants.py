@@ -131,6 +131,18 @@ class GrantTable:
         entry.state = GrantState.REVOKED
         return entry.in_flight == 0
 
+    def is_open(self, grant: bytes) -> bool:
+        """Whether its blocks may still come."""
+        entry = self._grants.get(grant)
+        return entry is not None and entry.state in OPEN
+
+    def fail(self, grant: bytes) -> bool:
+        """Its blocks will not come; False when it is not open."""
+        if not self.is_open(grant):
+            return False
+        self._grants[grant].state = GrantState.FAILED
+        return True
+
     def receiving(self, peer: str) -> list[Grant]:
         """Grants of one peer of which some frame has come, but no COMMIT."""
         return [

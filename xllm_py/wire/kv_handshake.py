@@ -1,16 +1,16 @@
-"""Who a side of a KV link is, and what both sides derive from their first two messages: proofs and link keys.
+"""Who a side of a KV link is, and what both sides derive from their first messages: proofs and link keys.
 
 Used by wire/kv_session.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xllm_py.base.hashing import derive_key, mac
 from xllm_py.core.kv_memory import KvLayout
 from xllm_py.wire import codec
-from xllm_py.wire.codec import Hello, Step
+from xllm_py.wire.codec import Hello, Reason, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,10 +21,10 @@ class Identity:
     layout: KvLayout
     cluster_key: bytes
     nonce: bytes  # fresh for every link
-    stream: int = 0  # giver: which of its links to this peer
+    stream: int = 0  # which of the links between these two; the side that connects says it
 
     def hello(self, step: Step) -> bytes:
-        """HELLO or WELCOME."""
+        """CALL, HELLO or WELCOME."""
         return codec.pack_hello(
             Hello(
                 step=step,
@@ -36,15 +36,14 @@ class Identity:
             )
         )
 
-    def agreement(self, hello: bytes, welcome: bytes) -> Agreement:
-        """What follows from the key and both messages."""
+    def agreement(self, said: bytes) -> Agreement:
+        """What follows from the key and all that was said: CALL, when there was one, HELLO and WELCOME."""
         secret = derive_key(self.cluster_key, "kv transfer")
-        both = hello + welcome
         return Agreement(
-            taker_proof=mac(secret, b"taker" + both),
-            giver_proof=mac(secret, b"giver" + both),
-            giver_key=derive_key(secret, "giver to taker", both),
-            taker_key=derive_key(secret, "taker to giver", both),
+            taker_proof=mac(secret, b"taker" + said),
+            giver_proof=mac(secret, b"giver" + said),
+            giver_key=derive_key(secret, "giver to taker", said),
+            taker_key=derive_key(secret, "taker to giver", said),
         )
 
 
@@ -63,8 +62,19 @@ def fits(peer: Hello, layout: KvLayout) -> bool:
     return peer.layout == layout.fingerprint and (peer.rank, peer.num_ranks) == (0, 1)
 
 
+def answering(call: bytes, identity: Identity) -> tuple[str, Identity] | Reason:
+    """Giver, to the CALL of a taker: who it says it is, and who we are on the link that it wants. WELCOME has to prove it."""
+    peer = codec.unpack_hello(call, Step.CALL)
+    if isinstance(peer, Reason):
+        return peer
+    layout = (
+        cut_as(peer, identity.layout) or identity.layout
+    )  # on_welcome refuses what does not fit
+    return peer.incarnation, replace(identity, layout=layout, stream=peer.stream)
+
+
 def cut_as(peer: Hello, layout: KvLayout) -> KvLayout | None:
-    """Taker: our layout in blocks of the size that the giver counts in; None when it does not fit."""
+    """Our layout in blocks of the size that the link counts in, as the peer says; None when it does not fit."""
     if not fits(peer, layout) or not peer.block_size or layout.block_size % peer.block_size:
         return None
     return layout.at(peer.block_size)

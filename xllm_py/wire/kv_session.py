@@ -1,9 +1,10 @@
 """One KV link as two state machines, giver and taker, without socket, clock or randomness.
 
     giver: hello() ... on_welcome(bytes) ... frames out by data(), commit(); frames in by on_header()
+    either side may connect: a taker that does begins with call(), and sends fetch() for what it wants (PULL)
     taker: on_hello(bytes) ... on_proof(bytes) ... frames in by on_header(), on_payload(); frames out by ack(), error()
 
-HELLO and WELCOME carry incarnation, layout and a fresh nonce; each side proves the cluster key over both messages, and the
+HELLO and WELCOME carry incarnation, layout and a fresh nonce; each side proves the cluster key over all of it, and the
 link's keys, one per direction, are derived from them. A header is judged completely before a byte of its payload is read, in
 this order: magic, version, type - sequence - mac - grant known, this peer's, open - ranges - length - not a contradiction.
 What is wrong comes back as a Reject, never as an exception. Called by the transports.
@@ -90,6 +91,14 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetched:
+    """The taker wants what this read grant is about; or, when `probe_bytes`, a probe of that name and size."""
+
+    read_grant: bytes
+    probe_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """The taker says: this grant is dead, the link goes on."""
 
@@ -136,14 +145,25 @@ class Take:
 
 
 class GiverSession:
-    """P's end."""
+    """P's end. call: the CALL of a taker that connected, and may fetch."""
 
-    def __init__(self, identity: Identity, peer_incarnation: str) -> None:
+    def __init__(self, identity: Identity, peer_incarnation: str, call: bytes = b"") -> None:
+        self._call = call
         self._identity = identity
         self._peer_incarnation = peer_incarnation
         self._hello = identity.hello(Step.HELLO)
         self._out = Frames(b"")
         self._in = Frames(b"")
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Which peer, and which of the links to it."""
+        return self._peer_incarnation, self._identity.stream
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of the blocks that frames of this link count in."""
+        return self._identity.layout.block_size
 
     def hello(self) -> bytes:
         """The first bytes on the link."""
@@ -157,7 +177,7 @@ class GiverSession:
             return peer
         if isinstance(proof, Reason):
             return proof
-        agreed = self._identity.agreement(self._hello, welcome)
+        agreed = self._identity.agreement(self._call + self._hello + welcome)
         if not same(proof, agreed.taker_proof):
             return Reason.WRONG_KEY
         if peer.incarnation != self._peer_incarnation:
@@ -205,11 +225,15 @@ class GiverSession:
             Header(FrameType.PROBE, self._out.seq, probe, length=length, checksum=checksum)
         )
 
-    def on_header(self, data: bytes) -> Acknowledged | Again | Taken | Refused | Closed:
+    def on_header(self, data: bytes) -> Acknowledged | Again | Taken | Fetched | Refused | Closed:
         """64 bytes from the taker; its frames have no payload."""
         header = self._in.unpack(data)
         if isinstance(header, Reason):
             return Closed(header, by_peer=False)
+        if header.type == FrameType.FETCH and self._call and not header.length:
+            if header.first > codec.MAX_PAYLOAD_BYTES:
+                return Closed(Reason.BAD_LENGTH, by_peer=False)
+            return Fetched(header.grant, header.first)
         if header.length or header.type not in _ANSWERS:
             return Closed(Reason.BAD_FRAME, by_peer=False)
         if header.type in (FrameType.ACK, FrameType.PROBE):

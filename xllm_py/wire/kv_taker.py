@@ -25,9 +25,11 @@ MAX_LATE_FRAMES = 4096  # of one revoked grant; an honest giver stops at the fir
 
 
 class TakerSession:
-    """D's end. The grants are shared with other links."""
+    """D's end. The grants are shared with other links. calls: the incarnation of the giver that we connect to (PULL)."""
 
-    def __init__(self, identity: Identity, grants: GrantTable) -> None:
+    def __init__(self, identity: Identity, grants: GrantTable, calls: str = "") -> None:
+        self._calls = calls
+        self._call = identity.hello(Step.CALL) if calls else b""
         self._identity = identity
         self._grants = grants
         self._agreed: Agreement | None = None
@@ -43,15 +45,24 @@ class TakerSession:
         """Tokens of the blocks that frames of this link count in, true once on_proof said so."""
         return self._layout.block_size
 
+    def call(self) -> bytes:
+        """The first bytes on a link that we connect."""
+        return self._call
+
     def on_hello(self, data: bytes) -> bytes | Reason:
         """HELLO_BYTES from a stranger. Returns WELCOME and our proof."""
         peer = codec.unpack_hello(data, Step.HELLO)
         if isinstance(peer, Reason):
             return peer
+        wanted = (self._calls, self._identity.stream)
+        if self._calls and (peer.incarnation, peer.stream) != wanted:
+            return Reason.WRONG_INCARNATION
         welcome = self._identity.hello(Step.WELCOME)
-        self._agreed = self._identity.agreement(data, welcome)
+        self._agreed = self._identity.agreement(self._call + data + welcome)
         self.peer, self.stream = peer.incarnation, peer.stream
         layout = cut_as(peer, self._identity.layout)
+        if self._calls and layout != self._identity.layout:
+            return Reason.WRONG_LAYOUT
         self._peer_fits, self._layout = layout is not None, layout or self._layout
         return welcome + codec.pack_proof(self._agreed.taker_proof)
 
@@ -75,7 +86,7 @@ class TakerSession:
         match header.type:
             case FrameType.ERROR:
                 return Closed(codec.reason_of(header.num_blocks), by_peer=True)
-            case FrameType.ACK | FrameType.TAKEN:
+            case FrameType.ACK | FrameType.TAKEN | FrameType.FETCH:
                 return Reject(Reason.BAD_FRAME)
             case FrameType.RESUME:
                 return self._judge_resume(header)
@@ -202,6 +213,10 @@ class TakerSession:
     def ack(self, grant: bytes) -> bytes:
         """Say landed."""
         return self._out.pack(Header(type=FrameType.ACK, seq=self._out.seq, grant=grant))
+
+    def fetch(self, read_grant: bytes, probe_bytes: int = 0) -> bytes:
+        """Ask for what a read grant is about, or for a probe of that name; on a link that we called for."""
+        return self._out.pack(Header(FrameType.FETCH, self._out.seq, read_grant, first=probe_bytes))
 
     def taken(self, total: int) -> bytes:
         """Say how many bytes of the shared ring were taken."""

@@ -97,12 +97,13 @@ class FlushCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """P: does the KV link to this peer work, and how fast? Answered by Probed with the same call."""
+    """Does the KV link to this peer work, and how fast? Answered by Probed with the same call."""
 
     call: int
     endpoint: str
     incarnation: str
     block_size: int  # the smaller one of both
+    fetch: bool = False  # D: fetch from it; else P: push to it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,7 +106,7 @@ class SubmitReply(_message.Message):
     def __init__(self) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("submission", "giver_name", "giver_address", "giver_incarnation", "model_fingerprint", "layout_fingerprint", "block_size")
+    __slots__ = ("submission", "giver_name", "giver_address", "giver_incarnation", "model_fingerprint", "layout_fingerprint", "block_size", "read_grant")
     SUBMISSION_FIELD_NUMBER: _ClassVar[int]
     GIVER_NAME_FIELD_NUMBER: _ClassVar[int]
     GIVER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class Offer(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    READ_GRANT_FIELD_NUMBER: _ClassVar[int]
     submission: Submission
     giver_name: str
     giver_address: str
@@ -121,10 +122,11 @@ class Offer(_message.Message):
     model_fingerprint: str
     layout_fingerprint: str
     block_size: int
-    def __init__(self, submission: _Optional[_Union[Submission, _Mapping]] = ..., giver_name: _Optional[str] = ..., giver_address: _Optional[str] = ..., giver_incarnation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
+    read_grant: bytes
+    def __init__(self, submission: _Optional[_Union[Submission, _Mapping]] = ..., giver_name: _Optional[str] = ..., giver_address: _Optional[str] = ..., giver_incarnation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., read_grant: _Optional[bytes] = ...) -> None: ...
 
 class OfferAnswer(_message.Message):
-    __slots__ = ("request_id", "attempt", "grant", "num_held_blocks", "num_blocks", "endpoints", "expires_s", "refusal", "text", "retry_after_s", "block_size")
+    __slots__ = ("request_id", "attempt", "grant", "num_held_blocks", "num_blocks", "endpoints", "expires_s", "refusal", "text", "retry_after_s", "block_size", "stream")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +138,7 @@ class OfferAnswer(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     grant: bytes
@@ -147,7 +150,8 @@ class OfferAnswer(_message.Message):
     text: str
     retry_after_s: float
     block_size: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., grant: _Optional[bytes] = ..., num_held_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ..., expires_s: _Optional[float] = ..., refusal: _Optional[str] = ..., text: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., block_size: _Optional[int] = ...) -> None: ...
+    stream: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., grant: _Optional[bytes] = ..., num_held_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ..., expires_s: _Optional[float] = ..., refusal: _Optional[str] = ..., text: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., block_size: _Optional[int] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class AddNewRequestsRequest(_message.Message):
     __slots__ = ("offers",)
@@ -198,10 +202,12 @@ class LinkInstanceReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ProbePeerRequest(_message.Message):
-    __slots__ = ("card_json",)
+    __slots__ = ("card_json", "fetch")
     CARD_JSON_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     card_json: bytes
-    def __init__(self, card_json: _Optional[bytes] = ...) -> None: ...
+    fetch: bool
+    def __init__(self, card_json: _Optional[bytes] = ..., fetch: bool = ...) -> None: ...
 
 class ProbePeerReply(_message.Message):
     __slots__ = ("works", "reason", "round_trip_s", "bytes_per_s")
