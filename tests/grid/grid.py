@@ -20,7 +20,7 @@ SETUPS = (
     Setup(name="chunk 16", chunk=16),
     Setup(name="PD", is_pd=True),
     Setup(name="PD with P cache", is_pd=True, p_cache=True),
-    Setup(name="PD with D cache", is_pd=True, d_cache=True),
+    Setup(name="PD with D cache, fetched", is_pd=True, d_cache=True, pull=True),
     Setup(name="PD with both", is_pd=True, p_cache=True, d_cache=True, chunk=16),
     Setup(name="preempted", num_blocks=40),
 )
