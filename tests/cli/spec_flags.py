@@ -90,6 +90,7 @@ kv_split_size int32 1 B
 communication_backend string hccl B
 kv_transport string tcp A
 kv_streams int32 1 B
+kv_poison bool false B
 hccn_conf string /etc/hccn.conf A
 grant_ttl_s double 30 A
 handoff_hold_s double 5 A

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xllm_py.base.errors import InternalError
 from xllm_py.core.block_manager import BlockManager, Holding
 
 
@@ -96,3 +97,37 @@ def test_a_flush_forgets_what_nobody_uses_and_nothing_else() -> None:
     assert blocks.flush() == 1
     assert blocks.counts()["free"] == 4
     assert blocks.num_evicted == 0
+
+
+def test_a_block_is_its_requests_or_published_with_the_hash_of_its_tokens() -> None:
+    blocks = BlockManager(6, 2)
+    mine = blocks.allocate(2, tag=("a", 1))
+    blocks.check(mine, ("a", 1), [])
+    (other,) = blocks.allocate(1, tag=("b", 1))
+    blocks.publish(other, b"h", (1, 2))
+    blocks.acquire([other])
+    blocks.check([other, *mine], ("a", 1), [b"h"])
+    for held, tag, hashes in (
+        ([other, *mine], ("a", 1), [b"another"]),
+        ([other, *mine], ("a", 1), []),
+        (mine, ("a", 2), []),  # what an earlier attempt wrote is not this one's
+    ):
+        with pytest.raises(InternalError, match="does not hold"):
+            blocks.check(held, tag, hashes)
+
+
+def test_a_block_that_was_given_back_is_nobodys_and_then_the_next_ones() -> None:
+    told: list[int] = []
+    blocks = BlockManager(2, 2, told.extend)
+    held = blocks.allocate(2, tag=("a", 1))
+    assert told == held
+    blocks.free(held[:1])
+    with pytest.raises(InternalError):
+        blocks.check(held, ("a", 1), [])
+    assert blocks.allocate(1, tag=("b", 1)) == held[:1]
+    with pytest.raises(InternalError):
+        blocks.check(held, ("a", 1), [])
+    assert told == [*held, held[0]]
+    blocks.check(held[1:], ("a", 1), [])
+    staged = blocks.allocate(0, Holding.STAGED, ("c", 1))
+    blocks.check(staged, ("c", 1), [])

@@ -77,3 +77,14 @@ def test_blocks_outside_the_cache_have_no_bytes(blocks: tuple[int, ...]) -> None
 def test_there_are_so_many_layers_and_two_parts(layer: int, part: int) -> None:
     with pytest.raises(IndexError):
         MEMORY.spans(layer, part, (0,))
+
+
+def test_poison_fills_these_blocks_and_no_others() -> None:
+    memory, before = make_memory(), make_memory()
+    memory.poison([6, 2])
+    for layer in range(LAYOUT.num_layers):
+        for part in range(PARTS):
+            for block in range(NUM_BLOCKS):
+                same = bytes(memory.span(layer, part, block)) == before.span(layer, part, block)
+                assert same == (block not in (2, 6))
+    assert bytes(memory.span(1, 1, 6)) == b"\x7f" * 4

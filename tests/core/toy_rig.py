@@ -101,7 +101,12 @@ class ToyRig:
         self.num_blocks = num_blocks
         self.executor = ToyExecutor(self.config)
         self.scheduler = Scheduler(
-            self.config.scheduler, FACTS, num_blocks, block_size, prefix_root
+            self.config.scheduler,
+            FACTS,
+            num_blocks,
+            block_size,
+            prefix_root,
+            self.executor.kv_memory().poison,
         )
         self.clock = HandClock()
         self.tokens: dict[str, list[int]] = {}

@@ -282,6 +282,7 @@ class Cluster:
             "--max_cache_size=67108864",
             f"--port={port}",
             "--debug_endpoints=true",
+            "--kv_poison",
             *cluster,
             *flags,
             port=port,

@@ -62,7 +62,10 @@ class Engine:
         self.clock = clock
         self.events: list[m.Event] = []
         self.executor = ToyExecutor(config)
-        self.scheduler = Scheduler(config.scheduler, FACTS, num_blocks, block_size, prefix_root)
+        memory = self.executor.kv_memory()
+        self.scheduler = Scheduler(
+            config.scheduler, FACTS, num_blocks, block_size, prefix_root, memory.poison
+        )
         self.transport = MemoryKvTransport(
             network=network,
             memory=self.executor.kv_memory(),

@@ -53,6 +53,7 @@ class Rig:
             capacity.num_blocks,
             capacity.block_size,
             prefix_root,
+            executor.kv_memory().poison,
         )
         self.clock = HandClock()
         self.tokens: dict[str, list[int]] = {}

@@ -74,6 +74,7 @@ class Engine:
             capacity.num_blocks,
             capacity.block_size,
             prefix_root,
+            executor.kv_memory().poison,
         )
         self.transport = None
         if network is not None:

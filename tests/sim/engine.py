@@ -180,7 +180,12 @@ class Engine:
         if config.cache.enable_prefix_cache:
             root = chain_root(key=config.cluster_key, model_fingerprint=capacity.model_fingerprint)
         self.scheduler = Scheduler(
-            config.scheduler, capacity.facts, capacity.num_blocks, capacity.block_size, root
+            config.scheduler,
+            capacity.facts,
+            capacity.num_blocks,
+            capacity.block_size,
+            root,
+            memory.poison,
         )
         pipe = EnginePipe(cast("Any", self.wire))
         self.agent = HandoffAgent(

@@ -242,6 +242,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
             max_memory_utilization=values["max_memory_utilization"],
             enable_prefix_cache=values["enable_prefix_cache"],
             prefix_seed=values["xxh3_128bits_seed"],
+            poison=values["kv_poison"],
         ),
         scheduler=SchedulerConfig(
             max_tokens_per_batch=values["max_tokens_per_batch"],

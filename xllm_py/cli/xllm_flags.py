@@ -190,6 +190,7 @@ _CLUSTER = in_group(
         "tcp",
         "tcp, or auto: shared memory between instances of one host that both say so, else tcp",
     ),
+    b("kv_poison", "bool", False, "fill KV blocks with nonsense before use; for tests, slow"),
     b("kv_streams", "int32", 1, "TCP connections from this instance to one peer, 1 to 16"),
     a("hccn_conf", "string", "/etc/hccn.conf", "device addresses of npu hosts", idle=True),
     a(

@@ -46,7 +46,7 @@ class Batch:
         self._headroom = headroom
         self._blocks = blocks
         self._prefix = prefix
-        self._rows = Rows(config.max_seqs_per_batch)
+        self._rows = Rows(config.max_seqs_per_batch, blocks)
         self._decodes = Decodes(blocks.block_size)
         self._others: dict[Request, None] = {}  # those that run and are not among the decodes
         self._order = itertools.count()
@@ -231,7 +231,7 @@ class Batch:
             return True
         if not self._make_room(request, missing):
             return False
-        fresh = self._blocks.allocate(missing)
+        fresh = self._blocks.allocate(missing, tag=request.tag)
         request.block_ids += fresh
         plan.grown_rows.extend([request.row] * missing)
         plan.grown_blocks.extend(fresh)
@@ -254,7 +254,7 @@ class Batch:
         if not self._blocks.is_sole(tail):
             if not self._make_room(request, 1):
                 return False
-            (fresh,) = self._blocks.allocate(1)
+            (fresh,) = self._blocks.allocate(1, tag=request.tag)
             plan.copied_from.append(tail)
             plan.copied_to.append(fresh)
             request.block_ids[-1] = fresh
@@ -368,7 +368,7 @@ class Batch:
 
     def _hold(self, request: Request, found: list[int], need: int) -> None:
         self._blocks.acquire(found)
-        request.block_ids = found + self._blocks.allocate(need)
+        request.block_ids = found + self._blocks.allocate(need, tag=request.tag)
         self._prefix.begin(request, len(found))
         if not request.num_preemptions:
             request.num_cached = min(request.num_computed, request.num_prompt)

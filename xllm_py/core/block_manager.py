@@ -9,6 +9,9 @@ the transport has not yet said that nothing can be written any more · cached: h
 holds a full block of known tokens, never changes, and may have many holders; it counts once, active before staged. All others
 have one. Blocks are plain numbers from 0.
 
+Each block also has a tag, the request that it was allocated for; `check` compares what a request believes to hold with tags and
+hashes before it is computed.
+
 The prefix cache is the map from chained hashes to published blocks (base/hashing). A hit compares the token ids too, so that
 equal hashes of other tokens are no hit. Source: Kwon et al. 2023, PagedAttention, section 4.4.
 """
@@ -16,8 +19,13 @@ equal hashes of other tokens are no hit. Source: Kwon et al. 2023, PagedAttentio
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+
+from xllm_py.base.errors import InternalError
+
+Tag = tuple[str, int]  # request, attempt
+_NOBODY: Tag = ("", 0)
 
 
 class Holding(IntEnum):
@@ -33,7 +41,13 @@ class Holding(IntEnum):
 class BlockManager:
     """Hands out blocks; raises ValueError when somebody frees what is not theirs."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        on_fresh: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        """on_fresh: told of blocks that are allocated, before anybody can write them."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens")
         self.num_blocks = num_blocks
@@ -41,6 +55,8 @@ class BlockManager:
         # a stack whose top is the lowest number at first, so that a request's blocks tend to lie side by side
         self._free = list(range(num_blocks - 1, -1, -1))
         self._holding = [Holding.FREE] * num_blocks
+        self._tags = [_NOBODY] * num_blocks
+        self._on_fresh = on_fresh
         self._counts = [num_blocks, 0, 0, 0, 0]
         # holders of a block, as (active, staged); only blocks with more than one, the others have what `_holding` says
         self._shared: dict[int, list[int]] = {}
@@ -60,7 +76,9 @@ class BlockManager:
         """How many blocks hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, count: int, holding: Holding = Holding.ACTIVE) -> list[int]:
+    def allocate(
+        self, count: int, holding: Holding = Holding.ACTIVE, tag: Tag = _NOBODY
+    ) -> list[int]:
         """Take `count` blocks. Raises ValueError when there are not enough: ask `num_free` first."""
         if count > self.num_free:
             raise ValueError(f"{count} blocks wanted, {self.num_free} free")
@@ -71,7 +89,21 @@ class BlockManager:
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
             self._hold(block, holding)
+            self._tags[block] = tag
+        if self._on_fresh is not None:
+            self._on_fresh(taken)
         return taken
+
+    def check(self, blocks: Sequence[int], tag: Tag, hashes: Sequence[bytes]) -> None:
+        """Every block of a request is held by somebody, and is its own or published with its hash. Raises InternalError: the map of the
+        cache is wrong, and what is computed from now on would be too.
+        """
+        for index, block in enumerate(blocks):
+            own = self._tags[block] == tag
+            if not own and index < len(hashes) and block in self._published:
+                own = self._published[block][0] == hashes[index]
+            if not own or self._holding[block] is not Holding.ACTIVE:
+                raise InternalError(f"KV block {block} does not hold what {tag[0]} has in it")
 
     def _evict(self) -> None:
         self._forget_oldest()

@@ -20,6 +20,9 @@ class CacheConfig:
     max_memory_utilization: float = 0.8
     enable_prefix_cache: bool = True  # keep computed blocks for requests that begin alike
     prefix_seed: int = 1024  # enters the root of all block hashes
+    poison: bool = (
+        False  # fill blocks with nonsense before they are used, check all of them before each step
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from functools import lru_cache
 from xllm_py.base.hashing import fingerprint
 
 PARTS = 2
+POISON = b"\x7f"  # repeated: finite in every dtype, so that nothing times it is nothing, and far from any key or value
 _MAX_REMEMBERED = 64  # block lists: every layer and part of a push asks for the same blocks
 
 
@@ -84,6 +85,13 @@ class KvMemory:
         """Raises IndexError where `spans` would."""
         self._region(layer, 0)
         self._places(block_ids)
+
+    def poison(self, block_ids: Sequence[int]) -> None:
+        """Fill these blocks with nonsense: whoever reads what nobody wrote shows it."""
+        for layer in range(self.layout.num_layers):
+            for part in range(PARTS):
+                for view in self.spans(layer, part, tuple(block_ids)):
+                    view[:] = POISON * view.nbytes
 
     def _region(self, layer: int, part: int) -> memoryview:
         if not (0 <= layer < self.layout.num_layers and 0 <= part < PARTS):

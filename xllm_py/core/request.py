@@ -163,6 +163,11 @@ class Request:
         return self.submission.request_id
 
     @property
+    def tag(self) -> tuple[str, int]:
+        """What marks its blocks as its own; the choices share it."""
+        return self.submission.request_id, self.submission.attempt
+
+    @property
     def num_generated(self) -> int:
         """Tokens after the prompt; also the position of the next one."""
         return len(self.tokens) - self.num_prompt

@@ -61,7 +61,7 @@ class Reservations:
         found = self._prefix.find(request, len(request.tokens))
         count = self._blocks.blocks_for(len(request.tokens)) - len(found)
         self._blocks.acquire(found, Holding.STAGED)
-        request.block_ids = found + self._blocks.allocate(count, Holding.STAGED)
+        request.block_ids = found + self._blocks.allocate(count, Holding.STAGED, request.tag)
         self._prefix.begin(request, len(found))
         self._prefix.note(len(request.tokens), len(found) * self._blocks.block_size)
         reservation = _Reservation(grant, now + self._ttl_s, num_held=len(found))

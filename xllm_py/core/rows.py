@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.plan import RowStart, StepPlan
 from xllm_py.core.request import Request
 
@@ -15,7 +16,8 @@ from xllm_py.core.request import Request
 class Rows:
     """One engine's; `request.row` is kept by this alone."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, blocks: BlockManager) -> None:
+        self._blocks = blocks
         self._free = list(range(count - 1, -1, -1))
         self._count = count
         self._started: list[Request] = []  # in rows that have not been told yet
@@ -53,14 +55,17 @@ class Rows:
         self._started = [request for request in requests if request.row >= 0]
 
     def with_starts(self, plan: StepPlan) -> StepPlan:
-        """The plan, with the new owners of its rows; what they grew by is in their block lists already.
+        """The plan, with the new owners of its rows; what they grew by is in their block lists already. Raises as BlockManager.check.
 
         An empty plan is not executed, so rows are told with the next one that is not.
         """
         if not self._started or not plan.rows:
             return plan
         planned = set(plan.rows)
-        starts = tuple(_start(each) for each in self._started if each.row in planned)
+        new = [each for each in self._started if each.row in planned]
+        for each in new:
+            self._blocks.check(each.block_ids, each.tag, each.hashes)
+        starts = tuple(map(_start, new))
         self._started = [each for each in self._started if each.row not in planned]
         fresh = {start.row for start in starts}
         grown = zip(plan.grown_rows, plan.grown_blocks, strict=True)

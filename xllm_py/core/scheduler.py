@@ -10,6 +10,8 @@ core/block_manager. Pure: `now` is a parameter. Called by engine/loop and engine
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from xllm_py.base.errors import ContextLengthExceeded, Draining, QueueFull, RequestError
 from xllm_py.core.admission import Admission, Tombstones
 from xllm_py.core.batch import Batch
@@ -48,11 +50,15 @@ class Scheduler:
         num_blocks: int,
         block_size: int,
         prefix_root: bytes = b"",
+        poison: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
-        """prefix_root: the parent of all block hashes; empty: no prefix cache."""
+        """prefix_root: the parent of all block hashes; empty: no prefix cache. poison: fills blocks with nonsense before they are
+        used; then all blocks are checked before each step too.
+        """
         self._config = config
         self._admission = Admission(config, facts, num_blocks, block_size)
-        self._blocks = BlockManager(num_blocks, block_size)
+        self._blocks = BlockManager(num_blocks, block_size, poison)
+        self._checks_all = poison is not None
         self._prefix = PrefixCache(self._blocks, prefix_root)
         self._open = OpenRequests()
         self._headroom = Headroom(config, self._blocks, self._open)
@@ -269,7 +275,7 @@ class Scheduler:
         self.draining = True
 
     def schedule(self, now: float) -> StepPlan:
-        """Expire what is late, then choose what the next step computes; the plan may be empty."""
+        """Expire what is late, then choose what the next step computes; the plan may be empty. Raises as BlockManager.check."""
         if now >= self._reservations.next_expiry:
             for request in self._reservations.expired(now):
                 self._life.close(request, now)
@@ -279,7 +285,11 @@ class Scheduler:
                     request, "deadline_exceeded", now, "the request's deadline passed"
                 )
             self._open.look_ahead()
-        return self._batch.plan(now)
+        plan = self._batch.plan(now)
+        if self._checks_all:
+            for request in self._batch.running:
+                self._blocks.check(request.block_ids, request.tag, request.hashes)
+        return plan
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what a step computed. Requests that ended meanwhile are passed over."""

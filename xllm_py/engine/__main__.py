@@ -126,6 +126,7 @@ def serve(pipe: EnginePipe, config: EngineConfig) -> None:
             capacity.num_blocks,
             capacity.block_size,
             _prefix_root(config, capacity.model_fingerprint),
+            executor.kv_memory().poison if config.cache.poison else None,
         )
         clock = RealClock()
         agent = HandoffAgent(

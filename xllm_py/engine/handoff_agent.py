@@ -60,7 +60,8 @@ class HandoffAgent:
         return [self._transport.wake_fd] if self._transport is not None else []
 
     def on_news(self, now: float) -> None:
-        """Before a step is planned: take transport events, let timers fire."""
+        """Before a step is planned: let go of what ended, take transport events, let timers fire."""
+        self.giving.drop_ended(now)
         if self._transport is not None:
             for event in self._transport.poll():
                 if not (self.giving.on_transport(event, now) or self.probing.on_transport(event)):
