@@ -96,3 +96,21 @@ def test_a_field_cannot_begin_a_line_of_its_own(end: str) -> None:
 
 def test_other_scripts_stay_as_they_are() -> None:
     assert log.TextFormatter().format(record("m", text="wörld 世界 🙂")).endswith("wörld 世界 🙂")
+
+
+def test_a_library_that_configures_logging_does_not_silence_us(tmp_path: Path) -> None:
+    """What nixl does when it is imported: without care it closes the handler that our lines go through."""
+    code = """
+import logging.config
+from xllm_py.base import log
+log.setup()
+configure = logging.config.dictConfig
+with log.kept():
+    logging.config.dictConfig({"version": 1, "loggers": {"lib": {"level": "INFO"}}})
+assert logging.config.dictConfig is configure
+log.get("xllm_py.some.room").info("still here")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "still here" in done.stderr

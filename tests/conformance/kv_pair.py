@@ -8,15 +8,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.certificates import make_certificates
 from xllm_py.base.clock import RealClock
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, KvTransport, TakerGrant
+from xllm_py.transport.fabric import Fabric, open_fabric
 from xllm_py.transport.memory import MemoryKvTransport, MemoryNetwork
+from xllm_py.transport.payload_ring import Memory
 from xllm_py.transport.tcp import TcpKvTransport
+from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.transport.tcp_tls import KvTls
+from xllm_py.wire.codec import Payloads
 
 LAYOUT = KvLayout(num_layers=3, block_size=4, block_bytes=96, shape="test")
 NUM_BLOCKS = 32
@@ -24,6 +29,10 @@ KEY = b"k" * 32
 DIGEST = b"d" * 16
 CANARY = 0xC5
 DEADLINE_S = 10.0
+
+# engines for fabrics that are installed here; the fake stands for them where none is
+_PACKAGES = {"nixl": "nixl_cu12", "mooncake": "mooncake"}
+FABRICS = [name for name, package in _PACKAGES.items() if find_spec(package)]
 
 Make = Callable[..., KvTransport]
 
@@ -51,6 +60,7 @@ def make_tcp(
     num_streams: int = 1,
     tls: KvTls | None = None,
     shared_memory: bool = False,
+    fabric: Fabric | None = None,
 ) -> KvTransport:
     return TcpKvTransport(
         memory=memory,
@@ -59,6 +69,7 @@ def make_tcp(
         num_streams=num_streams,
         tls=tls,
         shared_memory=shared_memory,
+        fabric=fabric,
     )
 
 
@@ -70,6 +81,49 @@ def tls_maker() -> Make:
     with tempfile.TemporaryDirectory() as folder:
         tls = KvTls(make_certificates(Path(folder)))
     return partial(make_tcp, tls=tls)
+
+
+def fabric_maker(name: str) -> Make:
+    """Both sides use it."""
+    if name == "in memory":
+        return partial(make_tcp, fabric=FakeFabric())
+    return partial(make_tcp, fabric=open_fabric(name, "127.0.0.1", RealClock()))
+
+
+class FakeFabric:
+    """One-sided writes within this process."""
+
+    payloads = Payloads.NIXL
+
+    def __init__(self) -> None:
+        self.landings: dict[bytes, Memory] = {}
+        self.broken = False  # whether writes fail
+
+    def land(self, memory: Memory) -> FakeEnd:
+        name = str(memory.address).encode()
+        self.landings[name] = memory
+        return FakeEnd(self, memory, name)
+
+    def route(self, memory: Memory, description: bytes) -> FakeEnd:
+        return FakeEnd(self, memory, description)
+
+
+class FakeEnd:
+    """A landing, or the route to one."""
+
+    def __init__(self, fabric: FakeFabric, memory: Memory, name: bytes) -> None:
+        self.description = name
+        self._fabric, self._memory = fabric, memory
+
+    def write(self, place: int, length: int) -> None:
+        target = self._fabric.landings.get(self.description)
+        if target is None or self._fabric.broken:
+            raise LinkBroken("nobody lands there")
+        target.view[place : place + length] = self._memory.view[place : place + length]
+
+    def close(self) -> None:
+        if self._fabric.landings.get(self.description) is self._memory:
+            del self._fabric.landings[self.description]
 
 
 def memory_maker() -> Make:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import psutil
 import pytest
 
 from tests.conformance.kv_pair import (
+    FABRICS,
     LAYOUT,
     Pair,
+    fabric_maker,
     make_memory,
     make_shared,
     make_streams,
@@ -31,7 +34,9 @@ MAKERS = {
     "tcp streams": lambda: make_streams,
     "tcp tls": tls_maker,
     "shared memory": lambda: make_shared,
+    "fabric": lambda: fabric_maker("in memory"),
 }
+MAKERS |= {name: partial(fabric_maker, name) for name in FABRICS}
 
 
 def pair_of(kind: str, pull: bool) -> Iterator[Pair]:
@@ -370,15 +375,16 @@ def test_blocks_may_change_once_their_grant_is_abandoned(pair: Pair) -> None:
 
 
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
-    for make in (make_tcp, memory_maker(), tls_maker(), make_shared):
+    for make in (make_tcp, memory_maker(), tls_maker(), make_shared, fabric_maker("in memory")):
         threads, descriptors = threading.active_count(), psutil.Process().num_fds()
         for pull in (False, True, False, True):
             pair = Pair(make, pull=pull)
             land(pair, (1, 2), (10, 11))
             pair.close()
             pair.close()
-        assert threading.active_count() == threads
-        assert psutil.Process().num_fds() == descriptors
+        # what an earlier test left may go meanwhile
+        assert threading.active_count() <= threads
+        assert psutil.Process().num_fds() <= descriptors
 
 
 def test_the_taker_is_told_that_blocks_keep_coming(pair: Pair) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conformance.kv_pair import FABRICS
 from tests.e2e.cluster import Cluster, Daemon, running, wait_for
 
 PROMPTS = [
@@ -58,10 +59,15 @@ def test_instances_with_blocks_of_other_sizes_are_a_pair(
         assert link["megabytes_per_s"] > 0
 
 
-@pytest.mark.parametrize(
-    ("transport", "mode", "way"),
-    [("auto", "PUSH", "shared memory"), ("tcp", "PULL", "tcp"), ("auto", "PULL", "shared memory")],
-)
+WAYS = [
+    ("auto", "PUSH", "shared memory"),
+    ("tcp", "PULL", "tcp"),
+    ("auto", "PULL", "shared memory"),
+    *((name, "PUSH", name) for name in FABRICS),
+]
+
+
+@pytest.mark.parametrize(("transport", "mode", "way"), WAYS)
 def test_however_the_kv_gets_there_the_answer_is_the_same(
     tiny_model: Path, lone_instance: Cluster, tmp_path: Path, transport: str, mode: str, way: str
 ) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.conformance.kv_pair import LAYOUT, NUM_BLOCKS, Pair, make_shared, make_tcp
 from xllm_py.core.kv_memory import PARTS
 from xllm_py.transport.base import KvEventKind
-from xllm_py.transport.shm import RING_BYTES, TELL_BYTES, RingReader, RingWriter
+from xllm_py.transport.payload_ring import RING_BYTES, TELL_BYTES
+from xllm_py.transport.shm import RingReader, RingWriter
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.wire import codec
 

@@ -167,3 +167,19 @@ def test_a_proof_comes_back_as_it_went() -> None:
 
 def test_every_reason_has_a_text() -> None:
     assert set(codec.TEXTS) == set(Reason)
+
+
+def test_a_landing_is_signed_and_bounded() -> None:
+    data = codec.pack_landing(b"there", SIGNER)
+    size = codec.landing_size(data[: codec.LANDING_HEAD_BYTES])
+    assert size == len(data) - codec.LANDING_HEAD_BYTES
+    assert codec.unpack_landing(data, SIGNER) == b"there"
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        assert codec.unpack_landing(bytes(damaged), SIGNER) is Reason.BAD_MAC
+    largest = codec.pack_landing(bytes(codec.MAX_LANDING_BYTES), SIGNER)
+    assert codec.landing_size(largest[:8]) == codec.MAX_LANDING_BYTES + codec.MAC_BYTES
+    larger = codec.pack_landing(bytes(codec.MAX_LANDING_BYTES + 1), SIGNER)
+    assert codec.landing_size(larger[:8]) is Reason.BAD_FRAME
+    assert codec.landing_size(b"?" + data[1:8]) is Reason.BAD_FRAME

@@ -503,6 +503,25 @@ def test_a_taker_that_called_fetches_and_no_other_does(link: Link) -> None:
     )
 
 
+# ---- payloads beside the socket
+
+
+@pytest.mark.parametrize("here", list(codec.Payloads))
+@pytest.mark.parametrize("there", list(codec.Payloads))
+def test_payloads_go_another_way_when_both_sides_say_the_same(
+    here: codec.Payloads, there: codec.Payloads
+) -> None:
+    giver = GiverSession(replace(identity("p", 1), payloads=here), "d")
+    taker = TakerSession(replace(identity("d", 2), payloads=there), GrantTable())
+    assert shake(giver, taker) == ("open", "open")
+    assert giver.payloads == taker.payloads == (here if here == there else codec.Payloads.SOCKET)
+
+
+def test_only_the_taker_of_this_link_says_where_they_go(link: Link, taker: Taker) -> None:
+    assert link.giver.on_landing(link.session.landing(b"there")) == b"there"
+    assert link.giver.on_landing(taker.link().session.landing(b"there")) is Reason.BAD_MAC
+
+
 # ---- blocks of other sizes
 
 

@@ -6,12 +6,14 @@ A record is handed to a queue and written by a thread, so that a slow terminal n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import logging.config
 import logging.handlers
 import queue
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,17 @@ class JsonFormatter(logging.Formatter):
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     fields = getattr(record, "fields", None)
     return fields if isinstance(fields, dict) else {}
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """While importing a library that configures logging for the whole process: that would close every handler there is, ours too."""
+    configure = logging.config.dictConfig
+    logging.config.dictConfig = lambda config: None
+    try:
+        yield
+    finally:
+        logging.config.dictConfig = configure
 
 
 def get(name: str) -> Logger:

@@ -147,11 +147,7 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
 
 
 def _check_kv_link(causes: rules.Causes, values: Mapping[str, Any]) -> None:
-    need, engine, mode = causes.need, values["kv_transport"], values["kv_cache_transfer_mode"]
-    need(
-        engine not in ("nixl", "mooncake"),
-        f"--kv_transport={engine} is not built yet. Use tcp or auto",
-    )
+    need, mode = causes.need, values["kv_cache_transfer_mode"]
     need(mode in ("PUSH", "PULL"), f"--kv_cache_transfer_mode={mode}. Use PUSH or PULL")
     need(1 <= values["kv_streams"] <= 16, f"--kv_streams={values['kv_streams']}. Use 1 to 16")
 

@@ -188,7 +188,8 @@ _CLUSTER = in_group(
         "kv_transport",
         "string",
         "tcp",
-        "tcp, or auto: shared memory between instances of one host that both say so, else tcp",
+        "tcp; auto: shared memory between instances of one host that both say so, else tcp; nixl, mooncake: payloads through "
+        "these engines between instances that both say so (pip install 'xllm_py[nixl]'), else tcp",
     ),
     b("kv_poison", "bool", False, "fill KV blocks with nonsense before use; for tests, slow"),
     b("kv_streams", "int32", 1, "TCP connections from this instance to one peer, 1 to 16"),

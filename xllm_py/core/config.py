@@ -72,7 +72,9 @@ class EngineConfig:
     kv_host: str = "127.0.0.1"
     kv_port: int = 0  # 0: any free port
     kv_listen: bool = False  # an instance with a role other than DEFAULT moves KV
-    kv_transport: str = "tcp"  # or "auto": shared memory between engines of one host
+    kv_transport: str = (
+        "tcp"  # or "auto": shared memory between engines of one host; "nixl", "mooncake"
+    )
     kv_streams: int = 1  # TCP connections to one peer
     kv_port_may_move: bool = True  # take the next free port when this one is busy (SPEC 1.1)
     cluster_key: bytes = b""

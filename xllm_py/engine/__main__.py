@@ -24,6 +24,7 @@ from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.handoff_agent import HandoffAgent
 from xllm_py.engine.loop import EngineLoop
 from xllm_py.transport.base import KvTransport
+from xllm_py.transport.fabric import Fabric
 from xllm_py.transport.pipe import EnginePipe
 from xllm_py.wire.messages import Failed, Ready, Start
 
@@ -79,9 +80,18 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
         port_may_move=config.kv_port_may_move,
         num_streams=config.kv_streams,
         shared_memory=config.kv_transport == "auto",
+        fabric=_open_fabric(config),
         tls=KvTls(config.kv_tls) if config.kv_tls is not None else None,
         layout_fingerprint=memory.layout.fingerprint,
     )
+
+
+def _open_fabric(config: EngineConfig) -> Fabric | None:
+    if config.kv_transport in ("tcp", "auto"):
+        return None
+    from xllm_py.transport.fabric import open_fabric
+
+    return open_fabric(config.kv_transport, config.kv_host, RealClock())
 
 
 def _prefix_root(config: EngineConfig, model_fingerprint: str) -> bytes:

@@ -19,6 +19,7 @@ from xllm_py.base.errors import LayoutMismatch, PortInUse, UsageError
 from xllm_py.core.kv_memory import KvMemory
 from xllm_py.transport import shm, tcp_handshake, tcp_listener
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
+from xllm_py.transport.fabric import Fabric
 from xllm_py.transport.kv_events import Counts, EventQueue
 from xllm_py.transport.kv_taking import Taking
 from xllm_py.transport.tcp_accepted import Host
@@ -36,6 +37,14 @@ from xllm_py.wire.kv_taker import TakerSession
 _log = log.get(__name__)
 
 MIN_KEY_BYTES = 16
+_COUNTS = (
+    "bytes_sent",
+    "bytes_received",
+    "frames_rejected",
+    "frames_late",
+    "links_broken",
+    "failures",
+)
 
 Link = TypeVar("Link", GiverLink, FetchLink)
 Place = tuple[str, str, int]  # endpoint ("" when the peer fetches), incarnation, stream
@@ -57,11 +66,12 @@ class TcpKvTransport:
         num_streams: int = 1,
         tls: KvTls | None = None,
         shared_memory: bool = False,
+        fabric: Fabric | None = None,
         layout_fingerprint: str = "",
         clock: Clock | None = None,
     ) -> None:
         """port 0: any free port. port_may_move: take the next free one when `port` is busy. num_streams: links to one peer.
-        shared_memory: peers of this host that want it too get their payloads through it.
+        shared_memory, fabric: peers, of this host or at all, that want it too get their payloads through it.
 
         Raises PortInUse, UsageError when the cluster key is missing, LayoutMismatch when a block exceeds a frame or
         `layout_fingerprint` is not that of `memory`.
@@ -79,21 +89,13 @@ class TcpKvTransport:
         self._incarnation = incarnation
         self._cluster_key = cluster_key
         self._clock = clock or RealClock()
-        self._counts = Counts(
-            "bytes_sent",
-            "bytes_received",
-            "frames_rejected",
-            "frames_late",
-            "links_broken",
-            "failures",
-        )
+        self._counts = Counts(*_COUNTS)
         self._events = EventQueue()
         self._num_streams = num_streams
         self._tls = tls
+        self._fabric = fabric
         self._shared = shared_memory and shm.supported()
-        self._lock = (
-            threading.Lock()
-        )  # guards the two below: the listener's threads add links for takers that call
+        self._lock = threading.Lock()  # guards the next two: the listener's threads add links too
         self._closed = False
         self._links: dict[Place, GiverLink] = {}
         self._fetchers: dict[Place, FetchLink] = {}
@@ -123,6 +125,7 @@ class TcpKvTransport:
             on_call=self._on_call,
             clock=self._clock,
             tls=self._tls,
+            fabric=self._fabric,
         )
         self._listener = Listener(socks, shared)
 
@@ -134,6 +137,7 @@ class TcpKvTransport:
             layout=layout.at(block_size) if block_size else layout,
             cluster_key=self._cluster_key,
             nonce=secrets.token_bytes(codec.NONCE_BYTES),
+            payloads=codec.Payloads.SOCKET if self._fabric is None else self._fabric.payloads,
         )
 
     @property
@@ -254,14 +258,15 @@ class TcpKvTransport:
         _close_ended(self._fetchers)
 
     def _way(self, endpoint: str, peer: str) -> Way:
-        return Way(endpoint=endpoint, tls=self._tls, shared=peer if self._shared else "")
+        shared = peer if self._shared else ""
+        return Way(endpoint=endpoint, tls=self._tls, fabric=self._fabric, shared=shared)
 
     def _open_link(self, place: Place, block_size: int) -> GiverLink:
         endpoint, peer, stream = place
 
         def shake(sock: socket.socket) -> GiverEnd:
             session = GiverSession(self._identity(stream, block_size), peer)
-            return tcp_handshake.as_giver(sock, session, clock=self._clock)
+            return tcp_handshake.as_giver(sock, session, clock=self._clock, fabric=self._fabric)
 
         def dial(hold: Hold, pause: Pause, again: bool) -> GiverEnd:
             return tcp_handshake.dial(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from xllm_py.base import log
 from xllm_py.base.clock import Clock
 from xllm_py.transport import tcp_handshake, tcp_socket
+from xllm_py.transport.fabric import Fabric
 from xllm_py.transport.kv_taking import Taking
 from xllm_py.transport.tcp_callers import Callers
 from xllm_py.transport.tcp_handshake import Refused, TakerEnd
@@ -37,6 +38,7 @@ class Host:
     on_call: Callable[[GiverSession], None]  # a taker's connection waits among the callers
     clock: Clock
     tls: KvTls | None
+    fabric: Fabric | None
 
 
 class Accepted:
@@ -111,7 +113,9 @@ class Accepted:
             self._answer_call(first)
             return None
         session = TakerSession(self._host.make_identity(), self._host.taking.grants)
-        end = tcp_handshake.as_taker(self._sock, session, hello=first, clock=self._clock)
+        end = tcp_handshake.as_taker(
+            self._sock, session, hello=first, clock=self._clock, fabric=self._host.fabric
+        )
         self.known, self.place = True, (session.peer, session.stream)
         try:
             self._on_known(self)
@@ -126,5 +130,8 @@ class Accepted:
             raise Refused(codec.TEXTS[found])
         peer, identity = found
         session = GiverSession(identity, peer, call)
-        self._host.callers.put(tcp_handshake.as_giver(self._sock, session, clock=self._clock))
+        end = tcp_handshake.as_giver(
+            self._sock, session, clock=self._clock, fabric=self._host.fabric
+        )
+        self._host.callers.put(end)
         self._host.on_call(session)

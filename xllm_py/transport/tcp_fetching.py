@@ -162,7 +162,7 @@ class FetchLink:
     def _shake(self, sock: socket.socket) -> TakerEnd:
         session = self._make_session()
         sock.sendall(session.call())
-        return tcp_handshake.as_taker(sock, session, clock=self._clock)
+        return tcp_handshake.as_taker(sock, session, clock=self._clock, fabric=self._way.fabric)
 
     def _hold(self, sock: socket.socket) -> None:
         with self._state:

@@ -23,7 +23,7 @@ from xllm_py.transport import tcp_socket
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind
 from xllm_py.transport.kv_events import Counts, EventQueue, Wake
 from xllm_py.transport.kv_giving import Giving, Givings, Item, frames_of
-from xllm_py.transport.shm import RingWriter
+from xllm_py.transport.payload_ring import PayloadWriter
 from xllm_py.transport.tcp_handshake import GiverEnd, Hold, Pause
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.wire import codec, kv_session
@@ -165,8 +165,7 @@ class GiverLink:
                 end = self._opening(self._hold, self._pause, bool(cause))
             except LinkBroken as broken:
                 return cause + self._named(broken.message)
-            way = "tcp" if end.ring is None else "shared memory"
-            _log.info("KV link open", peer=self._peer, way=way)
+            _log.info("KV link open", peer=self._peer, way=end.way)
             try:
                 self._serve(end)
                 return "closed"
@@ -304,7 +303,7 @@ class GiverLink:
         finally:
             self._stop_reading()
 
-    def _await_room(self, end: GiverEnd, ring: RingWriter, size: int) -> None:
+    def _await_room(self, end: GiverEnd, ring: PayloadWriter, size: int) -> None:
         """Until the taker has taken enough out of the ring."""
         since = self._clock.now()
         while not ring.has_room(size):

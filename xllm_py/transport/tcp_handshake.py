@@ -13,6 +13,8 @@ from typing import NamedTuple, TypeVar
 
 from xllm_py.base.clock import Clock
 from xllm_py.transport import shm, tcp_socket
+from xllm_py.transport.fabric import Fabric, FabricReader, FabricWriter
+from xllm_py.transport.payload_ring import PayloadReader, PayloadWriter
 from xllm_py.transport.shm import RingReader, RingWriter
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.transport.tcp_tls import KvTls
@@ -41,6 +43,7 @@ class Way:
 
     endpoint: str
     tls: KvTls | None = None
+    fabric: Fabric | None = None
     shared: str = ""  # the peer's incarnation, when shared memory may carry the payloads: its Unix socket is tried first
 
 
@@ -49,7 +52,14 @@ class GiverEnd(NamedTuple):
 
     sock: socket.socket
     session: GiverSession
-    ring: RingWriter | None  # where payloads go, when not over the socket
+    ring: PayloadWriter | None  # where payloads go, when not over the socket
+
+    @property
+    def way(self) -> str:
+        """How payloads go, in words."""
+        if self.ring is None:
+            return "tcp"
+        return self.session.payloads.name.lower() if self.session.payloads else "shared memory"
 
     def close(self) -> None:
         """Socket and ring."""
@@ -63,7 +73,7 @@ class TakerEnd(NamedTuple):
 
     sock: socket.socket
     session: TakerSession
-    ring: RingReader | None  # where payloads come from, when not over the socket
+    ring: PayloadReader | None  # where payloads come from, when not over the socket
 
     def close(self) -> None:
         """Socket and ring."""
@@ -136,8 +146,13 @@ def _connect_here(port: int, incarnation: str) -> socket.socket | None:
     return sock
 
 
-def as_giver(sock: socket.socket, session: GiverSession, *, clock: Clock) -> GiverEnd:
-    """HELLO, and what follows; over a Unix socket a ring is handed over. Raises Refused, LinkBroken, OSError."""
+def as_giver(
+    sock: socket.socket, session: GiverSession, *, clock: Clock, fabric: Fabric | None
+) -> GiverEnd:
+    """HELLO, and what follows; over a Unix socket a ring is handed over, for a fabric the taker says where it is.
+
+    Raises Refused, LinkBroken, OSError.
+    """
     deadline = clock.now() + tcp_socket.HANDSHAKE_S
     sock.sendall(session.hello())
     welcome = tcp_socket.read_handshake(sock, kv_session.WELCOME_BYTES, deadline, clock)
@@ -145,22 +160,42 @@ def as_giver(sock: socket.socket, session: GiverSession, *, clock: Clock) -> Giv
     if isinstance(proof, Reason):
         raise Refused(codec.TEXTS[proof])
     sock.sendall(proof)
-    ring = None
+    writer: PayloadWriter | None = None
     if sock.family == socket.AF_UNIX:
-        ring = RingWriter()
-        try:
-            ring.hand_over(sock)
-        except BaseException:
-            ring.close()
-            raise
+        writer = _hand_over(sock)
+    elif session.payloads and fabric is not None:
+        head = tcp_socket.read_handshake(sock, codec.LANDING_HEAD_BYTES, deadline, clock)
+        size = codec.landing_size(head)
+        if isinstance(size, Reason):
+            raise Refused(codec.TEXTS[size])
+        rest = tcp_socket.read_handshake(sock, size, deadline, clock)
+        landing = session.on_landing(head + rest)
+        if isinstance(landing, Reason):
+            raise Refused(codec.TEXTS[landing])
+        writer = FabricWriter(fabric, landing)
     tcp_socket.set_slices(sock)
-    return GiverEnd(sock, session, ring)
+    return GiverEnd(sock, session, writer)
+
+
+def _hand_over(sock: socket.socket) -> RingWriter:
+    ring = RingWriter()
+    try:
+        ring.hand_over(sock)
+    except BaseException:
+        ring.close()
+        raise
+    return ring
 
 
 def as_taker(
-    sock: socket.socket, session: TakerSession, *, hello: bytes = b"", clock: Clock
+    sock: socket.socket,
+    session: TakerSession,
+    *,
+    hello: bytes = b"",
+    clock: Clock,
+    fabric: Fabric | None,
 ) -> TakerEnd:
-    """Answer a HELLO, which has been read already or is read now; over a Unix socket a ring comes with it.
+    """Answer a HELLO, which has been read already or is read now; over a Unix socket a ring comes with it, for a fabric we say where it is.
 
     Raises Refused, LinkBroken, OSError.
     """
@@ -174,6 +209,15 @@ def as_taker(
     refusal = session.on_proof(proof)
     if refusal is not None:
         raise Refused(codec.TEXTS[refusal])
-    ring = RingReader(sock) if sock.family == socket.AF_UNIX else None
+    reader: PayloadReader | None = None
+    if sock.family == socket.AF_UNIX:
+        reader = RingReader(sock)
+    elif session.payloads and fabric is not None:
+        landing = reader = FabricReader(fabric)
+        try:
+            sock.sendall(session.landing(landing.description))
+        except BaseException:
+            landing.close()
+            raise
     tcp_socket.set_slices(sock)
-    return TakerEnd(sock, session, ring)
+    return TakerEnd(sock, session, reader)

@@ -39,8 +39,11 @@ _SIGNED_BYTES = HEADER_BYTES - MAC_BYTES
 _COMMIT = struct.Struct("<I4xQ16s")
 COMMIT_BYTES = _COMMIT.size
 _ENTRY = struct.Struct("<HHIII")
-_HELLO = struct.Struct("<4sBBHHHHxx64s32s32s")
+_HELLO = struct.Struct("<4sBBHHHHH64s32s32s")
 _PROOF = struct.Struct("<4sBBH32s")
+_LANDING = struct.Struct("<4sI")
+LANDING_HEAD_BYTES = _LANDING.size
+MAX_LANDING_BYTES = 64 << 10
 HANDSHAKE_MAGIC = b"XKH1"
 HELLO_BYTES = _HELLO.size
 PROOF_BYTES = _PROOF.size
@@ -69,6 +72,14 @@ class Step(IntEnum):
     HELLO = 1  # giver: who I am, my layout, my nonce
     WELCOME = 2  # taker: the same of its own, followed by its PROOF
     PROOF = 3  # proof of the cluster key over both messages
+
+
+class Payloads(IntEnum):
+    """How payloads get there; the numbers cross the wire. Unless both sides say the same they go over the socket."""
+
+    SOCKET = 0
+    NIXL = 1
+    MOONCAKE = 2
 
 
 class Reason(IntEnum):
@@ -263,6 +274,7 @@ class Hello:
     stream: int = (
         0  # of several links between the same two; a new one takes the place of an older one
     )
+    payloads: int = Payloads.SOCKET
 
 
 def pack_hello(hello: Hello) -> bytes:
@@ -278,6 +290,7 @@ def pack_hello(hello: Hello) -> bytes:
         hello.num_ranks,
         hello.stream,
         hello.block_size,
+        hello.payloads,
         incarnation,
         layout,
         hello.nonce,
@@ -291,7 +304,9 @@ def is_call(data: bytes) -> bool:
 
 def unpack_hello(data: bytes, step: Step) -> Hello | Reason:
     """The expected message of exactly HELLO_BYTES, or why it is not one."""
-    magic, version, kind, rank, num_ranks, stream, block_size, *texts, nonce = _HELLO.unpack(data)
+    magic, version, kind, rank, num_ranks, stream, block_size, payloads, *texts, nonce = (
+        _HELLO.unpack(data)
+    )
     if magic != HANDSHAKE_MAGIC or kind != step:
         return Reason.BAD_FRAME
     if version != VERSION:
@@ -309,7 +324,30 @@ def unpack_hello(data: bytes, step: Step) -> Hello | Reason:
         rank=rank,
         num_ranks=num_ranks,
         stream=stream,
+        payloads=payloads,
     )
+
+
+def pack_landing(landing: bytes, signer: Signer) -> bytes:
+    """Taker, once, before its first frame: where payloads are to be put, in an envelope."""
+    data = _LANDING.pack(HANDSHAKE_MAGIC, len(landing)) + landing
+    return data + signer.sign(data)
+
+
+def landing_size(head: bytes) -> int | Reason:
+    """Bytes that follow the LANDING_HEAD_BYTES of an envelope."""
+    magic, length = _LANDING.unpack(head)
+    if magic != HANDSHAKE_MAGIC or length > MAX_LANDING_BYTES:
+        return Reason.BAD_FRAME
+    return int(length) + MAC_BYTES
+
+
+def unpack_landing(data: bytes, signer: Signer) -> bytes | Reason:
+    """What a whole envelope holds."""
+    signed, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
+    if not same(mac, signer.sign(signed)):
+        return Reason.BAD_MAC
+    return signed[LANDING_HEAD_BYTES:]
 
 
 def pack_proof(proof: bytes) -> bytes:

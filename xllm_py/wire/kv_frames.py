@@ -18,6 +18,11 @@ class Frames:
         """Of the next frame."""
         return self._seq
 
+    @property
+    def signer(self) -> codec.Signer:
+        """Of this direction."""
+        return self._signer
+
     def pack(self, header: Header) -> bytes:
         """The next frame out; `header.seq` must be `seq`."""
         self._seq += 1

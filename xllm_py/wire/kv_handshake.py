@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from xllm_py.base.hashing import derive_key, mac
 from xllm_py.core.kv_memory import KvLayout
 from xllm_py.wire import codec
-from xllm_py.wire.codec import Hello, Reason, Step
+from xllm_py.wire.codec import Hello, Payloads, Reason, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,7 @@ class Identity:
     layout: KvLayout
     cluster_key: bytes
     nonce: bytes  # fresh for every link
+    payloads: Payloads = Payloads.SOCKET  # how this side wants them to go
     stream: int = 0  # which of the links between these two; the side that connects says it
 
     def hello(self, step: Step) -> bytes:
@@ -33,6 +34,7 @@ class Identity:
                 nonce=self.nonce,
                 block_size=self.layout.block_size,
                 stream=self.stream,
+                payloads=self.payloads,
             )
         )
 
@@ -55,6 +57,11 @@ class Agreement:
     giver_proof: bytes
     giver_key: bytes
     taker_key: bytes
+
+
+def payloads_with(peer: Hello, own: Payloads) -> Payloads:
+    """How payloads go between these two."""
+    return own if peer.payloads == own else Payloads.SOCKET
 
 
 def fits(peer: Hello, layout: KvLayout) -> bool:

@@ -19,7 +19,7 @@ from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameType, Header, Reason, Step
 from xllm_py.wire.kv_frames import Frames
 from xllm_py.wire.kv_grants import Grant
-from xllm_py.wire.kv_handshake import Identity, fits
+from xllm_py.wire.kv_handshake import Identity, fits, payloads_with
 
 WELCOME_BYTES = codec.HELLO_BYTES + codec.PROOF_BYTES
 _ANSWERS = (FrameType.ACK, FrameType.ERROR, FrameType.RESUME, FrameType.PROBE, FrameType.TAKEN)
@@ -154,6 +154,7 @@ class GiverSession:
         self._hello = identity.hello(Step.HELLO)
         self._out = Frames(b"")
         self._in = Frames(b"")
+        self.payloads = codec.Payloads.SOCKET  # true after on_welcome
 
     @property
     def place(self) -> tuple[str, int]:
@@ -184,8 +185,13 @@ class GiverSession:
             return Reason.WRONG_INCARNATION
         if not fits(peer, self._identity.layout):
             return Reason.WRONG_LAYOUT
+        self.payloads = payloads_with(peer, self._identity.payloads)
         self._out, self._in = Frames(agreed.giver_key), Frames(agreed.taker_key)
         return codec.pack_proof(agreed.giver_proof)
+
+    def on_landing(self, data: bytes) -> bytes | Reason:
+        """The taker's envelope, whole: where payloads are to be put."""
+        return codec.unpack_landing(data, self._in.signer)
 
     def data(
         self, grant: bytes, layer: int, part: int, first: int, num_blocks: int, checksum: int

@@ -8,7 +8,7 @@ from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameType, Header, Reason, Step
 from xllm_py.wire.kv_frames import Frames
 from xllm_py.wire.kv_grants import OPEN, Grant, GrantState, GrantTable
-from xllm_py.wire.kv_handshake import Agreement, Identity, cut_as
+from xllm_py.wire.kv_handshake import Agreement, Identity, cut_as, payloads_with
 from xllm_py.wire.kv_session import (
     Asked,
     Closed,
@@ -38,6 +38,7 @@ class TakerSession:
         self._in = Frames(b"")
         self.peer = ""  # incarnation of the giver; set by on_hello, true after on_proof
         self.stream = 0  # likewise
+        self.payloads = codec.Payloads.SOCKET  # likewise
         self._peer_fits = False
 
     @property
@@ -60,6 +61,7 @@ class TakerSession:
         welcome = self._identity.hello(Step.WELCOME)
         self._agreed = self._identity.agreement(self._call + data + welcome)
         self.peer, self.stream = peer.incarnation, peer.stream
+        self.payloads = payloads_with(peer, self._identity.payloads)
         layout = cut_as(peer, self._identity.layout)
         if self._calls and layout != self._identity.layout:
             return Reason.WRONG_LAYOUT
@@ -209,6 +211,10 @@ class TakerSession:
         if take.grant is not None:
             take.grant.in_flight -= 1
         take.grant, take.store = None, False
+
+    def landing(self, landing: bytes) -> bytes:
+        """Say, before the first frame, where payloads are to be put."""
+        return codec.pack_landing(landing, self._out.signer)
 
     def ack(self, grant: bytes) -> bytes:
         """Say landed."""

@@ -1,0 +1,152 @@
+"""Payloads beside the socket: one memory that the giver fills and the taker empties, in the order of the frames. Used by shm, fabric.
+
+Both sides count places from lengths that the taker has judged already, so no place crosses the wire. The taker says now and then how
+far it is. What lies there is no one's cache: the taker copies it into the blocks that a grant names, and what the giver changes
+afterwards is found by the checksum over the blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from typing import Protocol
+
+from xllm_py.transport.tcp_socket import LinkBroken
+
+RING_BYTES = (
+    16 << 20
+)  # four times the largest payload: two of them, a skip at the end, and what was not told of yet
+TELL_BYTES = 1 << 20  # the taker says how far it is after so many bytes
+
+
+class PayloadWriter(Protocol):
+    """The giver's end."""
+
+    def has_room(self, length: int) -> bool:
+        """Whether a payload fits without touching what the taker has not taken."""
+        ...
+
+    def put(self, views: Sequence[memoryview], length: int) -> None:
+        """Have a payload there when this returns; there must be room. Raises LinkBroken."""
+        ...
+
+    def taken(self, total: int) -> None:
+        """The taker's word. Raises LinkBroken when it cannot be true."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; idempotent."""
+        ...
+
+
+class PayloadReader(Protocol):
+    """The taker's end."""
+
+    def begin(self, length: int) -> None:
+        """The next payload has so many bytes; `read_into` reads it."""
+        ...
+
+    def read_into(self, views: Sequence[memoryview]) -> int:
+        """Fill the views with what comes next of the payload; returns the bytes."""
+        ...
+
+    def news(self) -> int | None:
+        """How far we are, when that is worth a word."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; idempotent."""
+        ...
+
+
+class _Places:
+    """Where payloads lie: one after the other, at the beginning again when the end is too near. The same on both sides."""
+
+    def __init__(self) -> None:
+        self.total = 0  # bytes so far, skipped ones included
+
+    def after(self, length: int) -> tuple[int, int]:
+        """(place of the next payload, total then)."""
+        place = self.total % RING_BYTES
+        skip = RING_BYTES - place if place + length > RING_BYTES else 0
+        return (self.total + skip) % RING_BYTES, self.total + skip + length
+
+
+class Memory:
+    """RING_BYTES that stay where they are."""
+
+    def __init__(self) -> None:
+        self._map = mmap.mmap(-1, RING_BYTES)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.view = memoryview(self._map)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.view.release()
+        self._map.close()
+
+
+class Outgoing:
+    """A PayloadWriter over a memory of RING_BYTES; whoever inherits owns it."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._places = _Places()
+        self._taken = 0
+
+    def has_room(self, length: int) -> bool:
+        """See PayloadWriter."""
+        return self._places.after(length)[1] - self._taken <= RING_BYTES
+
+    def put(self, views: Sequence[memoryview], length: int) -> None:
+        """See PayloadWriter."""
+        self._copy_in(views, length)
+
+    def _copy_in(self, views: Sequence[memoryview], length: int) -> int:
+        """Returns the place."""
+        first, self._places.total = self._places.after(length)
+        place = first
+        for view in views:
+            end = place + view.nbytes
+            self._view[place:end] = view
+            place = end
+        return first
+
+    def taken(self, total: int) -> None:
+        """See PayloadWriter."""
+        if not self._taken <= total <= self._places.total:
+            raise LinkBroken("the peer says it has taken what was never there")
+        self._taken = total
+
+
+class Incoming:
+    """A PayloadReader over a memory of RING_BYTES; likewise."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._places = _Places()
+        self._place = 0
+        self._told = 0
+
+    def begin(self, length: int) -> None:
+        """See PayloadReader."""
+        self._place, self._places.total = self._places.after(length)
+
+    def read_into(self, views: Sequence[memoryview]) -> int:
+        """See PayloadReader."""
+        place = self._place
+        for view in views:
+            end = place + view.nbytes
+            view[:] = self._view[place:end]
+            place = end
+        count, self._place = place - self._place, place
+        return count
+
+    def news(self) -> int | None:
+        """See PayloadReader."""
+        total = self._places.total
+        if total - self._told < TELL_BYTES:
+            return None
+        self._told = total
+        return total
