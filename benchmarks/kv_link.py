@@ -1,7 +1,9 @@
 """How fast is the KV link over loopback, against a plain socket loop in the same run?
 
-    python -m benchmarks.kv_link [--rounds 7] [--mebibytes 240] [--ways tcp shared ...] [--shapes 0 2 ...]
+    python -m benchmarks.kv_link [--rounds 7] [--mebibytes 240] [--ways tcp shared ...] [--shapes 0 2 ...] [--frames 512 ...]
 
+--frames: KiB that a giver fills a frame to, at most 4096. "no digest" leaves the checksums out, which the link itself never does.
+nixl and mooncake are measured when they are installed; benchmarks/kv_engines measures them without our link around them.
 Giver and taker are two processes. Each round moves the same number of bytes once through a plain sendall / recv_into loop and
 once through grants, frames, checksums and COMMIT, in turns; both read from and write to memory of that whole size, so caches
 do not help. The content is compared before anything is timed. One JSON line per row.
@@ -10,6 +12,8 @@ do not help. The content is compared before anything is timed. One JSON line per
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import random
 import select
@@ -26,17 +30,23 @@ from typing import IO, Any
 import trustme
 
 from benchmarks.report import emit, summary
+from xllm_py.base.clock import RealClock
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.core.service_config import TlsSlice
+from xllm_py.transport import tcp_giver, tcp_taker
 from xllm_py.transport.base import GiverGrant, KvEventKind, TakerGrant
+from xllm_py.transport.fabric import open_fabric
 from xllm_py.transport.tcp import TcpKvTransport
 from xllm_py.transport.tcp_tls import KvTls
+from xllm_py.wire import codec
 
 KEY = b"benchmark key of some length 32."
 DIGEST = bytes(16)
 PIECE_BYTES = 1 << 20
 DEADLINE_S = 60.0
-WAYS = ("tcp", "2 streams", "4 streams", "tls", "shared")
+PACKAGES = {"nixl": "nixl_cu12", "mooncake": "mooncake"}
+FABRICS = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
+WAYS = ("tcp", "pull", "no digest", "2 streams", "4 streams", "tls", "shared", *FABRICS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Shape:
     mebibytes: int = 240
     way: str = "tcp"
     folder: str = ""  # of the certificates
+    frame_kib: int = codec.FRAME_BYTES >> 10
 
     @property
     def layout(self) -> KvLayout:
@@ -64,6 +75,10 @@ class Shape:
 
     def transport(self, memory: KvMemory, incarnation: str, listen: bool) -> TcpKvTransport:
         """One end, as `way` says."""
+        codec.FRAME_BYTES = self.frame_kib << 10
+        if self.way == "no digest":
+            for module in (tcp_giver, tcp_taker):
+                module.payload_checksum = lambda *_views: 0
         files = [f"{self.folder}/{name}" for name in ("cert.pem", "key.pem", "ca.pem")]
         tls = KvTls(TlsSlice(cert_file=files[0], key_file=files[1], ca_file=files[2]))
         return TcpKvTransport(
@@ -74,6 +89,7 @@ class Shape:
             num_streams={"2 streams": 2, "4 streams": 4}.get(self.way, 1),
             tls=tls if self.way == "tls" else None,
             shared_memory=self.way == "shared",
+            fabric=open_fabric(self.way, "127.0.0.1", RealClock()) if self.way in FABRICS else None,
         )
 
     @property
@@ -178,6 +194,8 @@ def take(shape: Shape) -> None:
                         block_ids=block_ids,
                         first_wanted=0,
                         prompt_digest=DIGEST,
+                        source=order["source"],
+                        read_grant=grant_name(order["number"], index) if order["source"] else b"",
                     )
                 )
             say(sys.stdout, ready=True)
@@ -206,7 +224,7 @@ class Giver:
         self.endpoint = hello["kv"]
         self.plain = socket.create_connection(("127.0.0.1", hello["plain"]))
         self.plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-        self.transport = shape.transport(self.memory, "giver", listen=False)
+        self.transport = shape.transport(self.memory, "giver", listen=shape.way == "pull")
         self.number = 0
 
     def hear(self) -> dict[str, Any]:
@@ -237,17 +255,18 @@ class Giver:
     def run_link(self, check: bool = False) -> float:
         """GB/s, from the first push to the last acknowledgement."""
         self.number += 1
-        self.order(do="open", number=self.number)
+        self.order(do="open", number=self.number, source=self.transport.endpoint)
         start = time.perf_counter()
         for index, block_ids in enumerate(self.grants):
             grant = grant_name(self.number, index)
             self.transport.connect(
                 GiverGrant(
                     grant=grant,
-                    endpoint=self.endpoint,
+                    endpoint="" if self.transport.endpoint else self.endpoint,
                     peer_incarnation="taker",
                     block_size=self.shape.block_tokens,
                     prompt_digest=DIGEST,
+                    read_grant=grant if self.transport.endpoint else b"",
                 )
             )
             for layer in range(self.shape.num_layers):
@@ -301,6 +320,7 @@ def measure(shape: Shape, rounds: int) -> None:
         {
             "row": shape.name,
             "way": shape.way,
+            "frame_kib": shape.frame_kib,
             "mebibytes": shape.num_bytes >> 20,
             "grants": shape.num_grants,
         },
@@ -321,6 +341,7 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=240)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--frames", nargs="+", type=int, default=[codec.FRAME_BYTES >> 10])
     parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))))
     options = parser.parse_args()
     if options.serve:
@@ -329,9 +350,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_certificates(folder)
         for index in options.shapes:
-            for way in options.ways:
+            for way, frame_kib in itertools.product(options.ways, options.frames):
                 shape = replace(SHAPES[index], mebibytes=options.mebibytes, way=way, folder=folder)
-                measure(shape, options.rounds)
+                measure(replace(shape, frame_kib=frame_kib), options.rounds)
 
 
 def make_certificates(folder: str) -> None:
