@@ -3,7 +3,7 @@
     python -m benchmarks.kv_engines [--rounds 5] [--mebibytes 240]
 
 The engines write from registered memory into registered memory of a second process, contiguous pieces of 64 KiB to 16 MiB, and
-scattered blocks by lists of descriptors, 4 MiB a call. They check nothing. Over TCP: UCX_TLS=tcp, mooncake's tcp. One JSON line a row;
+scattered blocks by lists of descriptors, 4 MiB a call. They check nothing. Over TCP, unless UCX_TLS says else. One JSON line a row;
 engines that are not installed are left out. benchmarks/kv_link has the KV link, against the same loop.
 """
 
@@ -29,6 +29,7 @@ from benchmarks.report import emit, summary
 from xllm_py.base import log
 
 CALL_BYTES = 4 << 20
+ENVIRONMENT = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo", "GLOG_minloglevel": "3"}
 ROWS = [
     (f"{size >> 10} KiB pieces", size, False) for size in (64 << 10, 1 << 20, 4 << 20, 16 << 20)
 ]
@@ -232,7 +233,8 @@ def main() -> None:
     if options.serve is not None:
         take(options.serve, options.bytes)
         return
-    os.environ |= {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo", "GLOG_minloglevel": "3"}
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if shutil.which("iperf3"):
         measure_iperf(options.rounds)
     for engine, (package, _) in ENGINES.items():

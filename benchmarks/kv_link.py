@@ -31,9 +31,10 @@ import trustme
 
 from benchmarks.report import emit, summary
 from xllm_py.base.clock import RealClock
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.core.service_config import TlsSlice
-from xllm_py.transport import tcp_giver, tcp_taker
+from xllm_py.transport import kv_giving, tcp_giver, tcp_taker
 from xllm_py.transport.base import GiverGrant, KvEventKind, TakerGrant
 from xllm_py.transport.fabric import open_fabric
 from xllm_py.transport.tcp import TcpKvTransport
@@ -76,9 +77,9 @@ class Shape:
     def transport(self, memory: KvMemory, incarnation: str, listen: bool) -> TcpKvTransport:
         """One end, as `way` says."""
         codec.FRAME_BYTES = self.frame_kib << 10
-        if self.way == "no digest":
-            for module in (tcp_giver, tcp_taker):
-                module.payload_checksum = lambda *_views: 0
+        digest = payload_checksum if self.way != "no digest" else lambda *_views: 0
+        for module in (tcp_giver, tcp_taker, kv_giving):
+            module.payload_checksum = digest
         files = [f"{self.folder}/{name}" for name in ("cert.pem", "key.pem", "ca.pem")]
         tls = KvTls(TlsSlice(cert_file=files[0], key_file=files[1], ca_file=files[2]))
         return TcpKvTransport(
