@@ -26,6 +26,7 @@ from xllm_py.engine.ranks import OneRank, open_executor
 
 SHAPE = config_of("0.5b")
 CONTEXT = 512
+VOCABULARY = 151_000
 BLOCK = 128
 
 
@@ -67,7 +68,7 @@ def step(
 ) -> float:
     """One step; seconds. Token ids differ per position, and the answer is checked to be one."""
     ids = [
-        (7919 * (c + i) + 31 * r) % 151_000
+        (7919 * (c + i) + 31 * r) % VOCABULARY
         for r, n, c in zip(rows, counts, computed, strict=True)
         for i in range(n)
     ]
@@ -95,9 +96,9 @@ def linears_s(executor: OneRank, rows: int, heads: int) -> float:
     x = torch.randn(rows, SHAPE["hidden_size"], dtype=torch.bfloat16)
     began = time.perf_counter()
     for layer in model._layers:
-        layer._qkv(x)
-        layer._out(x)
-        layer._mlp(x)
+        layer._attention._qkv(x)
+        layer._attention._out(x)
+        layer._feed(x, rows)
     model.logits(x[:heads])
     return time.perf_counter() - began
 
