@@ -147,7 +147,7 @@ def _went(cluster: Cluster, setup: Setup, asked: Asked, answer: Answer) -> tuple
 
 async def _preempted(cluster: Cluster, setup: Setup, index: int, asked: Asked) -> Found:
     """An older request grows until the case gives its blocks back: in its middle or, when it is too short for that, at once."""
-    for spare in (index % 3, 0):
+    for spare in dict.fromkeys((index % 3, 0)):
         cluster.company = _company(setup, index, len(asked.case.prompt), spare)
         answer = await cluster.ask(PATH, asked.body)
         cluster.rest()
