@@ -12,10 +12,12 @@ import pytest
 
 from tests.conformance.kv_pair import LAYOUT, Pair, make_memory, make_tcp
 from tests.transport.test_tcp import identity, read, until
+from xllm_py.base.clock import RealClock
 from xllm_py.transport import tcp_callers, tcp_socket
 from xllm_py.transport.base import KvEventKind
 from xllm_py.transport.kv_giving import MAX_PROBES
-from xllm_py.transport.tcp_socket import split_endpoint
+from xllm_py.transport.tcp_handshake import GiverEnd
+from xllm_py.transport.tcp_socket import LinkBroken, split_endpoint
 from xllm_py.wire import codec
 from xllm_py.wire.kv_grants import GrantTable
 from xllm_py.wire.kv_handshake import answering
@@ -202,3 +204,19 @@ def test_a_layout_of_the_takers_that_is_none_of_ours_is_refused(pair: Pair) -> N
     with socket.create_connection(split_endpoint(pair.giver.endpoint), 10.0) as sock:
         sock.sendall(taker.call())
         assert taker.on_hello(read(sock, codec.HELLO_BYTES)) is codec.Reason.WRONG_LAYOUT
+
+
+def test_a_connection_that_is_not_wanted_any_more_is_closed() -> None:
+    ours, theirs = socket.socketpair()
+    session = GiverSession(identity("p-1"), "d-1", b"call")
+    callers = tcp_callers.Callers(RealClock())
+    callers.put(GiverEnd(ours, session, None))
+
+    def closing(_sock: socket.socket) -> None:
+        raise LinkBroken("closed")
+
+    with pytest.raises(LinkBroken):
+        callers.take(("d-1", 0), closing, lambda _wait_s: True)
+    assert theirs.recv(1) == b""
+    theirs.close()
+    callers.close()

@@ -72,7 +72,11 @@ class Callers:
                 if end is not None:
                     self._serving[place] = end.sock
             if end is not None:
-                hold(end.sock)
+                try:
+                    hold(end.sock)
+                except LinkBroken:
+                    end.close()
+                    raise
                 return end
             if self._clock.now() >= until:
                 raise LinkBroken("the decode instance does not fetch")
