@@ -456,7 +456,7 @@ def call(
 def test_a_taker_may_call_for_a_stream_and_a_size_of_blocks(size: int) -> None:
     here, there, giver, taker = call(size=size, stream=3)
     assert (here, there) == ("open", "open")
-    assert giver.place == ("d", 3)
+    assert (giver.place, giver.block_size) == (("d", 3), size)
     assert (taker.peer, taker.stream, taker.block_size) == ("p", 3, size)
 
 
@@ -520,6 +520,23 @@ def test_payloads_go_another_way_when_both_sides_say_the_same(
 def test_only_the_taker_of_this_link_says_where_they_go(link: Link, taker: Taker) -> None:
     assert link.giver.on_landing(link.session.landing(b"there")) == b"there"
     assert link.giver.on_landing(taker.link().session.landing(b"there")) is Reason.BAD_MAC
+
+
+# ---- a grant that will not be filled
+
+
+def test_a_grant_that_is_open_fails_once_and_a_landed_one_never(taker: Taker, link: Link) -> None:
+    first, second = grant(1, (5,)), grant(2, (6,))
+    for entry in (first, second):
+        taker.grants.open(entry)
+    assert taker.grants.is_open(first.grant)
+    assert taker.grants.fail(first.grant)
+    assert not taker.grants.is_open(first.grant)
+    assert not taker.grants.fail(first.grant)
+    assert not taker.grants.fail(b"?" * 16)
+    link.commit(2, link.give(2, 1).commit_payload(DIGEST))
+    assert second.state is GrantState.COMMITTED
+    assert not taker.grants.fail(second.grant)
 
 
 # ---- blocks of other sizes
