@@ -97,8 +97,8 @@ def linears_s(executor: OneRank, rows: int, heads: int) -> float:
     began = time.perf_counter()
     for layer in model._layers:
         layer._attention._qkv(x)
-        layer._attention._out(x)
-        layer._feed(x, rows)
+        layer._attention._out(x, x)
+        layer._feed(x, rows, x)
     model.logits(x[:heads])
     return time.perf_counter() - began
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xllm_py.device.base import AttentionBatch, Device, KvShape
+from xllm_py.device.base import AttentionBatch, Device, KvShape, Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,14 @@ class Sequences:
         slots = torch.tensor([slot for piece in pieces for slot in self.slots(piece)])
         keys = torch.cat([self.keys[p.name][p.start : p.end] for p in pieces])
         values = torch.cat([self.values[p.name][p.start : p.end] for p in pieces])
-        self.device.write_kv(self.layer, keys, values, slots)
+        unturned = Turn(
+            cos=torch.ones(1, self.shape.head_dim, dtype=self.shape.dtype),
+            sin=torch.zeros(1, self.shape.head_dim, dtype=self.shape.dtype),
+            positions=torch.zeros(len(slots), dtype=torch.int64),
+        )
+        queries = torch.cat([self.queries[p.name][p.start : p.end] for p in pieces])
+        mixed = torch.cat((queries, keys, values), 1)
+        self.device.rotate_and_store(mixed, self.layer, unturned, slots)
         return slots
 
     def step(self, pieces: list[Piece], padding: int = 0, sliding_window: int = 0) -> list[Tensor]:
@@ -108,9 +115,9 @@ class Sequences:
         firsts = [sum(counts[:row]) for row in range(len(pieces))]
         batch = AttentionBatch(
             block_tables=tables,
-            first_tokens=firsts,
-            num_tokens=counts,
-            context_tokens=[piece.end for piece in pieces],
+            first_tokens=torch.tensor(firsts),
+            num_tokens=torch.tensor(counts),
+            context_tokens=torch.tensor([piece.end for piece in pieces]),
             slots=slots,
         )
         queries = torch.cat([self.queries[p.name][p.start : p.end] for p in pieces])

@@ -1,4 +1,4 @@
-"""One suite for every device that is there: today cpu, with one thread and with two."""
+"""One suite for every device that is there: today cpu, with torch's kernels and those of each instruction set this machine has."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn import functional
 
 from tests.conformance.attention import Piece, Sequences, Shape
 from xllm_py.base.errors import DeviceUnavailable
-from xllm_py.device import open_device
-from xllm_py.device.base import AttentionBatch, Device, KvShape
+from xllm_py.device.base import AttentionBatch, Device, HeadNorms, KvShape, Turn
+from xllm_py.device.cpu import CpuDevice
+from xllm_py.device.cpu.native.build import instruction_sets
+from xllm_py.device.cpu.torch_kernels import TorchKernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 # of values drawn from N(0, 1): bfloat16 keeps 8 bits of a result, and of a probability where the device computes in it
@@ -20,11 +23,15 @@ EDGES = (511, 512, 513, 1023, 1024, 1025, 1300)
 HEADS = [(4, 2, 64), (7, 1, 16), (14, 2, 64), (9, 3, 24), (1, 1, 128)]
 
 
-@pytest.fixture(params=[("cpu:0", 1), ("cpu:0", 2)], ids=lambda it: f"{it[0]}-threads{it[1]}")
+OPENED = [(kernels, threads) for kernels in ("torch", *instruction_sets()) for threads in (1, 2)]
+
+
+@pytest.fixture(params=OPENED, ids=lambda it: f"{it[0]}-threads{it[1]}")
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    name, threads = request.param
+    kernels, threads = request.param
     before = torch.get_num_threads()
-    opened = open_device(name, threads=threads)
+    opened = CpuDevice(0, threads=threads, kernels=kernels)
+    assert isinstance(opened._kernels, TorchKernels) == (kernels == "torch")
     yield opened
     opened.close()
     torch.set_num_threads(before)
@@ -46,6 +53,14 @@ def check(sequences: Sequences, pieces: list[Piece], padding: int = 0, limit: fl
     for piece, got in zip(pieces, sequences.step(pieces, padding), strict=True):
         wanted = sequences.expected(piece)
         torch.testing.assert_close(got.double(), wanted, atol=limit, rtol=limit, msg=str(piece))
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def turn_of(cos: torch.Tensor, sin: torch.Tensor, positions: list[int]) -> Turn:
+    return Turn(cos=cos, sin=sin, positions=torch.tensor(positions))
 
 
 def in_pieces(sequences: Sequences, name: str, cuts: list[int]) -> torch.Tensor:
@@ -221,9 +236,9 @@ def test_layers_of_one_step_may_have_windows_of_their_own(device: Device) -> Non
     sequences.write([Piece("a", 0, 600)])
     batch = AttentionBatch(
         block_tables=torch.tensor([sequences.tables["a"]], dtype=torch.int32),
-        first_tokens=[0],
-        num_tokens=[600],
-        context_tokens=[600],
+        first_tokens=torch.tensor([0]),
+        num_tokens=torch.tensor([600]),
+        context_tokens=torch.tensor([600]),
         slots=torch.empty(0, dtype=torch.int64),
     )
     for sliding in (0, 20, 0, 550):
@@ -272,12 +287,102 @@ def test_a_row_of_a_linear_does_not_depend_on_how_many_rows_there_are(
         assert linear(x[-count:].contiguous()).equal(whole[-count:]), f"the last {count} rows"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inner", [64, 100, 33])
+def test_what_follows_a_product_is_what_would_follow_it_alone(
+    device: Device, dtype: torch.dtype, inner: int
+) -> None:
+    weight, bias = draw(2 * inner, 50, seed=4).to(dtype) / 7, draw(2 * inner, seed=5).to(dtype)
+    x = draw(4 * device.row_padding(), 50, seed=6).to(dtype)
+    residual = draw(len(x), 2 * inner, seed=7).to(dtype)
+    limit = TOLERANCE[dtype]
+    product = x.double() @ weight.double().T + bias.double()
+    added = device.pack_linear(weight, bias)(x, residual)
+    torch.testing.assert_close(added.double(), product + residual, atol=limit, rtol=limit)
+    gate, up = product.chunk(2, 1)
+    gated = device.pack_gated(weight, bias)(x)
+    assert gated.shape == (len(x), inner)
+    torch.testing.assert_close(gated.double(), functional.silu(gate) * up, atol=limit, rtol=limit)
+    one = device.pack_gated(weight, bias)(x[: device.row_padding()].contiguous())
+    assert one.equal(gated[: len(one)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gate_far_from_zero_is_open_or_shut(device: Device, dtype: torch.dtype) -> None:
+    gates = torch.tensor([-200.0, -90.0, -20.0, 0.0, 20.0, 200.0])
+    weight = torch.cat((gates, torch.ones(6)))[:, None].to(dtype)
+    got = device.pack_gated(weight, None)(torch.ones(device.row_padding(), 1, dtype=dtype))
+    wanted = functional.silu(gates).expand(len(got), -1)
+    torch.testing.assert_close(got.float(), wanted, atol=1e-7, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_head_gives_logits_and_its_rows_back(device: Device, dtype: torch.dtype) -> None:
+    weight = draw(201, 33, seed=8).to(dtype)
+    head = device.pack_head(weight)
+    ids = torch.tensor([200, 0, 64, 63, 199])
+    rows = weight[ids]
+    assert head.embed(ids).equal(rows)
+    logits = head(rows)
+    assert logits.dtype is torch.float32
+    limit = TOLERANCE[dtype]
+    torch.testing.assert_close(
+        logits.double(), rows.double() @ weight.double().T, atol=limit, rtol=limit
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 96, 100, 7])
+def test_a_norm_is_its_formula_row_by_row(device: Device, dtype: torch.dtype, size: int) -> None:
+    weight, x = draw(size, seed=9).to(dtype), draw(700, size, seed=10).to(dtype) * 30
+    norm = device.norm(weight, 1e-5)
+    got, wide = norm(x), x.double()
+    wanted = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    limit = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(got.double(), wanted, atol=limit, rtol=limit)
+    for rows in (1, 3, 17):
+        assert norm(x[-rows:]).equal(got[-rows:])
+    assert not norm(torch.zeros(2, size, dtype=dtype)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+def test_queries_and_keys_are_normed_and_rotated_and_values_are_not(
+    device: Device, dtype: torch.dtype, heads: tuple[int, int, int], normed: bool
+) -> None:
+    queries, kv_heads, dim = heads
+    device.alloc_kv(kv_shape(dtype=dtype, kv_heads=kv_heads, head_dim=dim, block_size=8))
+    positions = [0, 5, 11, 30, 2, 9, 0, 0]
+    tables = [draw(31, dim, seed=seed).to(dtype) for seed in (11, 12)]
+    mixed = draw(8, queries + 2 * kv_heads, dim, seed=13).to(dtype)
+    weight = draw(queries + kv_heads, dim, seed=14).to(dtype)
+    slots = torch.tensor([39, 0, 8, 7, 21])
+    norms = HeadNorms(weight=weight, eps=1e-6) if normed else None
+    got = device.rotate_and_store(mixed, 1, turn_of(*tables, positions), slots, norms)
+    turning = mixed[:, :-kv_heads].double()
+    if normed:
+        mean = turning.square().mean(-1, keepdim=True)
+        turning = turning / (mean + 1e-6).sqrt() * weight.double()
+    cos, sin = (table[positions].double()[:, None] for table in tables)
+    left, right = turning.chunk(2, -1)
+    wanted = turning * cos + torch.cat((-right, left), -1) * sin
+    limit = 1e-5 if dtype is torch.float32 else 6e-2
+    torch.testing.assert_close(got.double(), wanted[:, :queries], atol=limit, rtol=limit)
+    memory, token = device.kv_memory(), kv_heads * dim * dtype.itemsize
+    for place, slot in enumerate(slots.tolist()):
+        for part, there in enumerate((wanted[place, queries:], mixed[place, -kv_heads:].double())):
+            raw = memory.span(1, part, slot // 8)[slot % 8 * token :][:token]
+            kept = torch.frombuffer(bytearray(raw), dtype=dtype).view(kv_heads, dim)
+            torch.testing.assert_close(kept.double(), there, atol=limit, rtol=limit)
+
+
 # ---- the cache as memory ----
 
 
-def kv_shape(**fields: int) -> KvShape:
+def kv_shape(dtype: torch.dtype = torch.float32, **fields: int) -> KvShape:
     sizes = {"num_layers": 3, "num_blocks": 5, "block_size": 4, "kv_heads": 2, "head_dim": 8}
-    return KvShape(**{**sizes, **fields}, dtype=torch.float32)
+    return KvShape(**{**sizes, **fields}, dtype=dtype)
 
 
 def rows(count: int, start: float) -> torch.Tensor:
@@ -290,7 +395,12 @@ def test_what_is_written_lies_in_its_layer_part_block_and_offset_and_nowhere_els
     device.alloc_kv(kv_shape())
     memory = device.kv_memory()
     keys, values = rows(3, 1000.0), rows(3, 5000.0)
-    device.write_kv(1, keys, values, torch.tensor([2 * 4 + 3, 0, 4 * 4 + 1]))
+    unturned = turn_of(torch.ones(1, 8), torch.zeros(1, 8), [0, 0, 0, 0])
+    mixed = torch.cat((torch.ones(3, 4, 8), keys, values), 1)
+    mixed = torch.cat((mixed, torch.full((1, 8, 8), 7.0)))  # a row of padding
+    slots = torch.tensor([2 * 4 + 3, 0, 4 * 4 + 1])
+    queries = device.rotate_and_store(mixed, 1, unturned, slots)
+    assert queries[:3].equal(torch.ones(3, 4, 8))
     token_bytes = memory.layout.block_bytes // 4
     found = {}
     for layer in range(3):

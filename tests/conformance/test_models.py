@@ -73,9 +73,9 @@ def our_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     )
     batch = AttentionBatch(
         block_tables=torch.arange(-(-count // 16), dtype=torch.int32)[None],
-        first_tokens=[0],
-        num_tokens=[count],
-        context_tokens=[count],
+        first_tokens=torch.tensor([0]),
+        num_tokens=torch.tensor([count]),
+        context_tokens=torch.tensor([count]),
         slots=torch.arange(count),
     )
     padding = (0, -count % device.row_padding())

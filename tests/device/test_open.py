@@ -7,6 +7,7 @@ import torch
 
 from xllm_py.base.errors import DeviceUnavailable
 from xllm_py.device import open_device
+from xllm_py.device.cpu import CpuDevice
 
 
 def test_the_cpu_is_opened_under_its_name_with_its_threads() -> None:
@@ -33,10 +34,12 @@ def test_an_npu_names_what_it_needs() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 5, 8])
-def test_rows_are_padded_to_a_multiple_of_the_threads_and_at_least_four(threads: int) -> None:
+def test_torchs_kernels_pad_rows_to_a_multiple_of_the_threads_and_at_least_four(
+    threads: int,
+) -> None:
     before = torch.get_num_threads()
     try:
-        padding = open_device("cpu:0", threads=threads).row_padding()
+        padding = CpuDevice(0, threads=threads, kernels="torch").row_padding()
     finally:
         torch.set_num_threads(before)
     assert padding >= 4

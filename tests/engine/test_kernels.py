@@ -13,9 +13,10 @@ from torch.nn import functional
 from tests.engine.draws import sample
 from xllm_py.core.plan import RowStart
 from xllm_py.core.sampling import SamplingParams
-from xllm_py.device.base import AttentionBatch, KvShape
+from xllm_py.device.base import AttentionBatch, KvShape, Turn
 from xllm_py.device.cpu import CpuDevice
-from xllm_py.model.layers.mlp import silu
+from xllm_py.device.cpu.native.build import instruction_sets
+from xllm_py.device.cpu.torch_kernels import silu
 
 DTYPES = (torch.float32, torch.bfloat16)
 # KV heads, query heads of each, head size
@@ -32,10 +33,14 @@ HEADS = (
 LENGTHS = (1, 2, 130, 513, 1111)
 
 
-@pytest.fixture(params=[1, 2])
+OPENED = [(kernels, threads) for kernels in ("torch", *instruction_sets()) for threads in (1, 2)]
+
+
+@pytest.fixture(params=OPENED, ids=lambda it: f"{it[0]}-threads{it[1]}")
 def device(request: pytest.FixtureRequest) -> Iterator[CpuDevice]:
+    kernels, threads = request.param
     before = torch.get_num_threads()
-    yield CpuDevice(0, threads=request.param)
+    yield CpuDevice(0, threads=threads, kernels=kernels)
     torch.set_num_threads(before)
 
 
@@ -64,7 +69,13 @@ class Sequences:
         keys, values = (
             torch.randn(len(slots), kv_heads, dim, generator=generator).to(dtype) for _ in range(2)
         )
-        device.write_kv(0, keys, values, slots)
+        unturned = Turn(
+            cos=torch.ones(1, dim, dtype=dtype),
+            sin=torch.zeros(1, dim, dtype=dtype),
+            positions=torch.zeros(len(slots), dtype=torch.int64),
+        )
+        queries = keys.repeat_interleave(group, 1)
+        device.rotate_and_store(torch.cat((queries, keys, values), 1), 0, unturned, slots)
         self.queries = [
             torch.randn(length, kv_heads * group, dim, generator=generator).to(dtype)
             for length in LENGTHS
@@ -81,14 +92,14 @@ class Sequences:
             total += end - first
         batch = AttentionBatch(
             block_tables=tables,
-            first_tokens=firsts,
-            num_tokens=[end - first for _, first, end in spans],
-            context_tokens=[end for _, _, end in spans],
-            slots=torch.empty(0, dtype=torch.int64),
+            first_tokens=torch.tensor(firsts),
+            num_tokens=torch.tensor([end - first for _, first, end in spans]),
+            context_tokens=torch.tensor([end for _, _, end in spans]),
+            slots=torch.empty(total, dtype=torch.int64),  # as many as there are tokens
         )
         rows = torch.cat([self.queries[sequence][first:end] for sequence, first, end in spans])
         out = self.device.attend(rows, 0, batch)
-        return list(out.split(batch.num_tokens))
+        return list(out.split(batch.num_tokens.tolist()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,13 +1,14 @@
-"""The Device protocol: memory, packed linears, the paged KV cache and attention over it.
+"""The Device protocol: memory, packed linears, the paged KV cache, and the layers' arithmetic over it.
 
-Real so far: cpu, which is also the oracle for cuda and npu to come. Called by model/ and the rank side of engine/. A device knows tensors, blocks and
-slots; it knows nothing of requests. Conformance: tests/conformance/test_device.py.
+Real so far: cpu, whose torch form is also the oracle for cuda and npu to come. Called by model/ and the rank side of engine/. A device
+knows tensors, blocks and slots; it knows nothing of requests. Conformance: tests/conformance/test_device.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,7 +16,27 @@ from torch import Tensor
 
 from xllm_py.core.kv_memory import KvMemory
 
-Linear = Callable[[Tensor], Tensor]
+RowWise = Callable[[Tensor], Tensor]  # each row of the result depends on its row alone, to the bit
+
+
+class Linear(Protocol):
+    """x @ weight.T + bias, and what it is added to: x [tokens, in], residual and result [tokens, out], all of one dtype."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Rows do not depend on each other, to the bit."""
+        ...
+
+
+class Head(Protocol):
+    """The matrix from hidden states to the vocabulary."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [rows, hidden] -> [rows, vocabulary] float32."""
+        ...
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Its rows, [tokens, hidden]: an embedding that shares the matrix."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +56,36 @@ class AttentionBatch:
     """Where the tokens of one step lie; the same for every layer.
 
     Tokens are flat, sequence after sequence, each sequence's tokens adjacent and in order of position; rows past the last
-    sequence are padding. All lists have one entry per sequence.
+    sequence are padding.
     """
 
     block_tables: Tensor  # [sequences, blocks] int32; entries past a sequence's blocks are 0
-    first_tokens: list[int]  # index of the first of its tokens in this step
-    num_tokens: list[int]
-    context_tokens: list[int]  # tokens in the cache after this step
+    first_tokens: Tensor  # [sequences] int64, index of the first of its tokens in this step
+    num_tokens: Tensor  # [sequences] int64
+    context_tokens: Tensor  # [sequences] int64, tokens in the cache after this step
     slots: Tensor  # [tokens without padding] int64: block * block_size + offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """How the tokens of one step are rotated; the same for every layer."""
+
+    cos: Tensor  # [positions, head_dim], of every position, in the model's dtype
+    sin: Tensor
+    positions: Tensor  # [tokens] int64, of this step, with padding
+
+    @cached_property
+    def here(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of this step's tokens, [tokens, 1, head_dim]."""
+        return self.cos[self.positions].unsqueeze(1), self.sin[self.positions].unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadNorms:
+    """RMS norms of the heads of queries and keys, before they are rotated."""
+
+    weight: Tensor  # [heads + KV heads, head_dim]
+    eps: float
 
 
 class Device(Protocol):
@@ -54,16 +97,32 @@ class Device(Protocol):
         """(free, total) bytes that weights and cache may use."""
         ...
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """A callable x @ weight.T + bias; weight: [out, in], bias: [out]. x: [tokens, in], result [tokens, out], dtype of x.
+    def row_padding(self) -> int:
+        """A step's tokens are padded to a multiple of this, which row-wise kernels may need to be invariant."""
+        ...
 
-        A row of the result must not depend, to the bit, on how many rows there are. The weight may be freed afterwards.
+    # what a model is built of; tensors that are given may be freed afterwards
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """weight: [out, in], bias: [out]."""
+        ...
+
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> RowWise:
+        """silu(gate) * up of one product; weight: [2 * inner, in], gate's rows first: [tokens, in] -> [tokens, inner].
+
+        Source: Shazeer 2020, GLU variants.
         """
         ...
 
-    def row_padding(self) -> int:
-        """A step's tokens are padded to a multiple of this, which row-wise kernels need to be invariant."""
+    def pack_head(self, weight: Tensor) -> Head:
+        """weight: [vocabulary, hidden]."""
         ...
+
+    def norm(self, weight: Tensor, eps: float) -> RowWise:
+        """x / sqrt(mean(x^2) + eps) * weight, in float32; x: [..., size]. Source: Zhang and Sennrich 2019."""
+        ...
+
+    # the cache
 
     def alloc_kv(self, shape: KvShape) -> None:
         """Allocate the cache. Raises DeviceUnavailable when the memory is not there."""
@@ -73,12 +132,19 @@ class Device(Protocol):
         """The cache as host bytes."""
         ...
 
-    def write_kv(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Store one step's keys and values. keys, values: [tokens, kv_heads, head_dim]; slots: [tokens] int64, unique."""
-        ...
-
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole blocks, keys and values, in every layer. No block is both a source and a target."""
+        ...
+
+    def rotate_and_store(
+        self, mixed: Tensor, layer: int, turn: Turn, slots: Tensor, norms: HeadNorms | None = None
+    ) -> Tensor:
+        """Norm and rotate queries and keys, store keys and values in the cache, and return the queries.
+
+        mixed: [tokens, heads + 2 * KV heads, head_dim], queries, keys, values; slots: [tokens without padding] int64, unique.
+        The result: [tokens, heads, head_dim].
+        Source: Su et al. 2021, RoFormer, with the halves layout of the Hugging Face checkpoints.
+        """
         ...
 
     def attend(

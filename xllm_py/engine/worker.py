@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from xllm_py.core.executor import LayerDone
 from xllm_py.core.plan import RowStart, StepPlan, StepResult
@@ -45,7 +44,7 @@ class Worker:
         self._device = device
         self._block_size = block_size
         self._padding = device.row_padding()
-        self._tables = torch.zeros(max_seqs, max_blocks, dtype=torch.int32)
+        self._tables = np.zeros((max_seqs, max_blocks), dtype=np.int32)
         self._num_blocks = [0] * max_seqs
         self._rows: list[RowStart | None] = [None] * max_seqs
         self._sampler = Sampler(
@@ -73,8 +72,8 @@ class Worker:
         due = [index for index, draws in enumerate(plan.sample) if draws]
         if not due:
             return result
-        last = [batch.first_tokens[i] + batch.num_tokens[i] - 1 for i in due]
-        logits = self._model.logits(hidden[torch.tensor(last)])
+        last = (batch.first_tokens + batch.num_tokens)[torch.tensor(due)] - 1
+        logits = self._model.logits(hidden[last])
         starts = [self._start(plan.rows[index]) for index in due]
         if self.observer is not None:
             names = [start.request_id for start in starts]
@@ -133,7 +132,7 @@ class Worker:
         """How likely the prompt's own tokens were; a bounded number of rows of logits at a time."""
         for index, targets in plan.targets.items():
             top = self._start(plan.rows[index]).sampling.prompt_logprobs
-            first = batch.first_tokens[index]
+            first = int(batch.first_tokens[index])
             said = result.prompt_logprobs[index] = []
             for begin in range(0, len(targets), _JUDGED_AT_ONCE):
                 some = targets[begin : begin + _JUDGED_AT_ONCE]
@@ -156,37 +155,35 @@ class Worker:
             self._sampler.start(start)
             self._matchers.start(start)
             self._num_blocks[start.row] = count
-            self._tables[start.row, :count] = torch.tensor(start.block_ids, dtype=torch.int32)
+            self._tables[start.row, :count] = start.block_ids
         if plan.grown_rows:
             columns = []
             for row in plan.grown_rows:
                 columns.append(self._num_blocks[row])
                 self._num_blocks[row] += 1
-            where = (torch.tensor(plan.grown_rows), torch.tensor(columns))
-            self._tables[where] = torch.tensor(plan.grown_blocks, dtype=torch.int32)
+            self._tables[plan.grown_rows, columns] = plan.grown_blocks
 
     def _inputs(self, plan: StepPlan) -> tuple[Tensor, Tensor, AttentionBatch]:
-        counts = torch.tensor(plan.num_tokens)
-        computed = torch.tensor(plan.num_computed)
-        ends = counts.cumsum(0)
+        counts, computed = np.array(plan.num_tokens), np.array(plan.num_computed)
+        contexts, ends = computed + counts, counts.cumsum()
         firsts = ends - counts
         total = len(plan.token_ids)
-        positions = torch.arange(total) + torch.repeat_interleave(computed - firsts, counts)
-        widest = -(-int((computed + counts).max()) // self._block_size)
-        tables = self._tables[torch.tensor(plan.rows), :widest]
-        sequence = torch.repeat_interleave(torch.arange(len(plan.rows)), counts)
-        blocks = tables[sequence, positions // self._block_size].long()
-        slots = blocks * self._block_size + positions % self._block_size
+        padded = total + -total % self._padding
+        positions, token_ids = np.zeros((2, padded), dtype=np.int64)
+        token_ids[:total] = plan.token_ids
+        positions[:total] = np.arange(total) + np.repeat(computed - firsts, counts)
+        tables = self._tables[plan.rows, : -(-int(contexts.max()) // self._block_size)]
+        blocks, offsets = np.divmod(positions[:total], self._block_size)
+        sequence = np.repeat(np.arange(len(plan.rows)), counts)
+        slots = tables[sequence, blocks].astype(np.int64) * self._block_size + offsets
         batch = AttentionBatch(
-            block_tables=tables,
-            first_tokens=firsts.tolist(),
-            num_tokens=plan.num_tokens,
-            context_tokens=(computed + counts).tolist(),
-            slots=slots,
+            block_tables=torch.from_numpy(tables),
+            first_tokens=torch.from_numpy(firsts),
+            num_tokens=torch.from_numpy(counts),
+            context_tokens=torch.from_numpy(contexts),
+            slots=torch.from_numpy(slots),
         )
-        padding = (0, -total % self._padding)
-        token_ids = functional.pad(torch.tensor(plan.token_ids), padding)
-        return token_ids, functional.pad(positions, padding), batch
+        return torch.from_numpy(token_ids), torch.from_numpy(positions), batch
 
 
 def _finite(logits: Tensor) -> list[bool]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional
 
-from xllm_py.device.base import AttentionBatch, Device
+from xllm_py.device.base import AttentionBatch, Device, Turn
 from xllm_py.model.base import Stored
 from xllm_py.model.config import ModelConfig
 from xllm_py.model.fields import Fields
@@ -19,7 +19,7 @@ from xllm_py.model.layers.parts import Parts
 from xllm_py.model.layers.rope import Rope
 from xllm_py.model.weights import WeightSource
 
-FeedForward = Callable[[Tensor, int], Tensor]  # GatedMlp or Experts
+FeedForward = Callable[[Tensor, int, Tensor], Tensor]  # GatedMlp or Experts
 
 
 class Layer:
@@ -33,11 +33,11 @@ class Layer:
         self._feed = feed
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch, stored: Stored | None
+        self, x: Tensor, turn: Turn, batch: AttentionBatch, stored: Stored | None
     ) -> Tensor:
         """x: [tokens, hidden]. `stored` is called when this layer's keys and values are in the cache."""
-        x = x + self._attention(self._norm(x), cos, sin, batch, stored)
-        return x + self._feed(self._norm_after(x), batch.slots.shape[0])
+        x = self._attention(self._norm(x), x, turn, batch, stored)
+        return self._feed(self._norm_after(x), batch.slots.shape[0], x)
 
 
 class Decoder(ABC):
@@ -58,16 +58,17 @@ class Decoder(ABC):
         self.config = config
         parts = Parts(config, device, weights)
         vocabulary = (config.vocab_size, config.hidden_size)
-        self._embedding = weights.take("model.embed_tokens.weight", vocabulary)
-        self.dtype = self._embedding.dtype
+        embedding = weights.take("model.embed_tokens.weight", vocabulary)
+        self.dtype = embedding.dtype
         self._layers = [self.layer(parts, index) for index in range(config.num_layers)]
         self._norm = parts.norm("model.norm")
-        head = self._embedding if config.tied else weights.take("lm_head.weight", vocabulary)
-        self._head = device.pack_linear(head, None)
+        head = embedding if config.tied else weights.take("lm_head.weight", vocabulary)
+        self._head = device.pack_head(head)
+        # a tied one is read from the packed head: there is no second copy
+        self._embedding = None if config.tied else embedding
         weights.finish(
             ("lm_head.weight", "rotary_emb.inv_freq") if config.tied else ("rotary_emb.inv_freq",)
         )
-        self._padding = device.row_padding()
         self._rope = Rope(
             config.rope, head_dim=config.head_dim, max_position=max_position, dtype=self.dtype
         )
@@ -80,14 +81,15 @@ class Decoder(ABC):
         stored: Stored | None = None,
     ) -> Tensor:
         """See Model."""
-        x = functional.embedding(token_ids, self._embedding)
-        cos, sin = self._rope.at(positions)
+        if self._embedding is None:
+            x = self._head.embed(token_ids)
+        else:
+            x = functional.embedding(token_ids, self._embedding)
+        turn = self._rope.at(positions)
         for layer in self._layers:
-            x = layer(x, cos, sin, batch, stored)
+            x = layer(x, turn, batch, stored)
         return self._norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See Model."""
-        rows = hidden.shape[0]
-        padded = functional.pad(hidden, (0, 0, 0, -rows % self._padding))
-        return self._head(padded)[:rows].float()
+        return self._head(hidden)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xllm_py.device.base import AttentionBatch
+from xllm_py.device.base import AttentionBatch, HeadNorms, Turn
 from xllm_py.model.base import Stored
-from xllm_py.model.layers.norm import RmsNorm
 from xllm_py.model.layers.parts import Parts
-from xllm_py.model.layers.rope import rotate
 
 
 class Attention:
@@ -38,32 +36,30 @@ class Attention:
         sizes = {f"{at}.q_proj": inner, f"{at}.k_proj": inner_kv, f"{at}.v_proj": inner_kv}
         self._qkv = parts.linear(sizes, hidden, bias=qkv_bias)
         self._out = parts.linear({f"{at}.o_proj": hidden}, inner, bias=out_bias)
-        self._norm = _head_norm(parts, at) if head_norms else None
+        self._norms = _head_norms(parts, at) if head_norms else None
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch, stored: Stored | None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        turn: Turn,
+        batch: AttentionBatch,
+        stored: Stored | None,
     ) -> Tensor:
-        """x: [tokens, hidden], normed; the result has the same shape and dtype."""
-        tokens, real = x.shape[0], batch.slots.shape[0]
-        heads, kv_heads = self._heads, self._kv_heads
-        mixed = self._qkv(x).view(tokens, heads + 2 * kv_heads, self._dim)
-        turning = mixed[:, : heads + kv_heads]
-        if self._norm is not None:
-            turning = self._norm(turning)
-        turned = rotate(turning, cos, sin)
-        keys, values = turned[:real, heads:], mixed[:real, heads + kv_heads :]
-        self._device.write_kv(self._index, keys, values, batch.slots)
+        """x: [tokens, hidden], normed; residual: what the result is added to; it has the same shape and dtype."""
+        tokens, device = x.shape[0], self._device
+        mixed = self._qkv(x).view(tokens, self._heads + 2 * self._kv_heads, self._dim)
+        queries = device.rotate_and_store(mixed, self._index, turn, batch.slots, self._norms)
         if stored is not None:
             stored(self._index)
-        queries = turned[:, :heads].contiguous()
-        attended = self._device.attend(queries, self._index, batch, self._window)
-        return self._out(attended.view(tokens, heads * self._dim))
+        attended = device.attend(queries, self._index, batch, self._window)
+        return self._out(attended.view(tokens, self._heads * self._dim), residual)
 
 
-def _head_norm(parts: Parts, at: str) -> RmsNorm:
+def _head_norms(parts: Parts, at: str) -> HeadNorms:
     """One norm for the heads of queries and keys, [heads + KV heads, head_dim]; they lie side by side."""
     config, shape = parts.config, (parts.config.head_dim,)
     queries = parts.weights.take(f"{at}.q_norm.weight", shape)
     keys = parts.weights.take(f"{at}.k_norm.weight", shape)
     both = (queries.expand(config.num_heads, -1), keys.expand(config.num_kv_heads, -1))
-    return RmsNorm(torch.cat(both), config.rms_norm_eps)
+    return HeadNorms(weight=torch.cat(both), eps=config.rms_norm_eps)

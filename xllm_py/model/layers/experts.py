@@ -52,8 +52,11 @@ class Experts:
         wide = config.intermediate_size
         self._experts = [GatedMlp(parts, f"{at}.experts.{i}", wide) for i in range(config.count)]
 
-    def __call__(self, x: Tensor, real: int) -> Tensor:
-        """x: [tokens, hidden], padded, of which the first `real` are tokens; rows of padding come back as zeros."""
+    def __call__(self, x: Tensor, real: int, residual: Tensor | None = None) -> Tensor:
+        """x: [tokens, hidden], padded, of which the first `real` are tokens; rows of padding come back as zeros.
+
+        residual: what the result is added to.
+        """
         chosen, weights = self._router(x)
         each = self._per_token
         flat = chosen[:real].flatten()
@@ -72,4 +75,4 @@ class Experts:
         total = weighted[:, 0]
         for place in range(1, each):
             total = total + weighted[:, place]
-        return total
+        return total if residual is None else residual + total

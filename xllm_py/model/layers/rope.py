@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from xllm_py.device.base import Turn
 from xllm_py.model.rope_config import RopeConfig
 
 
@@ -26,15 +27,9 @@ class Rope:
         self._cos = (angles.cos().repeat(1, 2) * factor).to(dtype)
         self._sin = (angles.sin().repeat(1, 2) * factor).to(dtype)
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [tokens] int64 -> cos, sin: [tokens, 1, head_dim]."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [tokens, heads, head_dim]."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    def at(self, positions: Tensor) -> Turn:
+        """positions: [tokens] int64."""
+        return Turn(cos=self._cos, sin=self._sin, positions=positions)
 
 
 def frequencies(config: RopeConfig, head_dim: int, max_position: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The cpu device: the reference, exact and reasonably fast, in plain torch.
+"""The cpu device's arithmetic in plain torch: exact and reasonably fast; the oracle of the native kernels, and what stands in for them.
 
 Exactness (PERF section 4, repeated on AVX2): oneDNN's packed linears give each row the same bits for any number of rows; MKL's
 do not. Attention goes over fixed, absolute windows of 512 keys in ascending order with an online softmax in float32, so that a
@@ -12,17 +12,15 @@ emulated bfloat16 were 7 times slower there.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from xllm_py.base import process
-from xllm_py.base.errors import DeviceUnavailable
-from xllm_py.core.kv_memory import KvLayout, KvMemory
-from xllm_py.device.base import AttentionBatch, KvShape, Linear
+from xllm_py.device.base import AttentionBatch, Head, HeadNorms, Linear, RowWise, Turn
+from xllm_py.device.cpu.paged import PagedCache
 
 WINDOW = 512  # keys of one online-softmax step; absolute, never a function of chunk or block size
 QUERY_TILE = 128  # tokens whose scores are held at once
@@ -77,28 +75,22 @@ class _Lookup:
     prompts: list[_Prompt]
 
 
-class CpuDevice:
-    """Implements device.base.Device."""
+class TorchKernels:
+    """Implements Kernels of device.py."""
 
-    def __init__(self, index: int, *, threads: int) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.name = f"cpu:{index}"
-        self.threads = threads or cores or 1
-        torch.set_num_threads(self.threads)  # process-wide; the only place that sets it
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
         self._native_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._memory: KvMemory | None = None
-        self._block_size = self._kv_heads = 0
+        self._cache = PagedCache()
         self._lookups: tuple[AttentionBatch, dict[int, _Lookup]] | None = None
 
-    def memory(self) -> tuple[int, int]:
-        """See Device."""
-        return process.host_memory()
+    def use(self, cache: PagedCache) -> None:
+        """See Kernels."""
+        self._cache, self._lookups = cache, None
 
     def row_padding(self) -> int:
         """See Device: a multiple of the threads, so that element-wise kernels split between rows, and at least 4."""
-        return self.threads * -(-_ROWS // self.threads)
+        return self._threads * -(-_ROWS // self._threads)
 
     def _math_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if dtype is torch.bfloat16 and self._native_bf16 else torch.float32
@@ -110,52 +102,44 @@ class CpuDevice:
         offset = None if bias is None else bias.to(math)
         product = torch.ops.mkldnn._linear_pointwise
 
-        def linear(x: Tensor) -> Tensor:
+        def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:
             y: Tensor = product(x.to(math), packed, offset, "none", [], "")
-            return y.to(x.dtype)
+            y = y.to(x.dtype)
+            return y if residual is None else residual + y
 
         return linear
 
-    def alloc_kv(self, shape: KvShape) -> None:
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> RowWise:
         """See Device."""
-        # one block more than asked for: it stays zero, and what lies past the end of a sequence is read from it
-        size = (shape.num_blocks + 1, shape.block_size, shape.kv_heads, shape.head_dim)
-        try:
-            caches = [torch.zeros(size, dtype=shape.dtype) for _ in range(2 * shape.num_layers)]
-        except RuntimeError as error:
-            raise DeviceUnavailable(
-                f"the KV cache of {shape.num_blocks} blocks could not be allocated; "
-                "lower --max_cache_size"
-            ) from error
-        self._keys, self._values = caches[0::2], caches[1::2]
-        self._block_size, self._kv_heads = shape.block_size, shape.kv_heads
-        name = str(shape.dtype).removeprefix("torch.")
-        layout = KvLayout(
-            num_layers=shape.num_layers,
-            block_size=shape.block_size,
-            block_bytes=shape.block_size * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
-            shape=f"kv_heads={shape.kv_heads} head_dim={shape.head_dim} dtype={name}",
-        )
-        lent = [cache[: shape.num_blocks].view(torch.uint8).numpy() for cache in caches]
-        regions = [memoryview(region).cast("B") for region in lent]  # type: ignore[arg-type]  # an ndarray is a buffer; the stubs say so from Python 3.12 on
-        self._memory = KvMemory(layout, shape.num_blocks, regions)
+        both = self.pack_linear(weight, bias)
 
-    def kv_memory(self) -> KvMemory:
-        """See Device."""
-        if self._memory is None:
-            raise DeviceUnavailable("the KV cache is not allocated yet")
-        return self._memory
+        def gated(x: Tensor) -> Tensor:
+            gate, up = both(x).chunk(2, dim=-1)
+            return silu(gate.contiguous()) * up
 
-    def write_kv(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """See Device."""
-        self._keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
-        self._values[layer].flatten(0, 1).index_copy_(0, slots, values)
+        return gated
 
-    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+    def pack_head(self, weight: Tensor) -> Head:
         """See Device."""
-        here, there = torch.tensor(sources), torch.tensor(targets)
-        for cache in (*self._keys, *self._values):
-            cache[there] = cache[here]
+        return _TorchHead(weight, self.pack_linear(weight, None), self.row_padding())
+
+    def norm(self, weight: Tensor, eps: float) -> RowWise:
+        """See Device."""
+        return lambda x: rms_norm(x, weight, eps)
+
+    def rotate_and_store(
+        self, mixed: Tensor, layer: int, turn: Turn, slots: Tensor, norms: HeadNorms | None = None
+    ) -> Tensor:
+        """See Device."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        kv_heads, real = self._cache.kv_heads, slots.shape[0]
+        turning, plain = mixed[:, :-kv_heads], mixed[:real, -kv_heads:]
+        if norms is not None:
+            turning = rms_norm(turning, norms.weight, norms.eps)
+        turned = rotate(turning, *turn.here)
+        keys.flatten(0, 1).index_copy_(0, slots, turned[:real, -kv_heads:])
+        values.flatten(0, 1).index_copy_(0, slots, plain)
+        return turned[:, :-kv_heads].contiguous()
 
     def attend(
         self, queries: Tensor, layer: int, batch: AttentionBatch, sliding_window: int = 0
@@ -177,10 +161,11 @@ class CpuDevice:
         return out
 
     def _look_up(self, batch: AttentionBatch, sliding: int) -> _Lookup:
-        decoding = [i for i, count in enumerate(batch.num_tokens) if count == 1]
-        prompts = [i for i, count in enumerate(batch.num_tokens) if count > 1]
+        counts = batch.num_tokens.tolist()
+        decoding = [i for i, count in enumerate(counts) if count == 1]
+        prompts = [i for i, count in enumerate(counts) if count > 1]
         return _Lookup(
-            torch.tensor([batch.first_tokens[i] for i in decoding]) if decoding else None,
+            batch.first_tokens[torch.tensor(decoding)] if decoding else None,
             self._decode_windows(batch, decoding, sliding),
             [self._prompt(batch, i, sliding) for i in prompts],
         )
@@ -191,7 +176,7 @@ class CpuDevice:
         if not decoding:
             return []
         tables = batch.block_tables[torch.tensor(decoding)]
-        ends = torch.tensor([batch.context_tokens[i] for i in decoding])
+        ends = batch.context_tokens[torch.tensor(decoding)]
         starts = (ends - sliding).clamp(min=0) if sliding else torch.zeros_like(ends)
         found = []
         for window in range(int(starts.min()) // WINDOW, -(-int(ends.max()) // WINDOW)):
@@ -201,10 +186,12 @@ class CpuDevice:
             if not len(active):
                 continue
             every = len(active) == len(decoding)
-            state = (active[:, None] * self._kv_heads + torch.arange(self._kv_heads)).flatten()
+            state = (
+                active[:, None] * self._cache.kv_heads + torch.arange(self._cache.kv_heads)
+            ).flatten()
             positions = torch.arange(window * WINDOW, (window + 1) * WINDOW)
             outside = (positions >= ends[active][:, None]) | (positions < starts[active][:, None])
-            hidden = outside.repeat_interleave(self._kv_heads, 0)[:, None]
+            hidden = outside.repeat_interleave(self._cache.kv_heads, 0)[:, None]
             found.append(
                 _DecodeWindow(
                     None if every else active,
@@ -216,7 +203,8 @@ class CpuDevice:
         return found
 
     def _prompt(self, batch: AttentionBatch, i: int, sliding: int) -> _Prompt:
-        first, count, context = batch.first_tokens[i], batch.num_tokens[i], batch.context_tokens[i]
+        first, count = int(batch.first_tokens[i]), int(batch.num_tokens[i])
+        context = int(batch.context_tokens[i])
         seen = max(0, context - count - sliding + 1) if sliding else 0  # from here on
         skipped = seen // WINDOW
         positions = torch.arange(skipped * WINDOW, -(-context // WINDOW) * WINDOW).view(-1, WINDOW)
@@ -239,15 +227,15 @@ class CpuDevice:
 
         tables: [n, blocks]; positions: [WINDOW] or [n, WINDOW]; outside: [n, WINDOW].
         """
-        size, heads = self._block_size, self._kv_heads
+        size, heads = self._cache.block_size, self._cache.kv_heads
         columns = (positions // size).clamp(max=tables.shape[1] - 1).expand(outside.shape)
         slots = tables.long().gather(1, columns) * size + positions % size
-        slots = slots.masked_fill(outside, (self._keys[0].shape[0] - 1) * size)
+        slots = slots.masked_fill(outside, (self._cache.keys[0].shape[0] - 1) * size)
         return (slots[:, None] * heads + torch.arange(heads)[:, None]).flatten()
 
     def _gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, [sequences or windows x kv_heads, WINDOW, head_dim], math dtype, zero past the end."""
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
         math, dim = self._math_dtype(keys.dtype), keys.shape[3]
         return (
             keys.view(-1, dim).index_select(0, rows).view(-1, WINDOW, dim).to(math),
@@ -257,12 +245,12 @@ class CpuDevice:
     def _decode(self, queries: Tensor, layer: int, windows: list[_DecodeWindow]) -> Tensor:
         """One token of each sequence; queries [sequences, heads, head_dim]."""
         count, heads, dim = queries.shape
-        group = heads // self._kv_heads
+        group = heads // self._cache.kv_heads
         rows = _padded(group)
         math = self._math_dtype(queries.dtype)
-        grouped = queries.new_zeros(count, self._kv_heads, rows, dim, dtype=math)
-        grouped[:, :, :group] = queries.view(count, self._kv_heads, group, dim)
-        state = _Softmax(count * self._kv_heads, rows, dim)
+        grouped = queries.new_zeros(count, self._cache.kv_heads, rows, dim, dtype=math)
+        grouped[:, :, :group] = queries.view(count, self._cache.kv_heads, group, dim)
+        state = _Softmax(count * self._cache.kv_heads, rows, dim)
         for window in windows:
             keys, values = self._gather(layer, window.rows)
             asking = grouped if window.sequences is None else grouped[window.sequences]
@@ -270,13 +258,13 @@ class CpuDevice:
             if window.hidden is not None:
                 scores.masked_fill_(window.hidden, -torch.inf)
             state.add(scores, values, window.state)
-        result = state.result().view(count, self._kv_heads, rows, dim)[:, :, :group]
+        result = state.result().view(count, self._cache.kv_heads, rows, dim)[:, :, :group]
         return result.reshape(count, heads, dim).to(queries.dtype)
 
     def _prefill(self, queries: Tensor, keys: Tensor, values: Tensor, tile: _Tile) -> Tensor:
         """One tile; queries [tokens, heads, head_dim], keys and values [windows x kv_heads, WINDOW, head_dim]."""
         count, heads, dim = queries.shape
-        kv_heads = self._kv_heads
+        kv_heads = self._cache.kv_heads
         group = heads // kv_heads
         # [kv_heads, tokens * group, dim]: the query heads of a KV head are rows of one product
         grouped = queries.view(count, kv_heads, group, dim).transpose(0, 1).to(keys.dtype)
@@ -295,9 +283,46 @@ class CpuDevice:
         result = state.result()[:, : count * group].reshape(kv_heads, count, group, dim)
         return result.transpose(0, 1).reshape(count, heads, dim).to(queries.dtype)
 
-    def close(self) -> None:
-        """See Device."""
-        self._keys, self._values, self._memory, self._lookups = [], [], None, None
+
+class _TorchHead:
+    """Implements Head."""
+
+    def __init__(self, weight: Tensor, linear: Linear, padding: int) -> None:
+        self._weight, self._linear, self._padding = weight, linear, padding
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See Head."""
+        rows = x.shape[0]
+        padded = functional.pad(x, (0, 0, 0, -rows % self._padding))
+        return self._linear(padded)[:rows].float()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See Head."""
+        return functional.embedding(token_ids, self._weight)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + exp(-x)).
+
+    torch's own takes another code path for the elements left over when a thread's share does not fill vector registers, with other
+    bits in float32; in bfloat16 both round to the same for every input there is. Exponential and division have no such rest.
+    """
+    if x.dtype is torch.bfloat16:
+        return functional.silu(x)
+    return x / torch.exp(-x).add_(1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See Device.norm; weight is broadcast."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [tokens, heads, head_dim]."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 def _padded(rows: int) -> int:

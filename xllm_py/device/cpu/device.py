@@ -1,0 +1,153 @@
+"""The cpu device: memory, the paged cache, and one of two sets of kernels, native or torch's.
+
+Native kernels are compiled at first use; where no compiler is, torch computes, and a line of the log says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xllm_py.base import log, process
+from xllm_py.base.errors import DeviceUnavailable
+from xllm_py.core.kv_memory import KvLayout, KvMemory
+from xllm_py.device.base import (
+    AttentionBatch,
+    Head,
+    HeadNorms,
+    KvShape,
+    Linear,
+    RowWise,
+    Turn,
+)
+from xllm_py.device.cpu.native.build import build, instruction_sets
+from xllm_py.device.cpu.native.library import Library
+from xllm_py.device.cpu.native_kernels import NativeKernels
+from xllm_py.device.cpu.paged import PagedCache
+from xllm_py.device.cpu.torch_kernels import TorchKernels
+
+AUTO, TORCH = "auto", "torch"
+
+_log = log.get(__name__)
+
+
+class Kernels(Protocol):
+    """The part of Device that is arithmetic, over a cache that is given."""
+
+    def use(self, cache: PagedCache) -> None:
+        """From now on `rotate_and_store` and `attend` work on this cache."""
+        ...
+
+    def row_padding(self) -> int:
+        """See Device."""
+        ...
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """See Device."""
+        ...
+
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> RowWise:
+        """See Device."""
+        ...
+
+    def pack_head(self, weight: Tensor) -> Head:
+        """See Device."""
+        ...
+
+    def norm(self, weight: Tensor, eps: float) -> RowWise:
+        """See Device."""
+        ...
+
+    def rotate_and_store(
+        self, mixed: Tensor, layer: int, turn: Turn, slots: Tensor, norms: HeadNorms | None = None
+    ) -> Tensor:
+        """See Device."""
+        ...
+
+    def attend(
+        self, queries: Tensor, layer: int, batch: AttentionBatch, sliding_window: int = 0
+    ) -> Tensor:
+        """See Device."""
+        ...
+
+
+class CpuDevice:
+    """Implements device.base.Device. kernels: `auto`, `torch`, or one instruction set of native.build."""
+
+    def __init__(self, index: int, *, threads: int, kernels: str = AUTO) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.name = f"cpu:{index}"
+        self.threads = threads or cores or 1
+        torch.set_num_threads(self.threads)  # process-wide; the only place that sets it
+        library = None if kernels == TORCH else open_library(kernels)
+        self._kernels: Kernels = (
+            TorchKernels(self.threads) if library is None else NativeKernels(library, self.threads)
+        )
+        self.row_padding = self._kernels.row_padding
+        self.pack_linear = self._kernels.pack_linear
+        self.pack_gated = self._kernels.pack_gated
+        self.pack_head = self._kernels.pack_head
+        self.norm = self._kernels.norm
+        self.rotate_and_store = self._kernels.rotate_and_store
+        self.attend = self._kernels.attend
+        self._cache = PagedCache()
+        self._memory: KvMemory | None = None
+
+    def memory(self) -> tuple[int, int]:
+        """See Device."""
+        return process.host_memory()
+
+    def alloc_kv(self, shape: KvShape) -> None:
+        """See Device."""
+        # one block more than asked for: it stays zero, and what lies past the end of a sequence is read from it
+        size = (shape.num_blocks + 1, shape.block_size, shape.kv_heads, shape.head_dim)
+        try:
+            caches = [torch.zeros(size, dtype=shape.dtype) for _ in range(2 * shape.num_layers)]
+        except RuntimeError as error:
+            raise DeviceUnavailable(
+                f"the KV cache of {shape.num_blocks} blocks could not be allocated; "
+                "lower --max_cache_size"
+            ) from error
+        self._cache = PagedCache(caches[0::2], caches[1::2], shape.block_size, shape.kv_heads)
+        self._kernels.use(self._cache)
+        name = str(shape.dtype).removeprefix("torch.")
+        layout = KvLayout(
+            num_layers=shape.num_layers,
+            block_size=shape.block_size,
+            block_bytes=shape.block_size * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
+            shape=f"kv_heads={shape.kv_heads} head_dim={shape.head_dim} dtype={name}",
+        )
+        lent = [cache[: shape.num_blocks].view(torch.uint8).numpy() for cache in caches]
+        regions = [memoryview(region).cast("B") for region in lent]  # type: ignore[arg-type]  # an ndarray is a buffer; the stubs say so from Python 3.12 on
+        self._memory = KvMemory(layout, shape.num_blocks, regions)
+
+    def kv_memory(self) -> KvMemory:
+        """See Device."""
+        if self._memory is None:
+            raise DeviceUnavailable("the KV cache is not allocated yet")
+        return self._memory
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See Device."""
+        here, there = torch.tensor(sources), torch.tensor(targets)
+        for cache in (*self._cache.keys, *self._cache.values):
+            cache[there] = cache[here]
+
+    def close(self) -> None:
+        """See Device."""
+        self._cache, self._memory = PagedCache(), None
+        self._kernels.use(self._cache)
+
+
+def open_library(instruction_set: str = AUTO) -> Library | None:
+    """The native kernels, compiled if need be; None, and one line of the log, when they cannot be had. `auto`: the best there is."""
+    try:
+        best = instruction_sets()[0] if instruction_set == AUTO else instruction_set
+        return Library(build(best))
+    except (DeviceUnavailable, OSError) as error:
+        _log.warning("no native kernels, torch computes, several times slower", cause=str(error))
+        return None

@@ -1,0 +1,77 @@
+// The C interface of the cpu device's kernels. Sizes in numbers, not bytes; dtype 0: float32, 1: bfloat16. Called by device/cpu/native/library.py.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "attention.h"
+#include "linear.h"
+#include "rowwise.h"
+
+using namespace xllm;
+
+extern "C" {
+
+// Numbers in a packed weight [n][k].
+int64_t xllm_packed_size(int64_t n, int64_t k, int gated, int dtype) {
+  if (dtype) return Linear<OfBf16>::panels_of(n, gated) * Linear<OfBf16>::steps_of(k) * PANEL * 2;
+  return Linear<OfFloat>::panels_of(n, gated) * Linear<OfFloat>::steps_of(k) * PANEL;
+}
+
+// Which row of the weight stands in each of the packed columns, -1 for none.
+void xllm_columns(int64_t* rows, int64_t n, int gated) {
+  long panels = Linear<OfFloat>::panels_of(n, gated);
+  for (long i = 0; i < panels * PANEL; i++) rows[i] = Linear<OfFloat>::row_of(i / PANEL, i % PANEL, n, gated);
+}
+int64_t xllm_num_columns(int64_t n, int gated) { return Linear<OfFloat>::panels_of(n, gated) * PANEL; }
+
+void xllm_pack(const void* weight, void* packed, int64_t n, int64_t k, int gated, int dtype, int threads) {
+  if (dtype) Linear<OfBf16>::pack((const bf16*)weight, (bf16*)packed, n, k, gated, threads);
+  else Linear<OfFloat>::pack((const float*)weight, (float*)packed, n, k, gated, threads);
+}
+
+void xllm_rows(const void* packed, const int64_t* ids, void* out, int64_t count, int64_t k, int dtype) {
+  if (dtype) Linear<OfBf16>::rows((const bf16*)packed, ids, (bf16*)out, count, k);
+  else Linear<OfFloat>::rows((const float*)packed, ids, (float*)out, count, k);
+}
+
+// out: float32 when wide, else in the dtype of x.
+void xllm_linear(const void* x, const void* packed, const float* bias, const void* more, void* out, int64_t m,
+                 int64_t k, int64_t n, int after, int wide, int dtype, int threads) {
+  After then = After(after);
+  if (!dtype)
+    Linear<OfFloat>::run((const float*)x, (const float*)packed, bias, then, (const float*)more, (float*)out, m, k,
+                         n, threads);
+  else if (wide)
+    Linear<OfBf16>::run((const bf16*)x, (const bf16*)packed, bias, then, (const float*)more, (float*)out, m, k, n,
+                        threads);
+  else
+    Linear<OfBf16>::run((const bf16*)x, (const bf16*)packed, bias, then, (const bf16*)more, (bf16*)out, m, k, n,
+                        threads);
+}
+
+void xllm_norm(const void* x, const void* weight, void* out, int64_t rows, int64_t n, float eps, int dtype,
+               int threads) {
+  if (dtype) norm((const bf16*)x, (const bf16*)weight, (bf16*)out, rows, n, eps, threads);
+  else norm((const float*)x, (const float*)weight, (float*)out, rows, n, eps, threads);
+}
+
+void xllm_rotate(const Rotation* it, int dtype, int threads) {
+  if (dtype) rotate_and_store<bf16>(*it, threads);
+  else rotate_and_store<float>(*it, threads);
+}
+
+void xllm_attend(const Attention* it, int dtype, int threads) {
+  if (dtype) attend<OfBf16>(*it, threads);
+  else attend<OfFloat>(*it, threads);
+}
+
+// Ask for huge pages behind the whole ones of this memory; without them it works as well, slower.
+void xllm_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t size = 2 << 20, from = (uintptr_t(memory) + size - 1) / size * size;
+  const uintptr_t end = (uintptr_t(memory) + bytes) / size * size;
+  if (end > from) madvise((void*)from, end - from, MADV_HUGEPAGE);
+#endif
+}
+
+}  // extern "C"

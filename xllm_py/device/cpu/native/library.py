@@ -1,0 +1,85 @@
+"""The compiled kernels as Python calls them: names, arguments, and the two structures of kernels.cpp. Without torch: pointers are ints."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+PLAIN, ADD, GATE = 0, 1, 2  # what follows a linear, `After` in linear.h
+
+
+class Rotation(ctypes.Structure):
+    """`Rotation` of rowwise.h."""
+
+    _fields_ = (
+        ("mixed", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("head_norms", c_void_p),
+        ("queries", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("tokens", c_int64),
+        ("real", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("eps", c_double),
+    )
+
+
+class Attention(ctypes.Structure):
+    """`Attention` of attention.h."""
+
+    _fields_ = (
+        ("queries", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("out", c_void_p),
+        ("tables", c_void_p),
+        ("first_tokens", c_void_p),
+        ("num_tokens", c_void_p),
+        ("context_tokens", c_void_p),
+        ("sequences", c_int64),
+        ("table_width", c_int64),
+        ("block_size", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("sliding_window", c_int64),
+    )
+
+
+class Library:
+    """One compiled file; see kernels.cpp for what each function does. Calls release the interpreter's lock."""
+
+    def __init__(self, path: Path) -> None:
+        found = ctypes.CDLL(str(path))
+        size, pointer = c_int64, c_void_p
+        self.packed_size = found.xllm_packed_size
+        self.packed_size.argtypes, self.packed_size.restype = [size, size, c_int, c_int], size
+        self.num_columns = found.xllm_num_columns
+        self.num_columns.argtypes, self.num_columns.restype = [size, c_int], size
+        self.columns = found.xllm_columns
+        self.columns.argtypes, self.columns.restype = [pointer, size, c_int], None
+        self.pack = found.xllm_pack
+        self.pack.argtypes = [pointer, pointer, size, size, c_int, c_int, c_int]
+        self.pack.restype = None
+        self.rows = found.xllm_rows
+        self.rows.argtypes, self.rows.restype = [pointer, pointer, pointer, size, size, c_int], None
+        self.linear = found.xllm_linear
+        # x, packed, bias, what is added, out; rows, in, out; after, wide, dtype, threads
+        self.linear.argtypes = [*[pointer] * 5, *[size] * 3, *[c_int] * 4]
+        self.linear.restype = None
+        self.norm = found.xllm_norm
+        self.norm.argtypes = [pointer, pointer, pointer, size, size, c_float, c_int, c_int]
+        self.norm.restype = None
+        self.rotate = found.xllm_rotate
+        self.rotate.argtypes, self.rotate.restype = [pointer, c_int, c_int], None
+        self.attend = found.xllm_attend
+        self.attend.argtypes, self.attend.restype = [pointer, c_int, c_int], None
+        self.huge_pages = found.xllm_huge_pages
+        self.huge_pages.argtypes, self.huge_pages.restype = [pointer, size], None

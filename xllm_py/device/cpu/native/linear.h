@@ -1,0 +1,145 @@
+// Linears over weights packed once: y = x W^T + b, and what commonly follows it, for any number of rows with the same bits.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace xllm {
+
+// What becomes of a sum.
+enum After { PLAIN = 0, ADD = 1, GATE = 2 };
+
+template <class T>
+struct Linear {
+  static constexpr long DEPTH = 512 / sizeof(typename T::B);  // of k at once: such a piece of a panel stays in the L1 cache
+
+  static long steps_of(long k) { return (k + T::PER - 1) / T::PER; }
+  static long panels_of(long n, bool gated) {
+    return gated ? (n / 2 + PANEL / 2 - 1) / (PANEL / 2) : (n + PANEL - 1) / PANEL;
+  }
+  // Which row of the weight stands in a column of a panel; -1: none. Gated: gate rows in the left half, their up rows in the right.
+  static long row_of(long panel, long column, long n, bool gated) {
+    if (!gated) {
+      long row = panel * PANEL + column;
+      return row < n ? row : -1;
+    }
+    long half = PANEL / 2, row = panel * half + column % half;
+    if (row >= n / 2) return -1;
+    return column < half ? row : n / 2 + row;
+  }
+
+  // weight [n][k] -> packed [panels][steps][PANEL][PER]
+  static void pack(const typename T::B* weight, typename T::B* packed, long n, long k, bool gated,
+                   int threads) {
+    long panels = panels_of(n, gated), steps = steps_of(k);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long panel = 0; panel < panels; panel++) {
+      typename T::B* to = packed + panel * steps * PANEL * T::PER;
+      for (long column = 0; column < PANEL; column++) {
+        long row = row_of(panel, column, n, gated);
+        for (long i = 0; i < steps * T::PER; i++) {
+          long at = (i / T::PER * PANEL + column) * T::PER + i % T::PER;
+          to[at] = row < 0 || i >= k ? 0 : weight[row * k + i];
+        }
+      }
+    }
+  }
+
+  // Rows of the weight, read back from a packed one that is not gated.
+  static void rows(const typename T::B* packed, const int64_t* ids, typename T::B* out, long count,
+                   long k) {
+    long steps = steps_of(k);
+    for (long i = 0; i < count; i++) {
+      const typename T::B* from =
+          packed + (ids[i] / PANEL) * steps * PANEL * T::PER + ids[i] % PANEL * T::PER;
+      for (long j = 0; j < k; j++) out[i * k + j] = from[j / T::PER * PANEL * T::PER + j % T::PER];
+    }
+  }
+
+  // One panel of some rows. sums: [rows][PANEL] scratch.
+  static void panel(const typename T::A* x, long lda, long rows, const typename T::B* b, long steps,
+                    float* sums) {
+    long depth = rows <= TILE_M ? steps : DEPTH / T::PER;
+    for (long s = 0; s < steps; s += depth) {
+      long some = std::min(depth, steps - s);
+      for (long m = 0; m < rows;) {
+        int count = tile_of(rows - m);
+        micro_rows<T, PANEL_V>(count, x + m * lda + s * T::PER, lda, b + s * PANEL * T::PER,
+                               PANEL * T::PER, some, sums + m * PANEL, PANEL, s == 0);
+        m += count;
+      }
+    }
+  }
+
+  template <class Out>
+  static void finish(const float* sums, long rows, long panel, long n, const float* bias, After after,
+                     const Out* more, Out* out) {
+    long width = after == GATE ? PANEL / 2 : PANEL, total = after == GATE ? n / 2 : n;
+    long first = panel * width, count = std::min(width, total - first);
+    for (long m = 0; m < rows; m++) {
+      const float* from = sums + m * PANEL;
+      Out* to = out + m * total + first;
+      for (long i = 0; i < count; i += W) {
+        int some = int(std::min<long>(W, count - i));
+        vf y = load(from + i);
+        if (bias) y = add(y, load(bias + panel * PANEL + i));
+        if (after == GATE) {
+          vf up = load(from + width + i);
+          if (bias) up = add(up, load(bias + panel * PANEL + width + i));
+          vf less = exp2_(mul(y, all(-LOG2_E)));
+          y = mul(div(y, add(all(1.0f), less)), up);
+        } else if (after == ADD) {
+          const Out* with = more + m * total + first + i;
+          // rounded first, as the sum of two tensors is
+          Out rounded[W];
+          store(rounded, y);
+          y = add(load(rounded), some == W ? load(with) : load(with, some));
+        }
+        if (some == W) {
+          store(to + i, y);
+        } else {
+          store(to + i, y, some);
+        }
+      }
+    }
+  }
+
+  // x [m][k] in the dtype of B; bias [panels * PANEL] in the order of the columns, or null; more: what ADD adds, like out.
+  // out [m][n], or [m][n / 2] with GATE.
+  template <class Out>
+  static void run(const typename T::B* x, const typename T::B* packed, const float* bias, After after,
+                  const Out* more, Out* out, long m, long k, long n, int threads) {
+    long panels = panels_of(n, after == GATE), steps = steps_of(k), width = steps * T::PER;
+    const typename T::A* a;
+    std::vector<typename T::A> widened;
+    if constexpr (sizeof(typename T::A) == sizeof(typename T::B)) a = x;
+    if (sizeof(typename T::A) != sizeof(typename T::B) || width != k) {
+      widened.resize(m * width);
+      for (long i = 0; i < m; i++)
+        for (long j = 0; j < k; j++) {
+          if constexpr (sizeof(typename T::A) == sizeof(typename T::B)) widened[i * width + j] = x[i * k + j];
+          else widened[i * width + j] = widen(x[i * k + j]);
+        }
+      a = widened.data();
+    }
+    long rows = std::min<long>(m, 512);  // of one task; fewer where threads would wait
+    while (rows > 48 && panels * ((m + rows - 1) / rows) < 4 * threads) rows = (rows + 1) / 2;
+    long bands = (m + rows - 1) / rows, columns = after == GATE ? n / 2 : n;
+    if (m * n * k < 1 << 16) threads = 1;
+#pragma omp parallel num_threads(threads)
+    {
+      std::vector<float> sums(rows * PANEL);
+#pragma omp for schedule(dynamic, 1)
+      for (long task = 0; task < bands * panels; task++) {
+        long band = task / panels, p = task % panels, from = band * rows;
+        long some = std::min(rows, m - from);
+        panel(a + from * width, width, some, packed + p * steps * PANEL * T::PER, steps, sums.data());
+        finish(sums.data(), some, p, n, bias, after, more ? more + from * columns : nullptr,
+               out + from * columns);
+      }
+    }
+  }
+};
+
+}  // namespace xllm

@@ -1,0 +1,94 @@
+// What is computed row by row: norms, the rotation of queries and keys with the writing of the cache, and the best of each row.
+#pragma once
+#include <algorithm>
+
+#include "simd.h"
+
+namespace xllm {
+
+// y = x / sqrt(mean(x^2) + eps) * weight, in float32; the scaled x is rounded to its dtype before the weight, as the checkpoints' own
+// code does. Source: Zhang and Sennrich 2019.
+template <class B>
+inline void norm_row(const B* x, const B* weight, B* out, long n, float eps) {
+  vf squares = zero();
+  long i = 0;
+  for (; i + W <= n; i += W) squares = fma(load(x + i), load(x + i), squares);
+  if (i < n) {
+    vf rest = load(x + i, int(n - i));
+    squares = fma(rest, rest, squares);
+  }
+  vf scale = all(1.0f / std::sqrt(sum(squares) / float(n) + eps));
+  for (i = 0; i < n; i += W) {
+    int some = int(std::min<long>(W, n - i));
+    B scaled[W];
+    if (some == W) {
+      store(scaled, mul(load(x + i), scale));
+      store(out + i, mul(load(weight + i), load(scaled)));
+    } else {
+      store(scaled, mul(load(x + i, some), scale));
+      store(out + i, mul(load(weight + i, some), load(scaled)), some);
+    }
+  }
+}
+
+template <class B>
+void norm(const B* x, const B* weight, B* out, long rows, long n, float eps, int threads) {
+  if (rows * n < 1 << 15) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long r = 0; r < rows; r++) norm_row(x + r * n, weight, out + r * n, n, eps);
+}
+
+struct Rotation {  // as in device/cpu/native/library.py
+  const void* mixed;  // [tokens][heads + 2 KV heads][head_dim]: queries, keys, values
+  const void *cos, *sin;           // [positions][head_dim]
+  const int64_t *positions, *slots;  // [tokens]; the first `real` slots
+  const void* head_norms;          // [heads + KV heads][head_dim] or null
+  void *queries, *keys, *values;   // [tokens][heads][head_dim]; the cache
+  int64_t tokens, real, heads, kv_heads, head_dim;
+  double eps;
+};
+
+// x cos + (-right, left) sin, halves. Source: Su et al. 2021, RoFormer.
+template <class B>
+inline void rotate(const B* x, const B* cos, const B* sin, B* out, long dim) {
+  const long half = dim / 2;
+  for (long i = 0; i < half; i += W) {
+    int some = int(std::min<long>(W, half - i));
+    vf left = load(x + i, some), right = load(x + half + i, some);
+    vf turned_left = fma(left, load(cos + i, some), mul(sub(zero(), right), load(sin + i, some)));
+    vf turned_right =
+        fma(right, load(cos + half + i, some), mul(left, load(sin + half + i, some)));
+    store(out + i, turned_left, some);
+    store(out + half + i, turned_right, some);
+  }
+}
+
+template <class B>
+void rotate_and_store(const Rotation& it, int threads) {
+  const long dim = it.head_dim, all_heads = it.heads + 2 * it.kv_heads;
+  if (it.tokens * all_heads * dim < 1 << 15) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long t = 0; t < it.tokens; t++) {
+    const B* row = (const B*)it.mixed + t * all_heads * dim;
+    const B* cos = (const B*)it.cos + it.positions[t] * dim;
+    const B* sin = (const B*)it.sin + it.positions[t] * dim;
+    const bool kept = t < it.real;
+    B* keys = kept ? (B*)it.keys + it.slots[t] * it.kv_heads * dim : nullptr;
+    for (long h = 0; h < it.heads + it.kv_heads; h++) {
+      B* to = h < it.heads ? (B*)it.queries + (t * it.heads + h) * dim : keys + (h - it.heads) * dim;
+      if (h >= it.heads && !kept) break;
+      const B* from = row + h * dim;
+      B normed[1024];
+      if (it.head_norms) {
+        norm_row(from, (const B*)it.head_norms + h * dim, normed, dim, float(it.eps));
+        from = normed;
+      }
+      rotate(from, cos, sin, to, dim);
+    }
+    if (kept)
+      std::memcpy((B*)it.values + it.slots[t] * it.kv_heads * dim, row + (it.heads + it.kv_heads) * dim,
+                  it.kv_heads * dim * sizeof(B));
+  }
+}
+
+}  // namespace xllm

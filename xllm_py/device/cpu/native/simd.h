@@ -1,0 +1,333 @@
+// Vectors of floats, and products of rows with packed columns, for one instruction set: the one this file is compiled for.
+//
+// AVX-512 with or without bfloat16 products, AVX2, or plain C++ that the compiler turns into what the machine has (NEON on arm64).
+// Every operation has a fixed order, so that a result depends on its operands alone. No operation is contracted by the compiler
+// (-ffp-contract=off): a fused multiply-add stands where fma() stands.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace xllm {
+
+using bf16 = uint16_t;  // the upper half of a float
+
+inline float widen(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline float widen(float x) { return x; }
+
+inline bf16 narrow(float f) {  // to the nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return bf16((bits >> 16) | 0x40);
+  return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+
+constexpr int W = 16;       // floats of a vector
+constexpr int PANEL_V = 4;  // vectors side by side in a packed panel
+constexpr int TILE_M = 6;   // rows at once
+using vf = __m512;
+inline vf zero() { return _mm512_setzero_ps(); }
+inline vf all(float x) { return _mm512_set1_ps(x); }
+inline vf load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf larger(vf a, vf b) { return _mm512_max_ps(a, b); }  // b when one is NaN
+inline vf smaller(vf a, vf b) { return _mm512_min_ps(a, b); }
+inline vf zero_below(vf x, float least, vf y) {  // y, or 0 where x < least
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, all(least), _CMP_NLT_UQ), y);
+}
+inline vf round_near(vf x) { return _mm512_roundscale_ps(x, 8); }
+inline vf times_power(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+inline vf load(const bf16* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  near = _mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(near, 16)));
+#endif
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+constexpr int W = 8;
+constexpr int PANEL_V = 2;
+constexpr int TILE_M = 4;
+using vf = __m256;
+inline vf zero() { return _mm256_setzero_ps(); }
+inline vf all(float x) { return _mm256_set1_ps(x); }
+inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+inline vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+inline vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
+inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline vf larger(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline vf smaller(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf zero_below(vf x, float least, vf y) {
+  return _mm256_and_ps(_mm256_cmp_ps(x, all(least), _CMP_NLT_UQ), y);
+}
+inline vf round_near(vf x) { return _mm256_round_ps(x, 8); }
+inline vf times_power(vf x, vf n) {
+  __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+}
+inline vf load(const bf16* p) {
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline void store(bf16* p, vf x) {
+  __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  near = _mm256_blendv_epi8(near, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+  near = _mm256_srli_epi32(near, 16);
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(near, near), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+
+#else
+
+constexpr int W = 8;
+constexpr int PANEL_V = 2;
+constexpr int TILE_M = 4;
+struct vf {
+  float at[W];
+};
+#define XLLM_LANES(expression)                  \
+  vf r;                                         \
+  for (int i = 0; i < W; i++) r.at[i] = (expression); \
+  return r;
+inline vf all(float x) { XLLM_LANES(x) }
+inline vf zero() { return all(0.0f); }
+inline vf load(const float* p) { XLLM_LANES(p[i]) }
+inline vf load(const bf16* p) { XLLM_LANES(widen(p[i])) }
+inline void store(float* p, vf x) { std::memcpy(p, x.at, sizeof x.at); }
+inline void store(bf16* p, vf x) {
+  for (int i = 0; i < W; i++) p[i] = narrow(x.at[i]);
+}
+inline vf add(vf a, vf b) { XLLM_LANES(a.at[i] + b.at[i]) }
+inline vf sub(vf a, vf b) { XLLM_LANES(a.at[i] - b.at[i]) }
+inline vf mul(vf a, vf b) { XLLM_LANES(a.at[i] * b.at[i]) }
+inline vf div(vf a, vf b) { XLLM_LANES(a.at[i] / b.at[i]) }
+#if defined(__FMA__) || defined(__aarch64__)
+inline vf fma(vf a, vf b, vf c) { XLLM_LANES(__builtin_fmaf(a.at[i], b.at[i], c.at[i])) }
+#else  // without the instruction it would be a call for each number
+inline vf fma(vf a, vf b, vf c) { XLLM_LANES(a.at[i] * b.at[i] + c.at[i]) }
+#endif
+inline vf larger(vf a, vf b) { XLLM_LANES(a.at[i] > b.at[i] ? a.at[i] : b.at[i]) }
+inline vf smaller(vf a, vf b) { XLLM_LANES(a.at[i] < b.at[i] ? a.at[i] : b.at[i]) }
+inline vf zero_below(vf x, float least, vf y) { XLLM_LANES(x.at[i] < least ? 0.0f : y.at[i]) }
+inline vf round_near(vf x) { XLLM_LANES(__builtin_rintf(x.at[i])) }
+inline vf times_power(vf x, vf n) {
+  vf r;
+  for (int i = 0; i < W; i++) {
+    uint32_t bits = uint32_t(int32_t(n.at[i]) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    r.at[i] = x.at[i] * power;
+  }
+  return r;
+}
+#undef XLLM_LANES
+
+#endif
+
+constexpr int PANEL = W * PANEL_V;  // columns of a packed panel
+
+inline vf load(const float* p, int n) {  // the first n, then zeros
+  float whole[W] = {};
+  std::memcpy(whole, p, n * sizeof(float));
+  return load(whole);
+}
+inline vf load(const bf16* p, int n) {
+  bf16 whole[W] = {};
+  std::memcpy(whole, p, n * sizeof(bf16));
+  return load(whole);
+}
+template <class T>
+inline void store(T* p, vf x, int n) {
+  T whole[W];
+  store(whole, x);
+  std::memcpy(p, whole, n * sizeof(T));
+}
+
+// Sum and maximum of the lanes: halves onto halves.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+inline float sum(vf x) {
+  __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+inline float largest(vf x) {
+  __m256 a = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+#else
+inline float sum(vf x) {
+  float at[W];
+  store(at, x);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) at[i] += at[i + half];
+  return at[0];
+}
+inline float largest(vf x) {
+  float at[W];
+  store(at, x);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) at[i] = at[i] > at[i + half] ? at[i] : at[i + half];
+  return at[0];
+}
+#endif
+
+// 2^x: exactly 0 below -126, 2^126 from there on, NaN for NaN. Relative error under 3e-7.
+// Polynomial: Cephes exp2f, on [-0.5, 0.5].
+inline vf exp2_(vf x) {
+  vf bounded = smaller(all(126.0f), larger(all(-126.0f), x));
+  vf n = round_near(bounded);
+  vf r = sub(bounded, n);
+  vf y = all(1.535336188319500e-4f);
+  y = fma(y, r, all(1.339887440266574e-3f));
+  y = fma(y, r, all(9.618437357674640e-3f));
+  y = fma(y, r, all(5.550332471162809e-2f));
+  y = fma(y, r, all(2.402264791363012e-1f));
+  y = fma(y, r, all(6.931472028550421e-1f));
+  y = fma(y, r, all(1.0f));
+  return zero_below(x, -126.0f, times_power(y, n));
+}
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// What a product of A rows with packed B columns is made of: PER numbers along k are one step.
+// B in panels: [steps][columns of the panel][PER]. A: [rows][k], float where the machine cannot multiply bfloat16.
+struct OfFloat {
+  using B = float;
+  using A = float;
+  using Bv = vf;
+  using Av = vf;
+  static constexpr int PER = 1;
+  static Bv load_b(const B* p) { return load(p); }
+  static Av load_a(const A* p) { return all(*p); }
+  static vf dot(vf acc, Av a, Bv b) { return fma(a, b, acc); }
+};
+
+struct OfBf16 {
+  using B = bf16;
+  static constexpr int PER = 2;
+#if defined(__AVX512BF16__)
+  using A = bf16;
+  using Bv = __m512i;
+  using Av = __m512i;
+  static Bv load_b(const B* p) { return _mm512_loadu_si512(p); }
+  static Av load_a(const A* p) {
+    int pair;
+    std::memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static vf dot(vf acc, Av a, Bv b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+#else
+  using A = float;
+  struct Bv {
+    vf even, odd;
+  };
+  struct Av {
+    vf even, odd;
+  };
+  static Av load_a(const A* p) { return {all(p[0]), all(p[1])}; }
+  static vf dot(vf acc, Av a, Bv b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
+#if defined(__AVX512F__)
+  static Bv load_b(const B* p) {
+    __m512i both = _mm512_loadu_si512(p);
+    __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(odd)};
+  }
+#elif defined(__AVX2__)
+  static Bv load_b(const B* p) {
+    __m256i both = _mm256_loadu_si256((const __m256i*)p);
+    __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(odd)};
+  }
+#else
+  static Bv load_b(const B* p) {
+    Bv b;
+    for (int i = 0; i < W; i++) b.even.at[i] = widen(p[2 * i]), b.odd.at[i] = widen(p[2 * i + 1]);
+    return b;
+  }
+#endif
+#endif
+};
+
+// c[M][N vectors] (+)= a[M][steps] * b[steps][N vectors], each number summed over the steps in their order and in nothing else.
+// ldb: numbers from one step of b to the next.
+template <class T, int M, int N>
+inline void micro(const typename T::A* a, long lda, const typename T::B* b, long ldb, long steps,
+                  float* c, long ldc, bool fresh) {
+  vf acc[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) acc[m][n] = fresh ? zero() : load(c + m * ldc + n * W);
+  for (long s = 0; s < steps; s++, b += ldb) {
+    typename T::Bv bv[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) bv[n] = T::load_b(b + n * W * T::PER);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      typename T::Av av = T::load_a(a + m * lda + s * T::PER);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) acc[m][n] = T::dot(acc[m][n], av, bv[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) store(c + m * ldc + n * W, acc[m][n]);
+}
+
+template <class T, int N>
+inline void micro_rows(int rows, const typename T::A* a, long lda, const typename T::B* b, long ldb,
+                       long steps, float* c, long ldc, bool fresh) {
+  switch (rows) {
+    case 1: return micro<T, 1, N>(a, lda, b, ldb, steps, c, ldc, fresh);
+    case 2: return micro<T, 2, N>(a, lda, b, ldb, steps, c, ldc, fresh);
+    case 3: return micro<T, 3, N>(a, lda, b, ldb, steps, c, ldc, fresh);
+    case 4: return micro<T, 4, N>(a, lda, b, ldb, steps, c, ldc, fresh);
+    case 5: return micro<T, 5, N>(a, lda, b, ldb, steps, c, ldc, fresh);
+    default: return micro<T, 6, N>(a, lda, b, ldb, steps, c, ldc, fresh);
+  }
+}
+
+// Rows of the next tile when so many are left: even tiles, none with a single row beside full ones.
+inline int tile_of(long left) {
+  if (left <= TILE_M) return int(left);
+  if (left < 2 * TILE_M) return int((left + 1) / 2);
+  return TILE_M;
+}
+
+}  // namespace xllm

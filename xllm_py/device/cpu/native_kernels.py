@@ -1,0 +1,225 @@
+"""The cpu device's arithmetic in C++: the same operations as torch_kernels, several times faster, over packed weights and the cache.
+
+A call costs one or two microseconds beside its work, which is what a step of a small model is made of. Bits differ from torch's; they
+depend on nothing but a row's own numbers, whatever the number of rows or threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from xllm_py.device.base import AttentionBatch, Head, HeadNorms, Linear, RowWise, Turn
+from xllm_py.device.cpu.native.library import ADD, GATE, PLAIN, Attention, Library, Rotation
+from xllm_py.device.cpu.paged import PagedCache
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # what the library calls them
+
+
+class NativeKernels:
+    """Implements Kernels of device.py, for float32 and bfloat16."""
+
+    def __init__(self, library: Library, threads: int) -> None:
+        self._library = library
+        self._threads = threads
+        self._cache, self._dtype = PagedCache(), 0
+        self._pointers: list[tuple[int, int]] = []  # of keys and values, layer by layer
+        self._rotation, self._attention = Rotation(), Attention()
+        self._at_rotation = ctypes.addressof(self._rotation)
+        self._at_attention = ctypes.addressof(self._attention)
+        self._told: AttentionBatch | None = None  # the batch that stands in _attention
+
+    def use(self, cache: PagedCache) -> None:
+        """See Kernels."""
+        self._cache, self._told = cache, None
+        self._dtype = DTYPES[cache.keys[0].dtype] if cache.keys else 0
+        caches = zip(cache.keys, cache.values, strict=True)
+        self._pointers = [(keys.data_ptr(), values.data_ptr()) for keys, values in caches]
+        for tensor in (*cache.keys, *cache.values):
+            self._library.huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+    def row_padding(self) -> int:
+        """See Device."""
+        return 1
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """See Device."""
+        packed = self._pack(weight, bias, gated=False)
+        return _Linear(self._library, packed, self._threads)
+
+    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> RowWise:
+        """See Device."""
+        packed = self._pack(weight, bias, gated=True)
+        return _Gated(self._library, packed, self._threads)
+
+    def pack_head(self, weight: Tensor) -> Head:
+        """See Device."""
+        packed = self._pack(weight, None, gated=False)
+        return _Head(self._library, packed, self._threads)
+
+    def norm(self, weight: Tensor, eps: float) -> RowWise:
+        """See Device."""
+        weight = weight.contiguous()
+        size, call, threads = weight.shape[0], self._library.norm, self._threads
+        at_weight, dtype = weight.data_ptr(), DTYPES[weight.dtype]
+
+        def norm(x: Tensor, _kept: Tensor = weight) -> Tensor:
+            x = x.contiguous()
+            out = torch.empty_like(x)
+            rows = x.numel() // size
+            call(x.data_ptr(), at_weight, out.data_ptr(), rows, size, eps, dtype, threads)
+            return out
+
+        return norm
+
+    def rotate_and_store(
+        self, mixed: Tensor, layer: int, turn: Turn, slots: Tensor, norms: HeadNorms | None = None
+    ) -> Tensor:
+        """See Device."""
+        tokens, heads, dim = mixed.shape
+        it = self._rotation
+        it.tokens, it.real, it.head_dim = tokens, slots.shape[0], dim
+        it.kv_heads = self._cache.kv_heads
+        it.heads = heads = heads - 2 * self._cache.kv_heads
+        queries = torch.empty(tokens, heads, dim, dtype=mixed.dtype)
+        it.mixed, it.queries = mixed.data_ptr(), queries.data_ptr()
+        it.cos, it.sin = turn.cos.data_ptr(), turn.sin.data_ptr()
+        it.positions, it.slots = turn.positions.data_ptr(), slots.data_ptr()
+        it.keys, it.values = self._pointers[layer]
+        if norms is None:
+            it.head_norms = None
+        else:
+            it.head_norms, it.eps = norms.weight.data_ptr(), norms.eps
+        self._library.rotate(self._at_rotation, self._dtype, self._threads)
+        return queries
+
+    def attend(
+        self, queries: Tensor, layer: int, batch: AttentionBatch, sliding_window: int = 0
+    ) -> Tensor:
+        """See Device."""
+        it = self._attention
+        if self._told is not batch:
+            it.tables, it.first_tokens = (
+                batch.block_tables.data_ptr(),
+                batch.first_tokens.data_ptr(),
+            )
+            it.num_tokens = batch.num_tokens.data_ptr()
+            it.context_tokens = batch.context_tokens.data_ptr()
+            it.sequences, it.table_width = batch.block_tables.shape
+            it.block_size, it.kv_heads = self._cache.block_size, self._cache.kv_heads
+            self._told = batch
+        tokens, it.heads, it.head_dim = queries.shape
+        it.sliding_window = sliding_window
+        out = torch.empty_like(queries)
+        real = batch.slots.shape[0]
+        if real < tokens:
+            out[real:] = 0
+        it.queries, it.out = queries.data_ptr(), out.data_ptr()
+        it.keys, it.values = self._pointers[layer]
+        self._library.attend(self._at_attention, self._dtype, self._threads)
+        return out
+
+    def _pack(self, weight: Tensor, bias: Tensor | None, *, gated: bool) -> _Packed:
+        rows, width = weight.shape
+        weight = weight.contiguous()
+        library, dtype = self._library, DTYPES[weight.dtype]
+        packed = torch.empty(library.packed_size(rows, width, gated, dtype), dtype=weight.dtype)
+        library.huge_pages(packed.data_ptr(), packed.nbytes)
+        library.pack(weight.data_ptr(), packed.data_ptr(), rows, width, gated, dtype, self._threads)
+        if bias is None:
+            return _Packed(packed, None, rows, width)
+        columns = torch.empty(library.num_columns(rows, gated), dtype=torch.int64)
+        library.columns(columns.data_ptr(), rows, gated)
+        # columns that stand for no row come out of nothing and go nowhere
+        return _Packed(packed, bias.float()[columns.clamp(min=0)], rows, width)
+
+
+class _Packed:
+    """A weight in panels; its bias in the order of their columns."""
+
+    __slots__ = ("at", "at_bias", "bias", "rows", "weight", "width")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, width: int) -> None:
+        self.weight, self.bias, self.rows, self.width = weight, bias, rows, width
+        self.at = weight.data_ptr()
+        self.at_bias = None if bias is None else bias.data_ptr()
+
+
+class _Product:
+    """What the three kinds of products share."""
+
+    __slots__ = ("_call", "_dtype", "_library", "_packed", "_threads")
+
+    def __init__(self, library: Library, packed: _Packed, threads: int) -> None:
+        self._library, self._call = library, library.linear
+        self._packed, self._dtype = packed, DTYPES[packed.weight.dtype]
+        self._threads = threads
+
+    def _run(self, x: Tensor, out: Tensor, after: int, more: int | None, wide: bool) -> None:
+        it = self._packed
+        assert x.shape[1] == it.width
+        assert x.is_contiguous()
+        self._call(
+            x.data_ptr(),
+            it.at,
+            it.at_bias,
+            more,
+            out.data_ptr(),
+            x.shape[0],
+            it.width,
+            it.rows,
+            after,
+            wide,
+            self._dtype,
+            self._threads,
+        )
+
+
+class _Linear(_Product):
+    """Implements Linear."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See Linear."""
+        out = torch.empty(x.shape[0], self._packed.rows, dtype=x.dtype)
+        if residual is None:
+            self._run(x, out, PLAIN, None, False)
+        else:
+            self._run(x, out, ADD, residual.data_ptr(), False)
+        return out
+
+
+class _Gated(_Product):
+    """Implements RowWise."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See Device.pack_gated."""
+        out = torch.empty(x.shape[0], self._packed.rows // 2, dtype=x.dtype)
+        self._run(x, out, GATE, None, False)
+        return out
+
+
+class _Head(_Product):
+    """Implements Head."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See Head."""
+        out = torch.empty(x.shape[0], self._packed.rows, dtype=torch.float32)
+        self._run(x, out, PLAIN, None, True)
+        return out
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See Head."""
+        count, it = token_ids.shape[0], self._packed
+        out = torch.empty(count, it.width, dtype=it.weight.dtype)
+        self._library.rows(
+            it.at, token_ids.data_ptr(), out.data_ptr(), count, it.width, self._dtype
+        )
+        return out
