@@ -1,180 +1,34 @@
-"""What does a client see: time to first token, per token, to the end, and how much gets through?
+"""Puts a load on any OpenAI-compatible server and tells what its clients see. Also `scripts/bench`.
 
-    python -m benchmarks.serve [--clients 1 8] [--prompt-tokens 128] [--output-tokens 64] [--rounds 5] [--shape tiny]
-    python -m benchmarks.serve --url http://127.0.0.1:8000 [--model NAME]
+    python -m benchmarks.serve --url http://127.0.0.1:8888 --request-rate 4 --num-prompts 200
+    python -m benchmarks.serve --url ... --dataset chat --request-rate 1 2 4 8 --goodput ttft:500 tpot:60 --plot-dir plots
+    python -m benchmarks.serve --url ... --dataset trace --trace-file mooncake.jsonl --save-result result.json
 
-Without --url it starts a master (with the registry in it), one PREFILL, one DECODE and one DEFAULT instance, all of a random
-checkpoint, and puts the same load on the master and on the DEFAULT instance, in turns: the ratio is taken within each round. Closed loop: each client sends its next request when it has its answer. Every answer must
-have all its tokens and end with [DONE]. Then the master's resident memory after the load and the time it takes to start.
-
-One JSON line per row. ttft: to the first text; tpot: (last text - first text) / (tokens - 1); itl: between two events with text;
-e2e: to the end of the stream. Times in milliseconds, over all requests of all rounds.
+Open loop: requests arrive when their time has come, whatever became of those before. Several rates are measured one after the other. ttft:
+to the first text; tpot: (last text - first text) / (tokens - 1); itl: between two events with text; e2e: to the end of the stream. Goodput
+counts requests within the limits of --goodput. One JSON line per rate, and a table on stderr. Exit code 1 when a request failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import statistics
-import tempfile
-import time
+import math
+import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import uvloop
 
-from benchmarks.daemons import Daemon, Daemons, daemons
-from benchmarks.load import Round, Target, Workload, run_closed
-from benchmarks.models import SHAPES, write_model
-from benchmarks.report import emit, percentile, summary
-
-MASTER_MB, MASTER_START_S = 120.0, 1.0
-MASTER_STARTS = 5
-CACHE_BYTES = 256 << 20
-
-
-def rounds_of(
-    targets: Sequence[Target], workload: Workload, clients: int, options: argparse.Namespace
-) -> dict[str, list[Round]]:
-    """The same load on every target, in turns, after a warm-up of each; other prompts in each round."""
-    rounds: dict[str, list[Round]] = {target.name: [] for target in targets}
-    size = clients * options.requests
-
-    async def load(target: Target, per_client: int, number: int) -> Round:
-        return await run_closed(target, workload, clients, per_client, number * size)
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        for target in targets:
-            runner.run(load(target, options.warm_up, options.rounds))
-        for number in range(options.rounds):
-            for target in targets:
-                rounds[target.name].append(runner.run(load(target, options.requests, number)))
-    return rounds
-
-
-def milliseconds(samples: Sequence[float]) -> dict[str, float]:
-    """Mean and percentiles of seconds."""
-    figures = {"mean": statistics.fmean(samples)}
-    for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
-        figures[name] = percentile(samples, share)
-    return {name: float(f"{value * 1e3:.4g}") for name, value in figures.items()}
-
-
-def figures_of(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Everything a client sees of one target."""
-    answers = [answer for each in rounds for answer in each.answers]
-    return {
-        "requests": len(answers),
-        "ttft_ms": milliseconds([answer.ttft for answer in answers]),
-        "tpot_ms": milliseconds([answer.tpot for answer in answers]),
-        "itl_ms": milliseconds([gap for answer in answers for gap in answer.gaps] or [0.0]),
-        "e2e_ms": milliseconds([answer.e2e for answer in answers]),
-        "requests_s": summary([each.requests_s for each in rounds]),
-        "tokens_s": summary([each.tokens_s for each in rounds]),
-    }
-
-
-def ratios(ours: Sequence[Round], theirs: Sequence[Round]) -> dict[str, Any]:
-    """Ours over theirs, within each round."""
-    pairs = list(zip(ours, theirs, strict=True))
-
-    def median(each: Round, what: str) -> float:
-        return statistics.median(getattr(answer, what) for answer in each.answers)
-
-    shares = {
-        what: [median(a, what) / median(b, what) for a, b in pairs] for what in ("ttft", "tpot")
-    }
-    shares["tokens_s"] = [a.tokens_s / b.tokens_s for a, b in pairs]
-    return {what: summary(values) for what, values in shares.items()}
-
-
-def measure(
-    targets: Sequence[Target], options: argparse.Namespace, settings: dict[str, Any]
-) -> None:
-    """One row per number of clients and target, and one with the ratio when there are two."""
-    workload = Workload(options.prompt_tokens, options.output_tokens, options.seed)
-    for clients in options.clients:
-        rounds = rounds_of(targets, workload, clients, options)
-        load = {
-            **settings,
-            "clients": clients,
-            "prompt_tokens": workload.prompt_tokens,
-            "output_tokens": workload.output_tokens,
-            "seed": workload.seed,
-        }
-        for target in targets:
-            emit("serve", {"target": target.name, **load}, figures_of(rounds[target.name]))
-        if len(targets) == 2:
-            ours, theirs = (rounds[target.name] for target in targets)
-            names = " / ".join(target.name for target in targets)
-            emit("serve_ratio", {"ratio": names, **load}, ratios(ours, theirs))
-
-
-@dataclass(frozen=True)
-class Starts:
-    """How long a master takes from exec until /health answers, and how much of that it computes."""
-
-    seconds: list[float]
-    cpu_seconds: list[float]
-
-
-def start_master(started: Daemons, times: int) -> tuple[Daemon, Starts]:
-    """Start it so often; the last one stays."""
-    starts = Starts([], [])
-    while True:
-        began = time.perf_counter()
-        master = started.start_master()
-        master.wait("/health", every_s=0.002)
-        starts.seconds.append(time.perf_counter() - began)
-        used = psutil.Process(master.process.pid).cpu_times()
-        starts.cpu_seconds.append(used.user + used.system)
-        if len(starts.seconds) >= times:
-            return master, starts
-        started.stop()
-
-
-def emit_master(master: Daemon, starts: Starts, settings: dict[str, Any]) -> None:
-    """Memory after the load, with that of its template child apart, and the start."""
-    process = psutil.Process(master.process.pid)
-    resident = process.memory_info().rss / 1e6
-    children = sum(child.memory_info().rss for child in process.children(recursive=True)) / 1e6
-    start = summary(starts.seconds)
-    results = {
-        "resident_mb": round(resident, 1),
-        "children_mb": round(children, 1),
-        "most_mb": MASTER_MB,
-        "start_s": start,
-        "start_cpu_s": summary(starts.cpu_seconds),
-        "most_start_s": MASTER_START_S,
-        "kept": resident <= MASTER_MB and start["median"] < MASTER_START_S,
-    }
-    emit("serve_master", settings, results)
-
-
-@contextlib.contextmanager
-def cluster(options: argparse.Namespace) -> Iterator[tuple[Daemon, Daemon, Starts]]:
-    """The master, the DEFAULT instance and how the master started; everything is ready."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        model = write_model(folder / options.shape, options.shape)
-        with daemons(folder, model) as started:
-            master, starts = start_master(started, MASTER_STARTS)
-            flags = ["--load_format=dummy", f"--max_cache_size={CACHE_BYTES}"]
-            flags.append("--enable_prefix_cache=false")  # every prompt is computed in every round
-            share = [*flags, f"--cpu_threads={options.threads}"]
-            started.start_instance("PREFILL", share)
-            started.start_instance("DECODE", share)
-            whole = [*flags, f"--cpu_threads={options.default_threads or options.threads}"]
-            lone = started.start_instance("DEFAULT", whole)
-            for daemon in started.running:
-                daemon.wait("/ready")
-            yield master, lone, starts
+from benchmarks import plots
+from benchmarks.load import Target
+from benchmarks.open_loop import Api, Load, run_open
+from benchmarks.report import emit
+from benchmarks.service import Limits, attainment, figures_of
+from benchmarks.traffic import SHAPES, Asked, Drawn, at_rate, fixed, read_trace
 
 
 def first_model(url: str) -> str:
@@ -184,50 +38,160 @@ def first_model(url: str) -> str:
     return name
 
 
-def parse() -> argparse.Namespace:
+def drawn(options: argparse.Namespace) -> Drawn:
+    """The workload of `random` and of the named shapes."""
+    if options.dataset == "random":
+        prompt, answer = fixed(options.input_len), fixed(options.output_len)
+    else:
+        prompt, answer = SHAPES[options.dataset]
+    return Drawn(prompt, answer, options.seed, options.prefix_len, options.num_prefixes)
+
+
+def requests_of(options: argparse.Namespace, rate: float) -> list[Asked]:
+    """What arrives at this rate. A trace that has times keeps them, unless a rate is given."""
+    if options.dataset == "trace":
+        found = read_trace(options.trace_file)[: options.num_prompts]
+        if rate == 0.0:
+            return found
+        return at_rate(found, rate, seed=options.seed, burstiness=options.burstiness)
+    source = drawn(options)
+    requests = [source.request(number) for number in range(options.num_prompts)]
+    return at_rate(requests, rate or math.inf, seed=options.seed, burstiness=options.burstiness)
+
+
+def warm_up(target: Target, options: argparse.Namespace, api: Api) -> None:
+    """Requests that do not count, all at once, with prompts of their own."""
+    source = fixed(options.input_len), fixed(min(8, options.output_len))
+    drawn = Drawn(*source, seed=-1 - options.seed)
+    asked = [drawn.request(number) for number in range(options.warm_up)]
+    load = asyncio.run(run_open(target, asked, api=api))
+    if load.failed:
+        raise SystemExit(f"warm-up: {load.failed[0]}")
+
+
+def measure(
+    target: Target, options: argparse.Namespace, api: Api, limits: Limits
+) -> dict[float, Load]:
+    """One load per rate."""
+    loads: dict[float, Load] = {}
+    for rate in options.request_rate:
+        asked = requests_of(options, rate)
+        run = run_open(
+            target, asked, api=api, at_once=options.max_concurrency, progress=not options.quiet
+        )
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            load = loads[rate] = runner.run(run)
+        figures = figures_of(load, limits)
+        settings = {"dataset": options.dataset, "rate": rate if math.isfinite(rate) else "inf"}
+        emit("serve", {**settings, "seed": options.seed}, figures)
+        table(figures, load)
+    return loads
+
+
+def table(figures: dict[str, Any], load: Load) -> None:
+    """For people."""
+    lines = [f"  {'':10}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}"]
+    for name in ("ttft", "tpot", "itl", "e2e"):
+        row = figures.get(f"{name}_ms", {})
+        lines.append(f"  {name + ', ms':10}" + "".join(f"{value:10.1f}" for value in row.values()))
+    lines.append(
+        f"  {figures['requests_s']} requests/s, {figures['tokens_s']} tokens/s, {figures['goodput_s']} requests/s within the limits "
+        f"({100 * figures['attainment']:.0f} %), {figures['failed']} of {figures['requests']} failed"
+    )
+    lines += [f"  failed: {cause[:200]}" for cause in sorted(set(load.failed))[:3]]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def draw(loads: dict[float, Load], limits: Limits, folder: Path) -> None:
+    """All plots of the loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    good = {f"{rate:g} requests/s": load.good for rate, load in loads.items() if load.good}
+    if not good:
+        return
+    plots.latency_cdfs(good, folder / "latency.png")
+    plots.timeline(
+        max(next(iter(good.values())), key=lambda it: it.num_tokens), folder / "timeline.png"
+    )
+    points = [(rate, attainment(load, limits)) for rate, load in loads.items()]
+    if len(points) > 1:
+        plots.goodput({"this server": points}, folder / "goodput.png", "attainment against rate")
+
+
+def save(loads: dict[float, Load], limits: Limits, path: Path) -> None:
+    """Figures and every answer's times, as one JSON file."""
+    rows = []
+    for rate, load in loads.items():
+        answers = [
+            {
+                "arrived_s": asked.at_s,
+                "prompt_tokens": len(asked.prompt),
+                "output_tokens": answer.num_tokens,
+                "text_s": [round(at - answer.sent_at, 6) for at in answer.text_at],
+                "e2e_s": round(answer.e2e, 6),
+                "error": answer.error,
+            }
+            for asked, answer in zip(load.asked, load.answers, strict=True)
+        ]
+        rows.append({"rate": rate, "figures": figures_of(load, limits), "answers": answers})
+    path.write_text(json.dumps(rows))
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", help="measure this server and start nothing")
-    parser.add_argument("--model", help="its model; without, the first it names")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
-    parser.add_argument("--threads", type=int, default=1, help="of each instance")
-    parser.add_argument(
-        "--default-threads", type=int, default=0, help="of DEFAULT; 0: as --threads"
+    add = parser.add_argument
+    add("--url", required=True, help="the server, as http://HOST:PORT")
+    add("--model", help="without, the first it names")
+    add("--endpoint", choices=("completions", "chat"), default="completions")
+    add("--extra-body", type=json.loads, default={}, metavar="JSON", help="fields of every body")
+    add("--dataset", choices=("random", *SHAPES, "trace"), default="random")
+    add("--trace-file", type=Path, help="JSON lines (Mooncake's too) or ShareGPT's list")
+    add("--input-len", type=int, default=128, help="tokens of a random prompt")
+    add("--output-len", type=int, default=64, help="tokens of a random answer")
+    add("--prefix-len", type=int, default=0, help="tokens at the beginning that prompts share")
+    add("--num-prefixes", type=int, default=1, help="of such beginnings")
+    add("--num-prompts", type=int, default=100)
+    add(
+        "--request-rate",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="requests per second; 0: a trace's own times, else all at once",
     )
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=8, help="per client and round")
-    parser.add_argument(
-        "--warm-up", type=int, default=2, help="requests per client that do not count"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    add("--burstiness", type=float, default=1.0, help="1: Poisson; less: burstier")
+    add("--max-concurrency", type=int, default=0, help="most open requests; 0: no limit")
+    add("--goodput", nargs="+", default=[], metavar="LIMIT", help="ttft:MS tpot:MS e2e:MS")
+    add("--warm-up", type=int, default=4, help="requests that do not count")
+    add("--seed", type=int, default=0)
+    add("--save-result", type=Path, metavar="FILE")
+    add("--plot-dir", type=Path, metavar="FOLDER")
+    add("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(words)
+    if (options.dataset == "trace") != (options.trace_file is not None):
+        parser.error("--dataset trace and --trace-file go together")
+    try:
+        options.limits = Limits.read(options.goodput)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
 
 
-def main() -> None:
-    """Measure a given server, or the master and a DEFAULT instance."""
-    options = parse()
-    if options.url:
-        model = options.model or first_model(options.url)
-        measure([Target("url", options.url, model)], options, {"url": options.url})
-        return
-    with cluster(options) as (master, lone, starts):
-        targets = [
-            Target("master", master.url, options.shape),
-            Target("default", lone.url, options.shape),
-        ]
-        settings = {
-            "shape": options.shape,
-            "threads": options.threads,
-            "default_threads": options.default_threads or options.threads,
-        }
-        measure(targets, options, settings)
-        emit_master(master, starts, settings)
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure, print, save, draw."""
+    options = parse(words)
+    target = Target("url", options.url, options.model or first_model(options.url))
+    api = Api(options.endpoint == "chat", tuple(options.extra_body.items()))
+    if options.warm_up:
+        warm_up(target, options, api)
+    loads = measure(target, options, api, options.limits)
+    if options.save_result:
+        save(loads, options.limits, options.save_result)
+    if options.plot_dir:
+        draw(loads, options.limits, options.plot_dir)
+    return 1 if any(load.failed for load in loads.values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,93 +1,191 @@
-"""What benchmarks/serve makes of a stream: when text came, how much, and whether it was what was asked for."""
+"""The load generator from end to end, against a server of a few lines: what is sent, when, and what is told of the answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.http_stream import Answer, Stream, read_answer
-from benchmarks.load import Round, Workload
-from benchmarks.report import percentile
-from benchmarks.serve import figures_of, ratios
+from benchmarks.http_stream import Answer
+from benchmarks.open_loop import Load
+from benchmarks.serve import main
+from benchmarks.service import Limits, attainment, figures_of
+from benchmarks.traffic import Asked
 
-WORKLOAD = Workload(prompt_tokens=4, output_tokens=3, seed=0)
-EVENTS = [
-    b'id: cmpl:0:0\ndata: {"choices":[{"text":"a"}],"usage":null}\n\n',
-    b": still here\n\n",
-    b'data: {"choices":[{"delta":{"content":"b"}}]}\n\n',
-    b'data: {"choices":[{"text":"c"}]}\n\n',
-    b'data: {"choices":[{"text":"","finish_reason":"length"}]}\n\n',
-    b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\n',
-    b"data: [DONE]\n\n",
-]
+SLOW = 0.05
 
 
-def stream_of(pieces: Sequence[bytes], status: int = 200) -> Stream:
-    """Sent at 10, a piece each second from 11 on."""
-    timed = [(11.0 + index, piece) for index, piece in enumerate(pieces)]
-    return Stream(sent_at=10.0, ended_at=10.0 + len(pieces), status=status, pieces=timed)
+class Handler(BaseHTTPRequestHandler):
+    """Streams as many words as are asked for; a prompt that begins with 13 is refused."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+    def do_GET(self) -> None:
+        """The list of models."""
+        self._whole(200, {"data": [{"id": "some-model"}]})
+
+    def do_POST(self) -> None:
+        """A completion, with chunked events."""
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.seen.append((self.path, body, time.perf_counter()))  # type: ignore[attr-defined]
+        if body.get("prompt", [0])[0] == 13:
+            self._whole(503, {"error": "no"})
+            return
+        self.send_response(200)
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for number in range(body["max_tokens"]):
+            time.sleep(SLOW if number == 0 else 0)
+            piece = {"text": "w"} if "prompt" in body else {"delta": {"content": "w"}}
+            self._event({"choices": [piece]})
+        self._event({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
+        self._chunk(b"data: [DONE]\n\n")
+        self._chunk(b"")
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self._chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n" % len(data) + data + b"\r\n")
+
+    def _whole(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
 
-def test_times_are_those_of_the_events_with_text() -> None:
-    answer = read_answer(stream_of(EVENTS))
-    assert WORKLOAD.fault(answer) == ""
-    assert answer.text_at == [11.0, 13.0, 14.0]
-    assert (answer.ttft, answer.tpot, answer.gaps, answer.e2e) == (1.0, 1.5, [2.0, 1.0], 7.0)
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    """On a port of its own; `seen` is what came."""
+    serving = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    serving.seen = []  # type: ignore[attr-defined]
+    serving.daemon_threads = True
+    thread = threading.Thread(target=serving.serve_forever)
+    thread.start()
+    yield serving
+    serving.shutdown()
+    thread.join()
+    serving.server_close()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 1000])
-def test_an_event_counts_when_its_last_byte_came(size: int) -> None:
-    whole = b"".join(EVENTS)
-    answer = read_answer(stream_of([whole[i : i + size] for i in range(0, len(whole), size)]))
-    assert WORKLOAD.fault(answer) == ""
-    end_of_first = 11.0 + (len(EVENTS[0]) - 1) // size
-    assert answer.text_at[0] == end_of_first
+def url_of(server: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_requests_go_out_when_they_arrive_and_their_answers_are_told(
+    server: ThreadingHTTPServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    wanted = [(0, 3), (200, 5), (400, 2)]
+    trace.write_text(
+        "\n".join(
+            json.dumps({"timestamp": at, "input_length": 4, "output_length": count})
+            for at, count in wanted
+        )
+    )
+    saved = tmp_path / "result.json"
+    words = ["--url", url_of(server), "--dataset", "trace", "--trace-file", str(trace)]
+    words += ["--warm-up", "0", "--save-result", str(saved), "--goodput", "ttft:1"]
+    assert main(words) == 0
+    seen = server.seen  # type: ignore[attr-defined]
+    assert [body["max_tokens"] for _, body, _ in seen] == [3, 5, 2]
+    assert {body["model"] for _, body, _ in seen} == {"some-model"}
+    gaps = [late - early for (_, _, early), (_, _, late) in itertools.pairwise(seen)]
+    assert all(gap > 0.15 for gap in gaps)
+    (row,) = rows_of(capsys)
+    assert (row["requests"], row["failed"], row["attainment"]) == (3, 0, 0.0)
+    assert row["ttft_ms"]["p50"] >= 1e3 * SLOW
+    ((rate,),) = [json.loads(saved.read_text())]
+    assert [len(answer["text_s"]) for answer in rate["answers"]] == [3, 5, 2]
+
+
+def test_chat_rates_warm_up_and_further_fields(
+    server: ThreadingHTTPServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--url", url_of(server), "--model", "m", "--endpoint", "chat", "--warm-up", "2"]
+    words += ["--num-prompts", "6", "--request-rate", "50", "100", "--output-len", "2", "--quiet"]
+    words += ["--extra-body", '{"top_k": 5}', "--max-concurrency", "1"]
+    assert main(words) == 0
+    seen = server.seen  # type: ignore[attr-defined]
+    assert len(seen) == 2 + 2 * 6
+    assert {path for path, _, _ in seen} == {"/v1/chat/completions"}
+    assert all(body["top_k"] == 5 and body["messages"][0]["content"] for _, body, _ in seen)
+    rows = rows_of(capsys)
+    assert [row["rate"] for row in rows] == [50.0, 100.0]
+    # one at a time: six answers cannot take less than six times the wait for their first word
+    assert all(row["requests_s"] <= 1 / SLOW for row in rows)
+
+
+def test_a_refused_request_is_a_failure_and_not_the_end(
+    server: ThreadingHTTPServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"prompt_token_ids": [first], "output_length": 2} for first in (1, 13, 2)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    words = ["--url", url_of(server), "--dataset", "trace", "--trace-file", str(trace)]
+    assert main([*words, "--warm-up", "0", "--quiet"]) == 1
+    captured = capsys.readouterr()
+    row = json.loads(captured.out)
+    assert (row["requests"], row["failed"]) == (3, 1)
+    assert row["attainment"] == pytest.approx(2 / 3, abs=1e-3)
+    assert "503" in captured.err
+
+
+def test_a_server_that_is_not_there_is_a_failure_of_each_request(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--url", "http://127.0.0.1:9", "--model", "m", "--warm-up", "0", "--quiet"]
+    assert main([*words, "--num-prompts", "3"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["failed"] == 3
+    assert "refused" in captured.err
 
 
 @pytest.mark.parametrize(
-    ("pieces", "status", "fault"),
+    ("words", "cause"),
     [
-        (EVENTS[:-1], 200, "did not end with [DONE]"),
-        ([*EVENTS[:5], EVENTS[6]], 200, "0 tokens instead of 3"),
-        ([EVENTS[0], b'data: {"error":{"code":"overloaded"}}\n\n'], 200, "overloaded"),
-        ([b'{"error":{"code":"no_instances"}}'], 503, "503: "),
-        (EVENTS[3:], 200, ""),
-        (EVENTS[4:], 200, "no text came"),
+        (["--goodput", "ttft"], "a limit is ttft:MS"),
+        (["--goodput", "speed:3"], "a limit is ttft:MS"),
+        (["--dataset", "trace"], "go together"),
+        (["--trace-file", "x"], "go together"),
     ],
 )
-def test_an_answer_that_is_not_what_was_asked_for_is_a_fault(
-    pieces: list[bytes], status: int, fault: str
+def test_a_wrong_command_line_says_what_is_wrong(
+    words: list[str], cause: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = WORKLOAD.fault(read_answer(stream_of(pieces, status)))
-    assert fault in found
-    assert bool(found) == bool(fault)
+    with pytest.raises(SystemExit) as caught:
+        main(["--url", "http://127.0.0.1:9", *words])
+    assert caught.value.code == 2
+    assert cause in capsys.readouterr().err
 
 
-def test_requests_are_repeatable_and_no_two_are_alike() -> None:
-    first, second, again = (WORKLOAD.prompt(number) for number in (1, 2, 1))
-    assert first == again != second
-    assert len(first) == WORKLOAD.prompt_tokens
+def answer(ttft: float, tpot: float, *, error: str = "") -> Answer:
+    at = [ttft + index * tpot for index in range(5)]
+    return Answer(0.0, at[-1], at, 5, not error, error)
 
 
-def round_of(seconds: float) -> Round:
-    """One answer with so many seconds between its three tokens."""
-    at = [1.0 + index * seconds for index in range(3)]
-    return Round([Answer(0.0, at[-1], at, 3, True, "")], at[-1])
-
-
-def test_a_row_tells_rates_and_percentiles_and_the_ratio_is_taken_by_round() -> None:
-    ours, theirs = [round_of(1.0), round_of(3.0)], [round_of(0.5), round_of(1.0)]
-    figures = figures_of(ours)
-    assert figures["requests"] == 2
-    assert figures["tpot_ms"] == {"mean": 2000.0, "p50": 1000.0, "p90": 3000.0, "p99": 3000.0}
-    assert figures["tokens_s"]["max"] == 1.0
-    found = ratios(ours, theirs)
-    assert (found["tpot"]["min"], found["tpot"]["max"], found["ttft"]["median"]) == (2.0, 3.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("share", "expected"), [(0.0, 1), (0.5, 5), (0.51, 6), (0.9, 9), (0.99, 10), (1.0, 10)]
-)
-def test_a_percentile_is_the_nearest_rank(share: float, expected: int) -> None:
-    assert percentile([10, 1, 9, 2, 8, 3, 7, 4, 6, 5], share) == expected
+def test_goodput_counts_answers_within_every_limit_among_all_requests() -> None:
+    answers = [answer(0.1, 0.01), answer(0.3, 0.01), answer(0.1, 0.05), answer(0.1, 0.0, error="x")]
+    load = Load([Asked(0.0, [1], 5)] * 4, answers, 2.0)
+    limits = Limits.read(["ttft:200", "tpot:20"])
+    assert attainment(load, Limits()) == 0.75
+    assert attainment(load, limits) == 0.25
+    assert attainment(load, Limits.read(["e2e:150"])) == 0.25
+    figures = figures_of(load, limits)
+    assert (figures["goodput_s"], figures["requests_s"], figures["failed"]) == (0.5, 1.5, 1)
