@@ -79,9 +79,13 @@ class Daemons:
     running: list[Daemon] = field(default_factory=list)
     etcd_port: int = 0
 
-    def _start(self, name: str, program: str, port: int, flags: list[str]) -> Daemon:
-        log_file = self.folder / f"{name}.log"
+    def _start(
+        self, name: str, program: str, port: int, flags: list[str], core: int | None = None
+    ) -> Daemon:
+        log_file = self.folder / f"{name}-{len(self.running)}.log"
         command = [sys.executable, "-m", f"xllm_py.cli.{program}", *flags]
+        if core is not None:
+            command = ["taskset", "-c", str(core), *command]
         with log_file.open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         daemon = Daemon(name, process, port, log_file)
@@ -100,11 +104,13 @@ class Daemons:
         ]
         return self._start("master", "xllm_master", port, flags)
 
-    def start_instance(self, role: str, flags: list[str]) -> Daemon:
-        """PREFILL or DECODE of the master's cluster, or a DEFAULT instance that knows no registry; returns at once."""
+    def start_instance(
+        self, role: str, flags: list[str], *, core: int | None = None, member: bool | None = None
+    ) -> Daemon:
+        """Returns at once. member: of the master's cluster; without: all but DEFAULT are. core: the only one it runs on."""
         port = free_port()
         given = [f"--model={self.model}", "--devices=cpu:0", f"--port={port}", *flags]
-        if role != "DEFAULT":
+        if role != "DEFAULT" if member is None else member:
             given += [
                 f"--etcd_addr=127.0.0.1:{self.etcd_port}",
                 "--enable_disagg_pd=true",
@@ -112,7 +118,7 @@ class Daemons:
                 f"--disagg_pd_port={free_port()}",
                 f"--transfer_listen_port={free_port()}",
             ]
-        return self._start(role.lower(), "xllm", port, given)
+        return self._start(role.lower(), "xllm", port, given, core)
 
     def stop(self, which: Callable[[Daemon], bool] = lambda daemon: True) -> None:
         """Stop in reverse order."""

@@ -18,6 +18,7 @@ model_root string "" A
 served_model_name string "" B
 dtype string auto A
 load_format string auto B
+quantization string "" A
 max_model_len int32 0 A
 cpu_threads int32 0 A
 generation_config string auto B

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tests.conformance.attention import Piece, Sequences, Shape
 from xllm_py.base.errors import DeviceUnavailable
-from xllm_py.device.base import AttentionBatch, Device, HeadNorms, KvShape, Turn
+from xllm_py.device.base import AttentionBatch, Device, HeadNorms, KvShape, Quantized, Turn
 from xllm_py.device.cpu import CpuDevice
 from xllm_py.device.cpu.native.build import instruction_sets
 from xllm_py.device.cpu.torch_kernels import TorchKernels
@@ -305,6 +305,57 @@ def test_what_follows_a_product_is_what_would_follow_it_alone(
     torch.testing.assert_close(gated.double(), functional.silu(gate) * up, atol=limit, rtol=limit)
     one = device.pack_gated(weight, bias)(x[: device.row_padding()].contiguous())
     assert one.equal(gated[: len(one)])
+
+
+def quantized(weight: torch.Tensor) -> Quantized:
+    scales = weight.float().abs().amax(1) / 127.0
+    return Quantized((weight.float() / scales[:, None]).round().to(torch.int8), scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (50, 201), (130, 896), (33, 7), (4864, 70)], ids=str)
+def test_products_of_8_bits_are_those_of_the_integers_and_their_scales(
+    device: Device, dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    width, out = size
+    weight, bias = quantized(draw(out, width, seed=21)), draw(out, seed=22).to(dtype)
+    x = draw(40, width, seed=23).to(dtype) * torch.logspace(-3, 2, 40)[:, None].to(dtype)
+    x[7] = 0
+    residual = draw(40, out, seed=24).to(dtype)
+    peaks = x.double().abs().amax(-1, keepdim=True)
+    steps = torch.tensor(127.0) / peaks.float()
+    whole = (x.float() * steps.nan_to_num(0.0, posinf=0.0)).round().double()
+    exact = (whole @ weight.values.double().T) * weight.scales.double() * peaks / 127.0
+    linear = device.pack_linear(weight, bias)
+    got = linear(x)
+    limit = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(got.double(), exact + bias.double(), atol=limit, rtol=limit)
+    added = linear(x, residual)
+    torch.testing.assert_close(
+        added.double(), (exact + bias.double() + residual.double()), atol=2 * limit, rtol=2 * limit
+    )
+    for rows in (1, 2, 5, 17):
+        assert linear(x[:rows].contiguous()).equal(got[:rows])
+        assert linear(x[-rows:].contiguous(), residual[-rows:].contiguous()).equal(added[-rows:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gate_of_8_bits_is_the_gate_of_its_product(device: Device, dtype: torch.dtype) -> None:
+    weight, bias = quantized(draw(2 * 100, 50, seed=25) / 7), draw(200, seed=26).to(dtype)
+    x = draw(9, 50, seed=27).to(dtype)
+    gate, up = device.pack_linear(weight, bias)(x).float().chunk(2, 1)
+    got = device.pack_gated(weight, bias)(x)
+    limit = 1e-5 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(got.float(), functional.silu(gate) * up, atol=limit, rtol=limit)
+
+
+def test_a_number_that_is_none_stays_none_in_8_bits(device: Device) -> None:
+    linear = device.pack_linear(quantized(draw(20, 40, seed=28)), None)
+    for bad in (torch.nan, torch.inf):
+        x = torch.ones(3, 40)
+        x[1, 33] = bad
+        found = linear(x).isfinite().all(1).tolist()
+        assert found == [True, False, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

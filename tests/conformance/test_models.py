@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional
 
 from tests.engine.rig import Rig
 from tests.families import CASES, VOCABULARY, make_family
+from tests.forward import our_logits
 from xllm_py.device import open_device
-from xllm_py.device.base import AttentionBatch, KvShape
 from xllm_py.model import FAMILIES, load_model, read_config
 
 COUNT = 40
@@ -46,47 +45,6 @@ def their_logits(theirs: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     """[tokens, vocabulary], without a cache."""
     with torch.inference_mode():
         logits: torch.Tensor = theirs(torch.tensor([ids]), use_cache=False).logits[0]
-    return logits
-
-
-def our_logits(folder: Path, ids: list[int]) -> torch.Tensor:
-    """[tokens, vocabulary], the prompt computed whole."""
-    config, device = read_config(folder), open_device("cpu:0", threads=1)
-    loaded = load_model(
-        folder,
-        config,
-        device,
-        dtype=torch.float32,
-        load_format="auto",
-        max_position=config.max_position,
-    )
-    count = len(ids)
-    device.alloc_kv(
-        KvShape(
-            num_layers=config.num_layers,
-            num_blocks=-(-count // 16),
-            block_size=16,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=torch.float32,
-        )
-    )
-    batch = AttentionBatch(
-        block_tables=torch.arange(-(-count // 16), dtype=torch.int32)[None],
-        first_tokens=torch.tensor([0]),
-        num_tokens=torch.tensor([count]),
-        context_tokens=torch.tensor([count]),
-        slots=torch.arange(count),
-    )
-    padding = (0, -count % device.row_padding())
-    with torch.inference_mode():
-        hidden = loaded.forward(
-            functional.pad(torch.tensor(ids), padding),
-            functional.pad(torch.arange(count), padding),
-            batch,
-        )
-        logits = loaded.logits(hidden[:count])
-    device.close()
     return logits
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, make_int8
 from tests.engine.rig import Rig
 
 SHAPES = {
@@ -42,12 +42,16 @@ Answers = dict[tuple[str, int], torch.Tensor]
 
 
 @pytest.fixture(
-    scope="module", params=[(s, d) for s in SHAPES for d in ("float32", "bfloat16")], ids=str
+    scope="module",
+    params=[*[(s, d) for s in SHAPES for d in ("float32", "bfloat16")], ("odd heads", "8-bit")],
+    ids=str,
 )
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape, dtype = request.param
     folder = tmp_path_factory.mktemp("model")
-    return make_checkpoint(folder, seed=5, dtype=dtype, **SHAPES[shape])  # type: ignore[arg-type]  # fields by name
+    plain = "float32" if dtype == "8-bit" else dtype
+    make_checkpoint(folder, seed=5, dtype=plain, **SHAPES[shape])  # type: ignore[arg-type]  # fields by name
+    return make_int8(folder) if dtype == "8-bit" else folder
 
 
 def prompts() -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, make_int8
 from tests.engine.rig import Rig
 from xllm_py.base.clock import RealClock
 from xllm_py.core.request import Receiver, Submission
@@ -188,10 +188,12 @@ def check(two: Two, model: Path, wanted: list[Wish]) -> None:
     assert two.giver.rig.logits.keys() | two.taker.rig.logits.keys() == logits.keys()
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "8-bit"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    return make_checkpoint(folder, seed=2, heads=6, kv_heads=2, hidden_size=96, dtype=request.param)
+    folder, eight = tmp_path_factory.mktemp("model"), request.param == "8-bit"
+    dtype = "bfloat16" if eight else request.param
+    make_checkpoint(folder, seed=2, heads=6, kv_heads=2, hidden_size=96, dtype=dtype)
+    return make_int8(folder) if eight else folder
 
 
 @pytest.mark.parametrize("chunk", [16, 64, 512, 10240])

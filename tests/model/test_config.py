@@ -144,7 +144,7 @@ def test_end_tokens_come_from_the_generation_config_first(
         ({"layer_types": ["mamba", "mamba"]}, "layer_types names 'mamba'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": 3}, "rope_parameters is 3, not a JSON object"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method"),
         ({"head_dim": 7}, "heads of 7 have no halves to rotate"),
         ({"eos_token_id": "end"}, "eos_token_id is end, no token id"),
         ({"eos_token_id": [1, -2]}, "is [1, -2], no token id"),

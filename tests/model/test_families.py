@@ -39,7 +39,7 @@ Q_NORM = "model.layers.0.self_attn.q_norm.weight"
         (MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         (MOE | {"mlp_only_layers": [3]}, "mlp_only_layers names 3; the layers are 0 to 2"),
         (MOE | {"mlp_only_layers": 1}, "mlp_only_layers is 1, not a list"),
-        (MOE | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config is"),
+        (MOE | {"quantization_config": {"quant_method": "fp8"}}, "quant_method is 'fp8'"),
         (MOE | {"hidden_act": "gelu"}, "hidden_act is gelu, which is not supported; known: silu"),
     ],
     ids=lambda it: it if isinstance(it, str) else "",

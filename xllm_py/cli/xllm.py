@@ -118,8 +118,12 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
         ("priority_strategy", ("fcfs", "priority", "deadline")),
         ("logprobs_mode", ("raw", "processed")),
         ("kv_transport", ("tcp", "auto", "nixl", "mooncake")),
+        ("quantization", ("w8a8", "")),
     ):
-        need(values[name] in known, f"--{name}={values[name]} is unknown. Use {', '.join(known)}")
+        need(
+            values[name] in known,
+            f"--{name}={values[name]} is unknown. Use {', '.join(filter(None, known))}",
+        )
     need(2 <= values["etcd_ttl"] <= 60, f"--etcd_ttl={values['etcd_ttl']}. Use 2 to 60 s")
     need(
         0.05 <= values["heart_beat_interval"] <= 10,
@@ -228,6 +232,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
         model_path=folder,
         dtype=values["dtype"],
         load_format=values["load_format"],
+        quantization=values["quantization"],
         max_model_len=values["max_model_len"],
         logprobs_mode=values["logprobs_mode"],
         devices=devices,

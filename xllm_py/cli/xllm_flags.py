@@ -27,6 +27,7 @@ _MODEL = in_group(
     b("task", "string", "generate", "generate"),
     a("dtype", "string", "auto", "auto, float32, bfloat16 or float16"),
     b("load_format", "string", "auto", "auto (safetensors) or dummy (seeded random weights)"),
+    a("quantization", "string", "", "w8a8: 8-bit linears, made at load; empty: as in the file"),
     a("max_model_len", "int32", 0, "tokens of prompt and answer; 0: the model's"),
     a("cpu_threads", "int32", 0, "compute threads per rank; 0: all cores"),
     b(

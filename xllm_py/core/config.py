@@ -62,6 +62,7 @@ class EngineConfig:
     model_path: str = ""
     dtype: str = "auto"
     load_format: str = "auto"
+    quantization: str = ""  # or "w8a8"
     max_model_len: int = 0
     logprobs_mode: str = "raw"  # or "processed": after penalties, bias, temperature and cuts
     devices: tuple[str, ...] = ("cpu:0",)

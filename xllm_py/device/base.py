@@ -19,6 +19,14 @@ from xllm_py.core.kv_memory import KvMemory
 RowWise = Callable[[Tensor], Tensor]  # each row of the result depends on its row alone, to the bit
 
 
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A weight of 8-bit integers: its rows times their scales."""
+
+    values: Tensor  # [out, in] int8, from -127 to 127
+    scales: Tensor  # [out] float32
+
+
 class Linear(Protocol):
     """x @ weight.T + bias, and what it is added to: x [tokens, in], residual and result [tokens, out], all of one dtype."""
 
@@ -103,11 +111,15 @@ class Device(Protocol):
 
     # what a model is built of; tensors that are given may be freed afterwards
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """weight: [out, in], bias: [out]."""
+    def pack_linear(self, weight: Tensor | Quantized, bias: Tensor | None) -> Linear:
+        """weight: [out, in], bias: [out].
+
+        With 8-bit weights the rows of x become 8-bit integers too, each with a scale of its own (its largest magnitude / 127); products
+        are summed exactly. Source: Yao et al. 2022, ZeroQuant, section 3.1.
+        """
         ...
 
-    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> RowWise:
+    def pack_gated(self, weight: Tensor | Quantized, bias: Tensor | None) -> RowWise:
         """silu(gate) * up of one product; weight: [2 * inner, in], gate's rows first: [tokens, in] -> [tokens, inner].
 
         Source: Shazeer 2020, GLU variants.

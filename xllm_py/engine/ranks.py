@@ -42,11 +42,7 @@ def open_executor(config: EngineConfig) -> Executor:
         raise UsageError(text)
     folder = Path(config.model_path)
     model_config = read_config(folder)
-    max_len = config.max_model_len or model_config.max_position
-    if max_len > model_config.longest:
-        raise UsageError(
-            f"--max_model_len={max_len} is more than the model's {model_config.longest}; lower it"
-        )
+    max_len = _longest(config, model_config)
     device = open_device(config.devices[0], threads=config.cpu_threads)
     dtype = pick_dtype(config.dtype, model_config)
     model = load_model(
@@ -56,6 +52,7 @@ def open_executor(config: EngineConfig) -> Executor:
         dtype=dtype,
         load_format=config.load_format,
         max_position=max_len,
+        quantization=config.quantization,
     )
     sizing = _size_cache(config, model_config, device, dtype, max_len)
     device.alloc_kv(
@@ -77,6 +74,7 @@ def open_executor(config: EngineConfig) -> Executor:
         matchers=Matchers(folder, model_config.vocab_size, model_config.eos_token_ids),
         logprobs_mode=config.logprobs_mode,
     )
+    variant = " ".join(filter(None, (model_config.rope.variant(max_len), config.quantization)))
     capacity = Capacity(
         num_blocks=sizing.num_blocks,
         block_size=config.cache.block_size,
@@ -88,13 +86,23 @@ def open_executor(config: EngineConfig) -> Executor:
         ),
         dtype=str(dtype).removeprefix("torch."),
         device=device.name,
-        model_fingerprint=model_fingerprint(folder, dtype, model_config.rope.variant(max_len)),
+        model_fingerprint=model_fingerprint(folder, dtype, variant),
         numerics_fingerprint=numerics_fingerprint(
             worker, model_config.vocab_size, max_len, sizing.num_blocks, config.cache.block_size
         ),
         summary=sizing.summary,
     )
     return OneRank(worker, device, capacity)
+
+
+def _longest(config: EngineConfig, model: ModelConfig) -> int:
+    """Tokens of the longest sequence that is served."""
+    wanted = config.max_model_len or model.max_position
+    if wanted > model.longest:
+        raise UsageError(
+            f"--max_model_len={wanted} is more than the model's {model.longest}; lower it"
+        )
+    return wanted
 
 
 class OneRank:

@@ -13,6 +13,7 @@ from xllm_py.model.config import ModelConfig, read_fields
 from xllm_py.model.decoder import Decoder
 from xllm_py.model.llama import Llama
 from xllm_py.model.mistral import Mistral
+from xllm_py.model.quantization import W8A8
 from xllm_py.model.qwen2 import Qwen2
 from xllm_py.model.qwen3 import Qwen3
 from xllm_py.model.qwen3_moe import Qwen3Moe
@@ -63,9 +64,15 @@ def load_model(
     dtype: torch.dtype,
     load_format: str,
     max_position: int,
+    quantization: str = "",
 ) -> Model:
-    """Read the weights onto the device. load_format: `auto` (safetensors) or `dummy` (seeded random)."""
+    """Read the weights onto the device. load_format: `auto` (safetensors) or `dummy` (seeded random).
+
+    quantization: `w8a8` makes 8-bit linears of the file's; empty: they stay what they are.
+    """
     weights: WeightSource = (
         DummyWeights(dtype) if load_format == "dummy" else Weights(folder, dtype)
     )
-    return FAMILIES[config.model_type](config, device, weights, max_position)
+    return FAMILIES[config.model_type](
+        config, device, weights, max_position, int8=quantization == W8A8
+    )

@@ -6,12 +6,12 @@ in common is read here, by `read_common`, the rest by the families. Class names 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from xllm_py.base.errors import ModelLoadError
 from xllm_py.model.fields import Fields
+from xllm_py.model.quantization import read_quantization
 from xllm_py.model.rope_config import RopeConfig, read_rope
 
 
@@ -49,6 +49,7 @@ class ModelConfig:
     attention_bias: bool = False  # where a family lets the file choose
     mlp_bias: bool = False
     experts: ExpertsConfig | None = None
+    int8: bool = False  # the file's linears have 8-bit weights
 
 
 def read_common(
@@ -100,6 +101,7 @@ def read_common(
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
         experts=experts,
+        int8=read_quantization(fields),
     )
 
 
@@ -151,13 +153,6 @@ def _refuse_unbuilt(fields: Fields) -> None:
         fields.refuse(
             "hidden_act", f"is {str(activation)[:80]}, which is not supported; known: silu"
         )
-    for name in ("quantization_config", "compression_config"):
-        value = fields.get(name)
-        if value:
-            fields.refuse(
-                name,
-                f"is {json.dumps(value)[:80]}; quantised checkpoints are not supported yet, use the original one",
-            )
 
 
 def _eos(fields: Fields) -> tuple[int, ...]:

@@ -53,10 +53,16 @@ class Decoder(ABC):
         """Build one layer from the tensors it takes."""
 
     def __init__(
-        self, config: ModelConfig, device: Device, weights: WeightSource, max_position: int
+        self,
+        config: ModelConfig,
+        device: Device,
+        weights: WeightSource,
+        max_position: int,
+        *,
+        int8: bool = False,
     ) -> None:
         self.config = config
-        parts = Parts(config, device, weights)
+        parts = Parts(config, device, weights, int8)
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding = weights.take("model.embed_tokens.weight", vocabulary)
         self.dtype = embedding.dtype

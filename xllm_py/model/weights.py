@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xllm_py.base.errors import ModelLoadError
+from xllm_py.device.base import Quantized
+from xllm_py.model.quantization import quantize
 
 INDEX = "model.safetensors.index.json"
 
@@ -25,6 +27,10 @@ class WeightSource(Protocol):
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor in the model's dtype. Raises ModelLoadError when it is missing or has another shape."""
+        ...
+
+    def take_int8(self, name: str, shape: tuple[int, int]) -> Quantized:
+        """`name`.weight of 8-bit integers with `name`.weight_scale, one for each row. Raises ModelLoadError."""
         ...
 
     def has(self, name: str) -> bool:
@@ -54,6 +60,25 @@ class Weights:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See WeightSource."""
+        tensor = self._read(name, shape)
+        if not tensor.is_floating_point():
+            raise ModelLoadError(
+                f"{self._file_of[name]}: tensor {name} has dtype {tensor.dtype}, and there is no {name}_scale "
+                "that config.json's quantization_config tells of; is one of the two of another model?"
+            )
+        return tensor.to(self._dtype)
+
+    def take_int8(self, name: str, shape: tuple[int, int]) -> Quantized:
+        """See WeightSource."""
+        values = self._read(f"{name}.weight", shape)
+        if values.dtype is not torch.int8:
+            raise ModelLoadError(
+                f"{self._file_of[f'{name}.weight']}: tensor {name}.weight has dtype {values.dtype}, not int8"
+            )
+        scales = self._read(f"{name}.weight_scale", (shape[0], 1)).float().flatten()
+        return Quantized(values, scales)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         path = self._file_of.get(name)
         if path is None:
             raise ModelLoadError(
@@ -70,12 +95,8 @@ class Weights:
             raise ModelLoadError(
                 f"{path}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies {shape}; one of the two is of another model"
             )
-        if not tensor.is_floating_point():
-            raise ModelLoadError(
-                f"{path}: tensor {name} has dtype {tensor.dtype}; quantised files are not supported yet"
-            )
         self._taken.add(name)
-        return tensor.to(self._dtype)
+        return tensor
 
     def finish(self, ignored: tuple[str, ...] = ()) -> None:
         """See WeightSource."""
@@ -142,6 +163,10 @@ class DummyWeights:
         generator = torch.Generator().manual_seed(self._seed + zlib.crc32(name.encode()))
         tensor = torch.empty(shape, dtype=torch.float32).normal_(0.0, 0.02, generator=generator)
         return tensor.to(self._dtype)
+
+    def take_int8(self, name: str, shape: tuple[int, int]) -> Quantized:
+        """See WeightSource."""
+        return quantize(self.take(f"{name}.weight", shape))
 
     def finish(self, ignored: tuple[str, ...] = ()) -> None:
         """See WeightSource."""

@@ -21,6 +21,7 @@ from xllm_py.device.base import (
     HeadNorms,
     KvShape,
     Linear,
+    Quantized,
     RowWise,
     Turn,
 )
@@ -46,11 +47,11 @@ class Kernels(Protocol):
         """See Device."""
         ...
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def pack_linear(self, weight: Tensor | Quantized, bias: Tensor | None) -> Linear:
         """See Device."""
         ...
 
-    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> RowWise:
+    def pack_gated(self, weight: Tensor | Quantized, bias: Tensor | None) -> RowWise:
         """See Device."""
         ...
 

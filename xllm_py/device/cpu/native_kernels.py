@@ -11,11 +11,19 @@ import ctypes
 import torch
 from torch import Tensor
 
-from xllm_py.device.base import AttentionBatch, Head, HeadNorms, Linear, RowWise, Turn
+from xllm_py.device.base import (
+    AttentionBatch,
+    Head,
+    HeadNorms,
+    Linear,
+    Quantized,
+    RowWise,
+    Turn,
+)
 from xllm_py.device.cpu.native.library import ADD, GATE, PLAIN, Attention, Library, Rotation
 from xllm_py.device.cpu.paged import PagedCache
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # what the library calls them
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # what the library calls them
 
 
 class NativeKernels:
@@ -44,12 +52,12 @@ class NativeKernels:
         """See Device."""
         return 1
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def pack_linear(self, weight: Tensor | Quantized, bias: Tensor | None) -> Linear:
         """See Device."""
         packed = self._pack(weight, bias, gated=False)
         return _Linear(self._library, packed, self._threads)
 
-    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> RowWise:
+    def pack_gated(self, weight: Tensor | Quantized, bias: Tensor | None) -> RowWise:
         """See Device."""
         packed = self._pack(weight, bias, gated=True)
         return _Gated(self._library, packed, self._threads)
@@ -121,59 +129,69 @@ class NativeKernels:
         self._library.attend(self._at_attention, self._dtype, self._threads)
         return out
 
-    def _pack(self, weight: Tensor, bias: Tensor | None, *, gated: bool) -> _Packed:
+    def _pack(self, given: Tensor | Quantized, bias: Tensor | None, *, gated: bool) -> _Packed:
+        weight = given.values if isinstance(given, Quantized) else given
         rows, width = weight.shape
         weight = weight.contiguous()
         library, dtype = self._library, DTYPES[weight.dtype]
         packed = torch.empty(library.packed_size(rows, width, gated, dtype), dtype=weight.dtype)
         library.huge_pages(packed.data_ptr(), packed.nbytes)
         library.pack(weight.data_ptr(), packed.data_ptr(), rows, width, gated, dtype, self._threads)
-        if bias is None:
-            return _Packed(packed, None, rows, width)
         columns = torch.empty(library.num_columns(rows, gated), dtype=torch.int64)
         library.columns(columns.data_ptr(), rows, gated)
         # columns that stand for no row come out of nothing and go nowhere
-        return _Packed(packed, bias.float()[columns.clamp(min=0)], rows, width)
+        columns = columns.clamp(min=0)
+        offset = None if bias is None else bias.float()[columns]
+        if not isinstance(given, Quantized):
+            return _Packed(packed, rows, width, offset)
+        totals = weight.sum(1, dtype=torch.int32)[columns]
+        return _Packed(packed, rows, width, offset, given.scales.float()[columns], totals)
 
 
 class _Packed:
-    """A weight in panels; its bias in the order of their columns."""
+    """A weight in panels; its bias and, of 8 bits, scales and totals in the order of their columns."""
 
-    __slots__ = ("at", "at_bias", "bias", "rows", "weight", "width")
+    __slots__ = ("at", "at_bias", "at_scales", "at_totals", "kept", "rows", "weight", "width")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, width: int) -> None:
-        self.weight, self.bias, self.rows, self.width = weight, bias, rows, width
+    def __init__(
+        self,
+        weight: Tensor,
+        rows: int,
+        width: int,
+        bias: Tensor | None,
+        scales: Tensor | None = None,
+        totals: Tensor | None = None,
+    ) -> None:
+        self.weight, self.rows, self.width = weight, rows, width
+        self.kept = bias, scales, totals
         self.at = weight.data_ptr()
-        self.at_bias = None if bias is None else bias.data_ptr()
+        self.at_bias, self.at_scales, self.at_totals = (
+            None if each is None else each.data_ptr() for each in self.kept
+        )
 
 
 class _Product:
     """What the three kinds of products share."""
 
-    __slots__ = ("_call", "_dtype", "_library", "_packed", "_threads")
+    __slots__ = ("_library", "_packed", "_threads")
 
     def __init__(self, library: Library, packed: _Packed, threads: int) -> None:
-        self._library, self._call = library, library.linear
-        self._packed, self._dtype = packed, DTYPES[packed.weight.dtype]
-        self._threads = threads
+        self._library, self._packed, self._threads = library, packed, threads
 
     def _run(self, x: Tensor, out: Tensor, after: int, more: int | None, wide: bool) -> None:
         it = self._packed
         assert x.shape[1] == it.width
         assert x.is_contiguous()
-        self._call(
-            x.data_ptr(),
-            it.at,
-            it.at_bias,
-            more,
-            out.data_ptr(),
-            x.shape[0],
-            it.width,
-            it.rows,
-            after,
-            wide,
-            self._dtype,
-            self._threads,
+        at, to, rows, dtype = x.data_ptr(), out.data_ptr(), x.shape[0], DTYPES[x.dtype]
+        sizes = rows, it.width, it.rows
+        if it.at_scales is None:
+            self._library.linear(
+                at, it.at, it.at_bias, more, to, *sizes, after, wide, dtype, self._threads
+            )
+            return
+        scales, totals = it.at_scales, it.at_totals
+        self._library.linear8(
+            at, it.at, scales, totals, it.at_bias, more, to, *sizes, after, dtype, self._threads
         )
 
 
@@ -219,7 +237,6 @@ class _Head(_Product):
         """See Head."""
         count, it = token_ids.shape[0], self._packed
         out = torch.empty(count, it.width, dtype=it.weight.dtype)
-        self._library.rows(
-            it.at, token_ids.data_ptr(), out.data_ptr(), count, it.width, self._dtype
-        )
+        dtype = DTYPES[out.dtype]
+        self._library.rows(it.at, token_ids.data_ptr(), out.data_ptr(), count, it.width, dtype)
         return out

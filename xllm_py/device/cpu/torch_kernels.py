@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xllm_py.device.base import AttentionBatch, Head, HeadNorms, Linear, RowWise, Turn
+from xllm_py.device.base import (
+    AttentionBatch,
+    Head,
+    HeadNorms,
+    Linear,
+    Quantized,
+    RowWise,
+    Turn,
+)
 from xllm_py.device.cpu.paged import PagedCache
 
 WINDOW = 512  # keys of one online-softmax step; absolute, never a function of chunk or block size
@@ -95,8 +103,10 @@ class TorchKernels:
     def _math_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if dtype is torch.bfloat16 and self._native_bf16 else torch.float32
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def pack_linear(self, weight: Tensor | Quantized, bias: Tensor | None) -> Linear:
         """See Device."""
+        if isinstance(weight, Quantized):
+            return _linear8(weight, bias)
         math = self._math_dtype(weight.dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(math))
         offset = None if bias is None else bias.to(math)
@@ -109,7 +119,7 @@ class TorchKernels:
 
         return linear
 
-    def pack_gated(self, weight: Tensor, bias: Tensor | None) -> RowWise:
+    def pack_gated(self, weight: Tensor | Quantized, bias: Tensor | None) -> RowWise:
         """See Device."""
         both = self.pack_linear(weight, bias)
 
@@ -282,6 +292,24 @@ class TorchKernels:
             state.add(scores, values[at])
         result = state.result()[:, : count * group].reshape(kv_heads, count, group, dim)
         return result.transpose(0, 1).reshape(count, heads, dim).to(queries.dtype)
+
+
+def _linear8(weight: Quantized, bias: Tensor | None) -> Linear:
+    columns = weight.values.t().contiguous()
+
+    def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        wide = x.float()
+        peaks = wide.abs().amax(-1, keepdim=True)
+        values = (
+            (wide * (torch.tensor(127.0) / peaks).nan_to_num(0.0, posinf=0.0))
+            .round()
+            .to(torch.int8)
+        )
+        y = torch._int_mm(values, columns).float() * weight.scales * (peaks / 127.0)
+        y = (y if bias is None else y + bias.float()).to(x.dtype)
+        return y if residual is None else residual + y
+
+    return linear
 
 
 class _TorchHead:

@@ -21,7 +21,7 @@ class Router:
 
     def __init__(self, parts: Parts, at: str, config: ExpertsConfig) -> None:
         self._config = config
-        self._scores = parts.linear({at: config.count}, parts.config.hidden_size)
+        self._scores = parts.router(at, config.count)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [tokens, hidden], padded -> experts [tokens, per_token] int64, ascending, and their weights, dtype of x.

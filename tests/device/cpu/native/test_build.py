@@ -29,7 +29,7 @@ AVX512 = AVX2.replace("fma", "fma avx512f avx512bw avx512vl avx512dq")
         (AVX2, "avx2"),
         (AVX512, "avx512"),
         (AVX512.replace("avx512dq", ""), "avx2"),
-        (AVX512.replace("fma", "fma avx512_bf16"), "avx512_bf16"),
+        (AVX512.replace("fma", "fma avx512_vnni avx512_bf16"), "avx512_bf16"),
     ],
 )
 def test_the_best_set_is_the_first_whose_every_instruction_the_cpu_has(

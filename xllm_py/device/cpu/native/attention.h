@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "simd.h"
+#include "products.h"
 
 namespace xllm {
 

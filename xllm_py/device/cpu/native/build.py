@@ -19,14 +19,14 @@ from xllm_py.base import log
 from xllm_py.base.errors import DeviceUnavailable
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("kernels.cpp", "linear.h", "attention.h", "rowwise.h", "simd.h")
+_SOURCES = ("kernels.cpp", "linear.h", "attention.h", "rowwise.h", "products.h", "simd.h")
 _COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 _TIMEOUT_S = 120.0
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 # instruction set -> what the CPU must have, which is also what the compiler may use; the best one first
 _SETS = {
-    "avx512_bf16": (*_AVX512, "fma", "avx512_bf16"),
+    "avx512_bf16": (*_AVX512, "fma", "avx512_vnni", "avx512_bf16"),
     "avx512": (*_AVX512, "fma"),
     "avx2": ("avx2", "fma"),
     "plain": (),

@@ -1,4 +1,4 @@
-// The C interface of the cpu device's kernels. Sizes in numbers, not bytes; dtype 0: float32, 1: bfloat16. Called by device/cpu/native/library.py.
+// The C interface of the cpu device's kernels. Sizes in numbers, not bytes; dtype 0: float32, 1: bfloat16, 2: 8-bit integers. Called by device/cpu/native/library.py.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -13,6 +13,7 @@ extern "C" {
 
 // Numbers in a packed weight [n][k].
 int64_t xllm_packed_size(int64_t n, int64_t k, int gated, int dtype) {
+  if (dtype == 2) return Linear<OfInt8>::panels_of(n, gated) * Linear<OfInt8>::steps_of(k) * PANEL * 4;
   if (dtype) return Linear<OfBf16>::panels_of(n, gated) * Linear<OfBf16>::steps_of(k) * PANEL * 2;
   return Linear<OfFloat>::panels_of(n, gated) * Linear<OfFloat>::steps_of(k) * PANEL;
 }
@@ -25,7 +26,8 @@ void xllm_columns(int64_t* rows, int64_t n, int gated) {
 int64_t xllm_num_columns(int64_t n, int gated) { return Linear<OfFloat>::panels_of(n, gated) * PANEL; }
 
 void xllm_pack(const void* weight, void* packed, int64_t n, int64_t k, int gated, int dtype, int threads) {
-  if (dtype) Linear<OfBf16>::pack((const bf16*)weight, (bf16*)packed, n, k, gated, threads);
+  if (dtype == 2) Linear<OfInt8>::pack((const int8_t*)weight, (int8_t*)packed, n, k, gated, threads);
+  else if (dtype) Linear<OfBf16>::pack((const bf16*)weight, (bf16*)packed, n, k, gated, threads);
   else Linear<OfFloat>::pack((const float*)weight, (float*)packed, n, k, gated, threads);
 }
 
@@ -47,6 +49,17 @@ void xllm_linear(const void* x, const void* packed, const float* bias, const voi
   else
     Linear<OfBf16>::run((const bf16*)x, (const bf16*)packed, bias, then, (const bf16*)more, (bf16*)out, m, k, n,
                         threads);
+}
+
+// A weight of 8-bit integers, packed with dtype 2; its columns' scales and totals. x and out in dtype.
+void xllm_linear8(const void* x, const void* packed, const float* scales, const int32_t* totals, const float* bias,
+                  const void* more, void* out, int64_t m, int64_t k, int64_t n, int after, int dtype, int threads) {
+  if (dtype)
+    Linear8<bf16>::run((const bf16*)x, (const int8_t*)packed, scales, totals, bias, After(after), (const bf16*)more,
+                       (bf16*)out, m, k, n, threads);
+  else
+    Linear8<float>::run((const float*)x, (const int8_t*)packed, scales, totals, bias, After(after),
+                        (const float*)more, (float*)out, m, k, n, threads);
 }
 
 void xllm_norm(const void* x, const void* weight, void* out, int64_t rows, int64_t n, float eps, int dtype,

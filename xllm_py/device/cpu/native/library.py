@@ -74,6 +74,10 @@ class Library:
         # x, packed, bias, what is added, out; rows, in, out; after, wide, dtype, threads
         self.linear.argtypes = [*[pointer] * 5, *[size] * 3, *[c_int] * 4]
         self.linear.restype = None
+        self.linear8 = found.xllm_linear8
+        # x, packed, scales, totals, bias, what is added, out; rows, in, out; after, dtype, threads
+        self.linear8.argtypes = [*[pointer] * 7, *[size] * 3, *[c_int] * 3]
+        self.linear8.restype = None
         self.norm = found.xllm_norm
         self.norm.argtypes = [pointer, pointer, pointer, size, size, c_float, c_int, c_int]
         self.norm.restype = None

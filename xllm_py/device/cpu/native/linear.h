@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "simd.h"
+#include "products.h"
 
 namespace xllm {
 
@@ -59,7 +59,7 @@ struct Linear {
 
   // One panel of some rows. sums: [rows][PANEL] scratch.
   static void panel(const typename T::A* x, long lda, long rows, const typename T::B* b, long steps,
-                    float* sums) {
+                    typename T::Sum* sums) {
     long depth = rows <= TILE_M ? steps : DEPTH / T::PER;
     for (long s = 0; s < steps; s += depth) {
       long some = std::min(depth, steps - s);
@@ -123,22 +123,91 @@ struct Linear {
         }
       a = widened.data();
     }
+    long columns = after == GATE ? n / 2 : n;
+    tasks(m, panels, m * n * k, threads, [&](long from, long some, long p, void* scratch) {
+      float* sums = (float*)scratch;
+      panel(a + from * width, width, some, packed + p * steps * PANEL * T::PER, steps, sums);
+      finish(sums, some, p, n, bias, after, more ? more + from * columns : nullptr, out + from * columns);
+    });
+  }
+
+  // Every band of rows with every panel: do(first row, rows, panel, scratch for [rows][PANEL] numbers of 32 bits).
+  template <class Do>
+  static void tasks(long m, long panels, long work, int threads, Do each) {
     long rows = std::min<long>(m, 512);  // of one task; fewer where threads would wait
     while (rows > 48 && panels * ((m + rows - 1) / rows) < 4 * threads) rows = (rows + 1) / 2;
-    long bands = (m + rows - 1) / rows, columns = after == GATE ? n / 2 : n;
-    if (m * n * k < 1 << 16) threads = 1;
+    long bands = (m + rows - 1) / rows;
+    if (work < 1 << 16) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
-      std::vector<float> sums(rows * PANEL);
+      static thread_local std::vector<float> scratch;
+      if (scratch.size() < size_t(rows * PANEL)) scratch.resize(rows * PANEL);
 #pragma omp for schedule(dynamic, 1)
       for (long task = 0; task < bands * panels; task++) {
-        long band = task / panels, p = task % panels, from = band * rows;
-        long some = std::min(rows, m - from);
-        panel(a + from * width, width, some, packed + p * steps * PANEL * T::PER, steps, sums.data());
-        finish(sums.data(), some, p, n, bias, after, more ? more + from * columns : nullptr,
-               out + from * columns);
+        long from = task / panels * rows;
+        each(from, std::min(rows, m - from), task % panels, scratch.data());
       }
     }
+  }
+};
+
+// Weights of 8 bits with a scale for each row of the weight; rows of x are made 8 bits with a scale of their own, every time.
+// Sources: Dettmers et al. 2022, LLM.int8(), section 2 (scales by row and column); Yao et al. 2022, ZeroQuant (dynamic, by token).
+template <class X>
+struct Linear8 {
+  using Int8 = Linear<OfInt8>;
+
+  // One row: to 1 .. 255, and its scale. Numbers that are none make the scale one that is none.
+  static float quantize(const X* x, uint8_t* to, long k, long width) {
+    vf most = zero(), poison = zero();
+    long whole = k / W * W;
+    for (long i = 0; i < whole; i += W) {
+      most = larger(most, magnitude(load(x + i)));
+      poison = fma(load(x + i), zero(), poison);
+    }
+    if (whole < k) {
+      vf rest = load(x + whole, int(k - whole));
+      most = larger(most, magnitude(rest));
+      poison = fma(rest, zero(), poison);
+    }
+    float peak = largest(most), inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+    for (long i = 0; i < whole; i += W) store_offset(to + i, round_near(mul(load(x + i), all(inverse))));
+    if (whole < width) {
+      uint8_t last[W];
+      store_offset(last, round_near(mul(load(x + whole, int(k - whole)), all(inverse))));
+      std::memcpy(to + whole, last, std::min<long>(W, width - whole));
+    }
+    return peak / 127.0f + sum(poison);
+  }
+
+  // scales, totals (the sum of each column's weights): [panels * PANEL] in the order of the columns. The rest as in Linear::run.
+  template <class Out>
+  static void run(const X* x, const int8_t* packed, const float* scales, const int32_t* totals, const float* bias,
+                  After after, const Out* more, Out* out, long m, long k, long n, int threads) {
+    const long panels = Int8::panels_of(n, after == GATE), steps = Int8::steps_of(k), width = steps * 4;
+    static thread_local std::vector<uint8_t> kept_rows;
+    static thread_local std::vector<float> kept_scales;
+    if (kept_rows.size() < size_t(m * width)) kept_rows.resize(m * width);
+    if (kept_scales.size() < size_t(m)) kept_scales.resize(m);
+    uint8_t* rows = kept_rows.data();
+    float* row_scales = kept_scales.data();
+#pragma omp parallel for num_threads(m * k < 1 << 15 ? 1 : threads) schedule(static)
+    for (long i = 0; i < m; i++) row_scales[i] = quantize(x + i * k, rows + i * width, k, width);
+    const long columns = after == GATE ? n / 2 : n;
+    Int8::tasks(m, panels, m * n * k, threads, [&](long from, long some, long p, void* scratch) {
+      int32_t* sums = (int32_t*)scratch;
+      Int8::panel(rows + from * width, width, some, packed + p * steps * PANEL * 4, steps, sums);
+      for (long i = 0; i < some; i++)
+        for (long j = 0; j < PANEL; j += W) {
+          int32_t exact[W];
+          for (int lane = 0; lane < W; lane++)
+            exact[lane] = sums[i * PANEL + j + lane] - 128 * totals[p * PANEL + j + lane];
+          vf y = mul(mul(to_float(load(exact)), load(scales + p * PANEL + j)), all(row_scales[from + i]));
+          store((float*)scratch + i * PANEL + j, y);
+        }
+      Int8::finish((float*)scratch, some, p, n, bias, after, more ? more + from * columns : nullptr,
+                   out + from * columns);
+    });
   }
 };
 

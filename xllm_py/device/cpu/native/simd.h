@@ -1,4 +1,4 @@
-// Vectors of floats, and products of rows with packed columns, for one instruction set: the one this file is compiled for.
+// Vectors of floats and of integers for one instruction set: the one this file is compiled for.
 //
 // AVX-512 with or without bfloat16 products, AVX2, or plain C++ that the compiler turns into what the machine has (NEON on arm64).
 // Every operation has a fixed order, so that a result depends on its operands alone. No operation is contracted by the compiler
@@ -70,6 +70,16 @@ inline void store(bf16* p, vf x) {
 #endif
 }
 
+using vi = __m512i;
+inline vi load(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
+inline vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+inline void store_offset(uint8_t* p, vf x) {  // integers from -127 to 127, plus 128
+  __m512i n = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(n));
+}
+inline vf magnitude(vf x) { return _mm512_abs_ps(x); }
+
 #elif defined(__AVX2__) && defined(__FMA__)
 
 constexpr int W = 8;
@@ -109,6 +119,17 @@ inline void store(bf16* p, vf x) {
   __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(near, near), 0x08);
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
+
+using vi = __m256i;
+inline vi load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline void store(int32_t* p, vi x) { _mm256_storeu_si256((__m256i*)p, x); }
+inline vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }
+inline void store_offset(uint8_t* p, vf x) {
+  int32_t whole[W];
+  store(whole, _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(128)));
+  for (int i = 0; i < W; i++) p[i] = uint8_t(whole[i]);
+}
+inline vf magnitude(vf x) { return _mm256_andnot_ps(all(-0.0f), x); }
 
 #else
 
@@ -153,7 +174,25 @@ inline vf times_power(vf x, vf n) {
   }
   return r;
 }
+inline vf magnitude(vf x) { XLLM_LANES(__builtin_fabsf(x.at[i])) }
 #undef XLLM_LANES
+struct vi {
+  int32_t at[W];
+};
+inline vi load(const int32_t* p) {
+  vi r;
+  std::memcpy(r.at, p, sizeof r.at);
+  return r;
+}
+inline void store(int32_t* p, vi x) { std::memcpy(p, x.at, sizeof x.at); }
+inline vf to_float(vi x) {
+  vf r;
+  for (int i = 0; i < W; i++) r.at[i] = float(x.at[i]);
+  return r;
+}
+inline void store_offset(uint8_t* p, vf x) {
+  for (int i = 0; i < W; i++) p[i] = uint8_t(int32_t(__builtin_rintf(x.at[i])) + 128);
+}
 
 #endif
 
@@ -223,111 +262,5 @@ inline vf exp2_(vf x) {
   return zero_below(x, -126.0f, times_power(y, n));
 }
 constexpr float LOG2_E = 1.4426950408889634f;
-
-// What a product of A rows with packed B columns is made of: PER numbers along k are one step.
-// B in panels: [steps][columns of the panel][PER]. A: [rows][k], float where the machine cannot multiply bfloat16.
-struct OfFloat {
-  using B = float;
-  using A = float;
-  using Bv = vf;
-  using Av = vf;
-  static constexpr int PER = 1;
-  static Bv load_b(const B* p) { return load(p); }
-  static Av load_a(const A* p) { return all(*p); }
-  static vf dot(vf acc, Av a, Bv b) { return fma(a, b, acc); }
-};
-
-struct OfBf16 {
-  using B = bf16;
-  static constexpr int PER = 2;
-#if defined(__AVX512BF16__)
-  using A = bf16;
-  using Bv = __m512i;
-  using Av = __m512i;
-  static Bv load_b(const B* p) { return _mm512_loadu_si512(p); }
-  static Av load_a(const A* p) {
-    int pair;
-    std::memcpy(&pair, p, 4);
-    return _mm512_set1_epi32(pair);
-  }
-  static vf dot(vf acc, Av a, Bv b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
-#else
-  using A = float;
-  struct Bv {
-    vf even, odd;
-  };
-  struct Av {
-    vf even, odd;
-  };
-  static Av load_a(const A* p) { return {all(p[0]), all(p[1])}; }
-  static vf dot(vf acc, Av a, Bv b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
-#if defined(__AVX512F__)
-  static Bv load_b(const B* p) {
-    __m512i both = _mm512_loadu_si512(p);
-    __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000)));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(odd)};
-  }
-#elif defined(__AVX2__)
-  static Bv load_b(const B* p) {
-    __m256i both = _mm256_loadu_si256((const __m256i*)p);
-    __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000)));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(odd)};
-  }
-#else
-  static Bv load_b(const B* p) {
-    Bv b;
-    for (int i = 0; i < W; i++) b.even.at[i] = widen(p[2 * i]), b.odd.at[i] = widen(p[2 * i + 1]);
-    return b;
-  }
-#endif
-#endif
-};
-
-// c[M][N vectors] (+)= a[M][steps] * b[steps][N vectors], each number summed over the steps in their order and in nothing else.
-// ldb: numbers from one step of b to the next.
-template <class T, int M, int N>
-inline void micro(const typename T::A* a, long lda, const typename T::B* b, long ldb, long steps,
-                  float* c, long ldc, bool fresh) {
-  vf acc[M][N];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) acc[m][n] = fresh ? zero() : load(c + m * ldc + n * W);
-  for (long s = 0; s < steps; s++, b += ldb) {
-    typename T::Bv bv[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) bv[n] = T::load_b(b + n * W * T::PER);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      typename T::Av av = T::load_a(a + m * lda + s * T::PER);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) acc[m][n] = T::dot(acc[m][n], av, bv[n]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) store(c + m * ldc + n * W, acc[m][n]);
-}
-
-template <class T, int N>
-inline void micro_rows(int rows, const typename T::A* a, long lda, const typename T::B* b, long ldb,
-                       long steps, float* c, long ldc, bool fresh) {
-  switch (rows) {
-    case 1: return micro<T, 1, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    case 2: return micro<T, 2, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    case 3: return micro<T, 3, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    case 4: return micro<T, 4, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    case 5: return micro<T, 5, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    default: return micro<T, 6, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-  }
-}
-
-// Rows of the next tile when so many are left: even tiles, none with a single row beside full ones.
-inline int tile_of(long left) {
-  if (left <= TILE_M) return int(left);
-  if (left < 2 * TILE_M) return int((left + 1) / 2);
-  return TILE_M;
-}
 
 }  // namespace xllm
