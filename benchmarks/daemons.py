@@ -110,14 +110,15 @@ class Daemons:
         """Returns at once. member: of the master's cluster; without: all but DEFAULT are. core: the only one it runs on."""
         port = free_port()
         given = [f"--model={self.model}", "--devices=cpu:0", f"--port={port}", *flags]
-        if role != "DEFAULT" if member is None else member:
+        split = role != "DEFAULT"
+        if split if member is None else member:
             given += [
                 f"--etcd_addr=127.0.0.1:{self.etcd_port}",
-                "--enable_disagg_pd=true",
-                f"--instance_role={role}",
                 f"--disagg_pd_port={free_port()}",
                 f"--transfer_listen_port={free_port()}",
             ]
+        if split:
+            given += ["--enable_disagg_pd=true", f"--instance_role={role}"]
         return self._start(role.lower(), "xllm", port, given, core)
 
     def stop(self, which: Callable[[Daemon], bool] = lambda daemon: True) -> None:

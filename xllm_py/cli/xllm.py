@@ -34,6 +34,15 @@ _NOT_BUILT = {
     "nnodes": 1,
     "kv_cache_dtype": "auto",
 }
+_KNOWN = {  # words that flags take
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "load_format": ("auto", "dummy"),
+    "generation_config": ("auto", "none"),
+    "priority_strategy": ("fcfs", "priority", "deadline"),
+    "logprobs_mode": ("raw", "processed"),
+    "kv_transport": ("tcp", "auto", "nixl", "mooncake"),
+    "quantization": ("w8a8", ""),
+}
 
 
 def build(given: Given) -> InstanceConfig:
@@ -111,15 +120,7 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
         chunk == -1 or chunk >= 1,
         f"--max_tokens_per_chunk_for_prefill={chunk}. Use -1 or at least 1",
     )
-    for name, known in (
-        ("dtype", ("auto", "float32", "bfloat16", "float16")),
-        ("load_format", ("auto", "dummy")),
-        ("generation_config", ("auto", "none")),
-        ("priority_strategy", ("fcfs", "priority", "deadline")),
-        ("logprobs_mode", ("raw", "processed")),
-        ("kv_transport", ("tcp", "auto", "nixl", "mooncake")),
-        ("quantization", ("w8a8", "")),
-    ):
+    for name, known in _KNOWN.items():
         need(
             values[name] in known,
             f"--{name}={values[name]} is unknown. Use {', '.join(filter(None, known))}",
