@@ -10,6 +10,8 @@ import string
 from pathlib import Path
 from typing import Any
 
+import torch
+
 COMMON = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -28,6 +30,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 128,
+    },
+    "5m": {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 768,
     },
     "0.5b": {
         "vocab_size": 151_936,
@@ -64,6 +74,40 @@ def write_model(folder: Path, shape: str) -> Path:
     settings = {"chat_template": template, "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def write_weights(folder: Path, shape: str) -> None:
+    """The weights that `--load_format=dummy` would make, as a safetensors file beside the config, for programs other than ours."""
+    from safetensors.torch import save_file
+
+    from xllm_py.model.weights import DummyWeights
+
+    source = DummyWeights(torch.bfloat16)
+    shapes = tensor_shapes(shape)
+    tensors = {name: source.take(name, size) for name, size in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def tensor_shapes(shape: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the checkpoint."""
+    config = config_of(shape)
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    inner_kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        for name, rows in (("q", hidden), ("k", inner_kv), ("v", inner_kv)):
+            found[f"{at}.self_attn.{name}_proj.weight"] = (rows, hidden)
+            found[f"{at}.self_attn.{name}_proj.bias"] = (rows,)
+        found[f"{at}.self_attn.o_proj.weight"] = (hidden, hidden)
+        found[f"{at}.mlp.gate_proj.weight"] = found[f"{at}.mlp.up_proj.weight"] = (wide, hidden)
+        found[f"{at}.mlp.down_proj.weight"] = (hidden, wide)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{at}.{name}.weight"] = (hidden,)
+    return found
 
 
 _BYTE_LEVEL = {

@@ -3,7 +3,7 @@
 Qwen2-0.5B's shape with random bfloat16 weights, exact mode, no HTTP and no processes around it. One JSON line per row, with the
 limit that this machine's own products set (`limit`: all linears of the step alone, measured in the same run) and the share reached.
 
-    python -m benchmarks.offline [--threads 2] [--rounds 5] [--quick]
+    python -m benchmarks.offline [--threads 2] [--rounds 5] [--quick] [--quantization w8a8]
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from xllm_py.engine.ranks import OneRank, open_executor
 
 SHAPE = config_of("0.5b")
 CONTEXT = 512
-VOCABULARY = 151_000
+VOCABULARY = 8_000
 BLOCK = 128
 
 
-def open_engine(folder: Path, threads: int) -> OneRank:
-    """The executor over dummy weights."""
-    (folder / "config.json").write_text(json.dumps(SHAPE))
+def open_engine(folder: Path, threads: int, quantization: str = "") -> OneRank:
+    """The executor over dummy weights, for a folder with a config.json."""
     executor = open_executor(
         EngineConfig(
             model_path=str(folder),
             load_format="dummy",
+            quantization=quantization,
             cpu_threads=threads,
             cache=CacheConfig(block_size=BLOCK, max_cache_bytes=1 << 30),
             scheduler=SchedulerConfig(max_seqs_per_batch=32),
@@ -108,14 +108,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quantization", choices=("", "w8a8"), default="")
     parser.add_argument("--quick", action="store_true", help="two rounds and no 2,048-token prompt")
     options = parser.parse_args()
     rounds = 2 if options.quick else options.rounds
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        executor = open_engine(Path(folder), options.threads)
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPE))
+        executor = open_engine(Path(folder), options.threads, options.quantization)
         settings: dict[str, Any] = {
             "shape": "Qwen2-0.5B",
             "dtype": "bfloat16",
+            "quantization": options.quantization,
             "threads": options.threads,
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "native_bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),

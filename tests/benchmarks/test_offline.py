@@ -18,6 +18,7 @@ def test_a_row_has_its_speed_its_limit_and_their_ratio(
     small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setattr(offline, "SHAPE", offline.SHAPE | small)
     monkeypatch.setattr(offline, "VOCABULARY", 500)
+    (tmp_path / "config.json").write_text(json.dumps(offline.SHAPE))
     executor = offline.open_engine(tmp_path, 1)
     with torch.inference_mode():
         offline.measure(executor, "decode", [0, 1], [1, 1], [3, 3], 1, {"shape": "small"})

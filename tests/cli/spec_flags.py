@@ -19,8 +19,10 @@ served_model_name string "" B
 dtype string auto A
 load_format string auto B
 quantization string "" A
+profile_steps string "" A
 max_model_len int32 0 A
 cpu_threads int32 0 A
+cpu_affinity string "" A
 generation_config string auto B
 enable_deterministic bool true A
 logprobs_mode string raw B

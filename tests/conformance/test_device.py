@@ -145,6 +145,23 @@ def test_chunks_of_any_size_give_the_bits_of_the_whole_prompt(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_kernels_have_the_same_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
+    lengths = {"a": 700, "b": 130, "c": 1}
+    weight, before = draw(300, 256, seed=1).to(dtype), torch.get_num_threads()
+    found: list[list[torch.Tensor]] = []
+    for threads in (1, 2, 3, 5):
+        device = CpuDevice(0, threads=threads)
+        sequences = Sequences(device, shape_of(dtype, (6, 2, 32)), lengths)
+        pieces = [Piece(name, 0, length) for name, length in lengths.items()]
+        x = draw(77, 256, seed=2).to(dtype)
+        found.append([*sequences.step(pieces), device.pack_linear(weight, None)(x)])
+        device.close()
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(mine.equal(first) for mine, first in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_a_decoded_token_has_the_bits_of_the_prefilled_one(
     device: Device, dtype: torch.dtype, heads: tuple[int, int, int]
@@ -380,6 +397,22 @@ def test_a_head_gives_logits_and_its_rows_back(device: Device, dtype: torch.dtyp
     torch.testing.assert_close(
         logits.double(), rows.double() @ weight.double().T, atol=limit, rtol=limit
     )
+
+
+@pytest.mark.parametrize("size", [1, 7, 320, 16384, 16385, 151_936])
+def test_the_best_of_a_row_is_its_first_highest_and_a_row_that_is_not_finite_is_told(
+    device: Device, size: int
+) -> None:
+    logits = draw(9, size, seed=30)
+    for row in range(5):
+        logits[row, [size - 1, size * row // 5, size // 2]] = 50.0 + row  # ties
+    logits[5] = -torch.finfo(torch.float32).max
+    for row, bad in ((6, torch.nan), (7, torch.inf), (8, -torch.inf)):
+        logits[row, size // 3] = bad
+    best, finite = device.best(logits)
+    assert best[:6] == logits[:6].numpy().argmax(-1).tolist()
+    assert finite == [True] * 6 + [False] * 3
+    assert device.best(logits[2:3])[0] == best[2:3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

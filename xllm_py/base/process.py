@@ -1,10 +1,12 @@
 """What a process of ours and its host hold, asked of the operating system. With base/ports the home of psutil.
 
-The ledgers of both daemons and the memory question of device/cpu stand on it. It only reads.
+The ledgers of both daemons and the memory question of device/cpu stand on it.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -30,6 +32,11 @@ def held(pid: int | None = None) -> Held:
         )
     except psutil.NoSuchProcess as error:
         raise ProcessLookupError(f"process {error.pid} is gone") from error
+
+
+def pin(cores: Sequence[int]) -> None:
+    """Run on these cores only, with all threads and processes that are started from now on."""
+    os.sched_setaffinity(0, cores)
 
 
 def host_memory() -> tuple[int, int]:

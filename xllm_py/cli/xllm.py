@@ -7,10 +7,13 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from xllm_py.base.errors import UsageError
+from xllm_py.base.process import pin
 from xllm_py.cli import rules, xllm_flags
+from xllm_py.cli.cores import cores
 from xllm_py.cli.entry import run_command
 from xllm_py.cli.flags import FlagCommand, Given, echo_given
 from xllm_py.cli.generation_config import sampling_defaults
@@ -72,6 +75,7 @@ def build(given: Given) -> InstanceConfig:
     http = rules.http(causes, values, values["max_concurrent_requests"])
     log = rules.logs(causes, values)
     devices = _devices(causes, values)
+    affinity = cores(causes, values)
     if causes.lines:
         raise UsageError("\n".join(causes.lines))
     folder = find_model(
@@ -87,6 +91,7 @@ def build(given: Given) -> InstanceConfig:
         http=http,
         cluster=cluster,
         log=log,
+        cpu_affinity=affinity,
         stalled_after_s=values["health_check_interval_ms"] / 1000,
         random_seed=values["random_seed"],
         sampling_defaults=defaults,
@@ -234,6 +239,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
         dtype=values["dtype"],
         load_format=values["load_format"],
         quantization=values["quantization"],
+        profile_to=str(Path(values["profile_steps"]).resolve()) if values["profile_steps"] else "",
         max_model_len=values["max_model_len"],
         logprobs_mode=values["logprobs_mode"],
         devices=devices,
@@ -275,6 +281,12 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
 
 def _run(given: Given) -> int:
     config = build(given)
+    if config.cpu_affinity:
+        pin(config.cpu_affinity)
+    if config.engine.profile_to:
+        from xllm_py.instance.step_profile import run as profile
+
+        return profile(config)
     from xllm_py.instance.daemon import run
 
     return run(config)

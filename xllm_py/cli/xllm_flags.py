@@ -27,9 +27,16 @@ _MODEL = in_group(
     b("task", "string", "generate", "generate"),
     a("dtype", "string", "auto", "auto, float32, bfloat16 or float16"),
     b("load_format", "string", "auto", "auto (safetensors) or dummy (seeded random weights)"),
+    a(
+        "profile_steps",
+        "string",
+        "",
+        "a file: time steps, write them there for scripts/plan, and end",
+    ),
     a("quantization", "string", "", "w8a8: 8-bit linears, made at load; empty: as in the file"),
     a("max_model_len", "int32", 0, "tokens of prompt and answer; 0: the model's"),
-    a("cpu_threads", "int32", 0, "compute threads per rank; 0: all cores"),
+    a("cpu_threads", "int32", 0, "compute threads per rank; 0: one for each core it may use"),
+    a("cpu_affinity", "string", "", "cores the instance runs on, as 0-3,6; empty: all it may use"),
     b(
         "generation_config",
         "string",

@@ -63,6 +63,7 @@ class EngineConfig:
     dtype: str = "auto"
     load_format: str = "auto"
     quantization: str = ""  # or "w8a8"
+    profile_to: str = ""  # a file: steps are timed and written there before anything else
     max_model_len: int = 0
     logprobs_mode: str = "raw"  # or "processed": after penalties, bias, temperature and cuts
     devices: tuple[str, ...] = ("cpu:0",)

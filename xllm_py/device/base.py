@@ -105,6 +105,10 @@ class Device(Protocol):
         """(free, total) bytes that weights and cache may use."""
         ...
 
+    def variant(self) -> str:
+        """What the bits of its results depend on besides the numbers: kernels, and threads where they matter."""
+        ...
+
     def row_padding(self) -> int:
         """A step's tokens are padded to a multiple of this, which row-wise kernels may need to be invariant."""
         ...
@@ -132,6 +136,13 @@ class Device(Protocol):
 
     def norm(self, weight: Tensor, eps: float) -> RowWise:
         """x / sqrt(mean(x^2) + eps) * weight, in float32; x: [..., size]. Source: Zhang and Sennrich 2019."""
+        ...
+
+    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+        """Of each row [vocabulary] float32: its highest number's index, the lowest of equal ones, and whether all are finite.
+
+        The index of a row that is not finite means nothing.
+        """
         ...
 
     # the cache

@@ -23,6 +23,7 @@ from xllm_py.core.executor import Executor
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.handoff_agent import HandoffAgent
 from xllm_py.engine.loop import EngineLoop
+from xllm_py.engine.step_profile import write_profile
 from xllm_py.transport.base import KvTransport
 from xllm_py.transport.fabric import Fabric
 from xllm_py.transport.pipe import EnginePipe
@@ -128,6 +129,8 @@ def serve(pipe: EnginePipe, config: EngineConfig) -> None:
     executor = _open_executor(config)
     transport = None
     try:
+        if config.profile_to:
+            write_profile(executor, config, RealClock())
         transport = _open_transport(config, executor)
         capacity = executor.capacity()
         scheduler = Scheduler(

@@ -55,16 +55,7 @@ def open_executor(config: EngineConfig) -> Executor:
         quantization=config.quantization,
     )
     sizing = _size_cache(config, model_config, device, dtype, max_len)
-    device.alloc_kv(
-        KvShape(
-            num_layers=model_config.num_layers,
-            num_blocks=sizing.num_blocks,
-            block_size=config.cache.block_size,
-            kv_heads=model_config.num_kv_heads,
-            head_dim=model_config.head_dim,
-            dtype=dtype,
-        )
-    )
+    device.alloc_kv(_kv_shape(config, model_config, sizing.num_blocks, dtype))
     worker = Worker(
         model,
         device,
@@ -88,11 +79,29 @@ def open_executor(config: EngineConfig) -> Executor:
         device=device.name,
         model_fingerprint=model_fingerprint(folder, dtype, variant),
         numerics_fingerprint=numerics_fingerprint(
-            worker, model_config.vocab_size, max_len, sizing.num_blocks, config.cache.block_size
+            worker,
+            model_config.vocab_size,
+            max_len,
+            sizing.num_blocks,
+            config.cache.block_size,
+            device.variant(),
         ),
         summary=sizing.summary,
     )
     return OneRank(worker, device, capacity)
+
+
+def _kv_shape(
+    config: EngineConfig, model: ModelConfig, num_blocks: int, dtype: torch.dtype
+) -> KvShape:
+    return KvShape(
+        num_layers=model.num_layers,
+        num_blocks=num_blocks,
+        block_size=config.cache.block_size,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+    )
 
 
 def _longest(config: EngineConfig, model: ModelConfig) -> int:

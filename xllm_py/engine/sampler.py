@@ -88,15 +88,17 @@ class Sampler:
         positions: Sequence[int],
         draws: Sequence[int],
         masks: Mapping[int, NDArray[np.bool_]] = MappingProxyType({}),
+        best: Sequence[int] | None = None,
     ) -> Drawn:
         """draws[i] tokens for row rows[i], for its own choice and the ones after it, at positions[i].
 
         logits: [rows, vocabulary] float32, finite; they are not changed. masks: row -> [vocabulary] what its grammar allows, at
-        least one token; every row with a grammar has one. The first token of a row is noted as its own.
+        least one token; every row with a grammar has one. best: the highest of each row of logits, where it is known. The first token of
+        a row is noted as its own.
         """
         step = _Step(rows, positions, draws, [[] for _ in rows])
         edited, plain = self._split(rows, positions)
-        self._choose(logits, plain, plain, step)
+        self._choose(logits, plain, plain, step, best)
         if edited:
             changed = logits[torch.tensor(edited)]
             due = [edit for place in edited if (edit := self._edits[rows[place]]) is not None]
@@ -124,7 +126,12 @@ class Sampler:
         return edited, plain
 
     def _choose(
-        self, logits: Tensor, at: Sequence[int], places: Sequence[int], step: _Step
+        self,
+        logits: Tensor,
+        at: Sequence[int],
+        places: Sequence[int],
+        step: _Step,
+        best: Sequence[int] | None = None,
     ) -> None:
         """Fill in the tokens of some places of the step, whose logits are in the rows `at`, and by what they are judged."""
         values = logits.numpy()
@@ -134,7 +141,8 @@ class Sampler:
             if self._temperatures[row] > 0:
                 drawn.append((index, place))
                 continue
-            step.tokens[place] = [int(values[index].argmax())] * step.draws[place]
+            highest = int(values[index].argmax()) if best is None else best[index]
+            step.tokens[place] = [highest] * step.draws[place]
             if self._processed and self._tops[row] >= 0:
                 step.scored[place] = logits[index]
         if not drawn:

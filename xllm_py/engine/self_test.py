@@ -2,7 +2,7 @@
 
 Eight fixed prompts are computed whole, and again in chunks followed by single tokens; a ninth stands behind a context of 509
 tokens, which is not computed but read from one block again and again. Equal bits: the fingerprint is a hash of the eight's logits and
-of the number of threads, and two instances with equal fingerprints continue each other's requests token for token. Different bits: the
+of what they depend on besides (`Device.variant`), and two instances with equal fingerprints continue each other's requests token for token. Different bits: the
 fingerprint says `approximate`, and a warning says so.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import Tensor
 
 from xllm_py.base import log
@@ -27,12 +26,17 @@ _log = log.get(__name__)
 
 
 def numerics_fingerprint(
-    worker: Worker, vocab_size: int, max_len: int, num_blocks: int, block_size: int
+    worker: Worker,
+    vocab_size: int,
+    max_len: int,
+    num_blocks: int,
+    block_size: int,
+    variant: str = "",
 ) -> str:
-    """Hex digest of the logits, or APPROXIMATE. Uses the first blocks of the cache before anybody owns them."""
+    """Hex digest of the logits and the device's variant, or APPROXIMATE. Uses the first blocks of the cache before anybody owns them."""
     room = min(max_len - 1, num_blocks * block_size)
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(b"%d threads" % torch.get_num_threads())
+    digest.update(variant.encode())
     for number, length in enumerate(_LENGTHS):
         if length > room:
             break

@@ -89,7 +89,7 @@ class Worker:
         """A row whose logits are no numbers, or whose grammar cannot be followed, fails alone."""
         masks = self._matchers.take()
         result.failed_rows.update(masks.failed)
-        sound = _finite(logits)
+        best, sound = self._device.best(logits)
         for index, good in zip(due, sound, strict=True):
             if not good:
                 result.failed_rows[plan.rows[index]] = _NOT_FINITE
@@ -97,8 +97,9 @@ class Worker:
         failed = [index for index, goes in zip(due, going, strict=True) if not goes]
         if failed:
             logits = logits[torch.tensor(going)]
+            best = [each for each, goes in zip(best, going, strict=True) if goes]
             due = [index for index, goes in zip(due, going, strict=True) if goes]
-        drawn = self._draw(logits, plan, due, masks.allowed) if due else Drawn(token_ids=[])
+        drawn = self._draw(logits, best, plan, due, masks.allowed) if due else Drawn(token_ids=[])
         if not failed:
             result.token_ids.extend(drawn.token_ids)
             result.logprobs.update(drawn.logprobs)
@@ -115,11 +116,16 @@ class Worker:
                 entry += 1
 
     def _draw(
-        self, logits: Tensor, plan: StepPlan, due: list[int], allowed: dict[int, NDArray[np.bool_]]
+        self,
+        logits: Tensor,
+        best: list[int],
+        plan: StepPlan,
+        due: list[int],
+        allowed: dict[int, NDArray[np.bool_]],
     ) -> Drawn:
         rows, draws = [plan.rows[index] for index in due], [plan.sample[index] for index in due]
         positions = [plan.positions[index] for index in due]
-        drawn = self._sampler.choose(logits, rows, positions, draws, allowed)
+        drawn = self._sampler.choose(logits, rows, positions, draws, allowed, best)
         entry = 0
         for row, count in zip(rows, draws, strict=True):
             self._matchers.told(row, drawn.token_ids[entry])
@@ -137,7 +143,7 @@ class Worker:
             for begin in range(0, len(targets), _JUDGED_AT_ONCE):
                 some = targets[begin : begin + _JUDGED_AT_ONCE]
                 logits = self._model.logits(hidden[first + begin : first + begin + len(some)])
-                if not all(_finite(logits)):
+                if not all(self._device.best(logits)[1]):
                     result.failed_rows[plan.rows[index]] = _NOT_FINITE
                     break
                 said += judge(logits, range(len(some)), some, [top] * len(some))
@@ -184,10 +190,3 @@ class Worker:
             slots=torch.from_numpy(slots),
         )
         return torch.from_numpy(token_ids), torch.from_numpy(positions), batch
-
-
-def _finite(logits: Tensor) -> list[bool]:
-    """Per row whether all its numbers are finite; the two extremes tell, at a tenth of the cost of asking each."""
-    lowest, highest = logits.aminmax(dim=-1)
-    sound: list[bool] = (torch.isfinite(lowest) & torch.isfinite(highest)).tolist()
-    return sound

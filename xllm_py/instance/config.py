@@ -46,6 +46,7 @@ class InstanceConfig:
     http: HttpSlice
     cluster: ClusterSlice
     log: LogSlice
+    cpu_affinity: tuple[int, ...] = ()  # cores; none: all that are there
     stalled_after_s: float = 3.0  # work queued and no step for so long: /health says 503
     engine_start_timeout_s: float = 900.0
     random_seed: int = -1  # base of the seeds drawn at our own door; -1: from the system

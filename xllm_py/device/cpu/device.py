@@ -43,6 +43,10 @@ class Kernels(Protocol):
         """From now on `rotate_and_store` and `attend` work on this cache."""
         ...
 
+    def variant(self) -> str:
+        """See Device."""
+        ...
+
     def row_padding(self) -> int:
         """See Device."""
         ...
@@ -60,6 +64,10 @@ class Kernels(Protocol):
         ...
 
     def norm(self, weight: Tensor, eps: float) -> RowWise:
+        """See Device."""
+        ...
+
+    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
         """See Device."""
         ...
 
@@ -88,11 +96,13 @@ class CpuDevice:
         self._kernels: Kernels = (
             TorchKernels(self.threads) if library is None else NativeKernels(library, self.threads)
         )
+        self.variant = self._kernels.variant
         self.row_padding = self._kernels.row_padding
         self.pack_linear = self._kernels.pack_linear
         self.pack_gated = self._kernels.pack_gated
         self.pack_head = self._kernels.pack_head
         self.norm = self._kernels.norm
+        self.best = self._kernels.best
         self.rotate_and_store = self._kernels.rotate_and_store
         self.attend = self._kernels.attend
         self._cache = PagedCache()
@@ -148,7 +158,7 @@ def open_library(instruction_set: str = AUTO) -> Library | None:
     """The native kernels, compiled if need be; None, and one line of the log, when they cannot be had. `auto`: the best there is."""
     try:
         best = instruction_sets()[0] if instruction_set == AUTO else instruction_set
-        return Library(build(best))
+        return Library(build(best), best)
     except (DeviceUnavailable, OSError) as error:
         _log.warning("no native kernels, torch computes, several times slower", cause=str(error))
         return None

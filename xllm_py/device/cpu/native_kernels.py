@@ -48,6 +48,10 @@ class NativeKernels:
         for tensor in (*cache.keys, *cache.values):
             self._library.huge_pages(tensor.data_ptr(), tensor.nbytes)
 
+    def variant(self) -> str:
+        """See Device. Threads only divide the work."""
+        return f"native {self._library.instruction_set}"
+
     def row_padding(self) -> int:
         """See Device."""
         return 1
@@ -81,6 +85,16 @@ class NativeKernels:
             return out
 
         return norm
+
+    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+        """See Device."""
+        rows, size = logits.shape
+        highest = torch.empty(rows, dtype=torch.int64)
+        finite = torch.empty(rows, dtype=torch.bool)
+        self._library.best(
+            logits.data_ptr(), highest.data_ptr(), finite.data_ptr(), rows, size, self._threads
+        )
+        return highest.tolist(), finite.tolist()
 
     def rotate_and_store(
         self, mixed: Tensor, layer: int, turn: Turn, slots: Tensor, norms: HeadNorms | None = None

@@ -73,6 +73,10 @@ void xllm_rotate(const Rotation* it, int dtype, int threads) {
   else rotate_and_store<float>(*it, threads);
 }
 
+void xllm_best(const float* x, int64_t* highest, uint8_t* finite, int64_t rows, int64_t n, int threads) {
+  best(x, highest, finite, rows, n, threads);
+}
+
 void xllm_attend(const Attention* it, int dtype, int threads) {
   if (dtype) attend<OfBf16>(*it, threads);
   else attend<OfFloat>(*it, threads);

@@ -56,7 +56,8 @@ class Attention(ctypes.Structure):
 class Library:
     """One compiled file; see kernels.cpp for what each function does. Calls release the interpreter's lock."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
         found = ctypes.CDLL(str(path))
         size, pointer = c_int64, c_void_p
         self.packed_size = found.xllm_packed_size
@@ -83,6 +84,9 @@ class Library:
         self.norm.restype = None
         self.rotate = found.xllm_rotate
         self.rotate.argtypes, self.rotate.restype = [pointer, c_int, c_int], None
+        self.best = found.xllm_best
+        self.best.argtypes = [pointer, pointer, pointer, size, size, c_int]
+        self.best.restype = None
         self.attend = found.xllm_attend
         self.attend.argtypes, self.attend.restype = [pointer, c_int, c_int], None
         self.huge_pages = found.xllm_huge_pages

@@ -1,6 +1,8 @@
 // What is computed row by row: norms, the rotation of queries and keys with the writing of the cache, and the best of each row.
 #pragma once
 #include <algorithm>
+#include <limits>
+#include <vector>
 
 #include "simd.h"
 
@@ -88,6 +90,46 @@ void rotate_and_store(const Rotation& it, int threads) {
     if (kept)
       std::memcpy((B*)it.values + it.slots[t] * it.kv_heads * dim, row + (it.heads + it.kv_heads) * dim,
                   it.kv_heads * dim * sizeof(B));
+  }
+}
+
+// Of each row: the index of its highest number, the lowest of equal ones, and whether all are finite. Pieces are fixed, so that few rows
+// use all threads too.
+inline void best(const float* x, int64_t* highest, uint8_t* finite, long rows, long n, int threads) {
+  constexpr long PIECE = 1 << 14;
+  const long pieces = (n + PIECE - 1) / PIECE;
+  static thread_local std::vector<int64_t> kept;
+  if (kept.size() < size_t(rows * pieces)) kept.resize(rows * pieces);
+  int64_t* found = kept.data();  // of each piece; -1: one is not finite
+  if (rows * n < 1 << 15) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long task = 0; task < rows * pieces; task++) {
+    const long begin = task % pieces * PIECE, end = std::min(n, begin + PIECE);
+    const float* row = x + task / pieces * n;
+    vf most = all(row[begin]), poison = zero();
+    long i = begin;
+    for (; i + W <= end; i += W) {
+      most = larger(load(row + i), most);
+      poison = fma(load(row + i), zero(), poison);
+    }
+    float peak = largest(most), bad = sum(poison);
+    for (; i < end; i++) peak = std::max(peak, row[i]), bad += row[i] * 0.0f;
+    if (bad != 0.0f) {  // NaN
+      found[task] = -1;
+      continue;
+    }
+    for (i = begin; i < end && row[i] != peak; i++) {
+    }
+    found[task] = i;
+  }
+  for (long r = 0; r < rows; r++) {
+    highest[r] = 0, finite[r] = 1;
+    float peak = -std::numeric_limits<float>::infinity();
+    for (long p = 0; p < pieces; p++) {
+      const int64_t at = found[r * pieces + p];
+      if (at < 0) finite[r] = 0;
+      else if (x[r * n + at] > peak) peak = x[r * n + at], highest[r] = at;
+    }
   }
 }
 
