@@ -288,6 +288,7 @@ def draw(found: dict[str, Any], folder: Path) -> None:
                     label = f"{name}, TPOT x{scale[1]:g}"
                     axes.plot(*zip(*curve, strict=True), style, color=color, label=label)
             axes.axhline(REACHED, color="grey", linewidth=0.8, linestyle="--")
+            axes.set_ylim(0, 1.05)
             axes.set_title(traffic, fontsize=9)
             axes.set_xlabel("requests per second")
             axes.grid(alpha=0.3)

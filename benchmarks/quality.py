@@ -2,12 +2,13 @@
 
     python -m benchmarks.quality
 
-The demo model (models/xllm-demo) reads scripts/demo_corpus.md, which it was trained on, in windows of 256 tokens, with its own weights and with
---quantization=w8a8. Random models of two shapes compute random prompts: cosine of the logits of each token, 8-bit against bfloat16.
+The demo model (models/xllm-demo) reads its corpus' conversations, each answer after the first of its held-out questions, with its own weights and
+with --quantization=w8a8; the answers' tokens count. Random models of two shapes compute random prompts: cosine of the logits of each token, 8-bit against bfloat16.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from xllm_py.model import load_model, pick_dtype, read_config
 ROOT = Path(__file__).resolve().parents[1]
 DEMO, CORPUS = ROOT / "models/xllm-demo", ROOT / "scripts/demo_corpus.md"
 WINDOW, BLOCK = 256, 16
+SYSTEM = "You are the demo model of xllm_py."  # as it was trained
 SHAPES = ("5m", "0.5b")
 
 
@@ -72,25 +74,42 @@ class Forward:
         return self._model.logits(hidden[:count])
 
 
-def perplexity(model: Forward, windows: list[Tensor]) -> float:
-    """Of every token but the first of each window."""
+def perplexity(model: Forward, talks: list[tuple[Tensor, int]]) -> float:
+    """Of the answers' tokens; each conversation comes with the index of its answer."""
     losses = [
-        functional.cross_entropy(model.logits(ids)[:-1], ids[1:], reduction="sum").item()
-        for ids in windows
+        functional.cross_entropy(
+            model.logits(ids)[first - 1 : -1], ids[first:], reduction="sum"
+        ).item()
+        for ids, first in talks
     ]
-    return float(torch.tensor(sum(losses) / sum(len(ids) - 1 for ids in windows)).exp())
+    return math.exp(sum(losses) / sum(len(ids) - first for ids, first in talks))
+
+
+def conversations(tokenizer: Tokenizer) -> list[tuple[Tensor, int]]:
+    """Token ids of every topic with a held-out question, and where its answer begins."""
+    found = []
+    for part in CORPUS.read_text().split("\n## ")[1:]:
+        lines = part.splitlines()
+        asked = [line[2:].strip() for line in lines if line.startswith("? ")]
+        answer = " ".join(line[2:].strip() for line in lines if line.startswith("> "))
+        if not asked:
+            continue
+        head = f"<|im_start|>user\n{asked[0]}<|im_end|>\n<|im_start|>assistant\n"
+        start = tokenizer.encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{head}").ids
+        ids = start + tokenizer.encode(f"{answer}<|im_end|>").ids
+        found.append((torch.tensor(ids[:WINDOW]), len(start)))
+    return found
 
 
 def main() -> None:
     """Print both rows."""
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    ids = torch.tensor(tokenizer.encode(CORPUS.read_text()).ids)
-    windows = [window for window in ids.split(WINDOW) if len(window) > 1]
-    plain, eight = (perplexity(Forward(DEMO, each, "auto"), windows) for each in ("", "w8a8"))
+    talks = conversations(tokenizer)
+    plain, eight = (perplexity(Forward(DEMO, each, "auto"), talks) for each in ("", "w8a8"))
     emit(
         "w8a8 perplexity",
-        {"model": DEMO.name, "tokens": len(ids)},
-        {"plain": round(plain, 4), "w8a8": round(eight, 4), "ratio": round(eight / plain, 4)},
+        {"model": DEMO.name, "answers": len(talks)},
+        {"plain": round(plain, 6), "w8a8": round(eight, 6), "ratio": round(eight / plain, 6)},
     )
     for shape in SHAPES:
         with tempfile.TemporaryDirectory() as place:
