@@ -83,7 +83,7 @@ class Daemons:
         self, name: str, program: str, port: int, flags: list[str], core: int | None = None
     ) -> Daemon:
         log_file = self.folder / f"{name}-{len(self.running)}.log"
-        command = [sys.executable, "-m", f"xllm_py.cli.{program}", *flags]
+        command = [sys.executable, "-m", *program.split(), *flags]
         if core is not None:
             command = ["taskset", "-c", str(core), *command]
         with log_file.open("ab") as log:
@@ -102,10 +102,16 @@ class Daemons:
             f"--rpc_server_port={free_port()}",
             f"--tokenizer_path={self.model}",
         ]
-        return self._start("master", "xllm_master", port, flags)
+        return self._start("master", "xllm_py.cli.xllm_master", port, flags)
 
     def start_instance(
-        self, role: str, flags: list[str], *, core: int | None = None, member: bool | None = None
+        self,
+        role: str,
+        flags: list[str],
+        *,
+        core: int | None = None,
+        member: bool | None = None,
+        program: str = "xllm_py.cli.xllm",
     ) -> Daemon:
         """Returns at once. member: of the master's cluster; without: all but DEFAULT are. core: the only one it runs on."""
         port = free_port()
@@ -119,7 +125,7 @@ class Daemons:
             ]
         if split:
             given += ["--enable_disagg_pd=true", f"--instance_role={role}"]
-        return self._start(role.lower(), "xllm", port, given, core)
+        return self._start(role.lower(), program, port, given, core)
 
     def stop(self, which: Callable[[Daemon], bool] = lambda daemon: True) -> None:
         """Stop in reverse order."""

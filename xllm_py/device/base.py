@@ -39,7 +39,7 @@ class Head(Protocol):
     """The matrix from hidden states to the vocabulary."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [rows, hidden] -> [rows, vocabulary] float32."""
+        """x: [rows, hidden] -> [rows, vocabulary] float32; good until the next call."""
         ...
 
     def embed(self, token_ids: Tensor) -> Tensor:

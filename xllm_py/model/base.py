@@ -34,5 +34,5 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [rows, hidden] -> [rows, vocabulary] float32."""
+        """hidden: [rows, hidden] -> [rows, vocabulary] float32; good until the next call."""
         ...

@@ -237,13 +237,20 @@ class _Gated(_Product):
 
 
 class _Head(_Product):
-    """Implements Head."""
+    """Implements Head. Logits of many rows are the largest tensor of a step; new memory for them would cost a tenth of it."""
 
-    __slots__ = ()
+    __slots__ = ("_kept",)
+
+    def __init__(self, library: Library, packed: _Packed, threads: int) -> None:
+        super().__init__(library, packed, threads)
+        self._kept = torch.empty(0, packed.rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See Head."""
-        out = torch.empty(x.shape[0], self._packed.rows, dtype=torch.float32)
+        rows = x.shape[0]
+        if self._kept.shape[0] < rows:
+            self._kept = torch.empty(rows, self._packed.rows)
+        out = self._kept[:rows]
         self._run(x, out, PLAIN, None, True)
         return out
 
