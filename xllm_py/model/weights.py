@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,6 +53,7 @@ class Weights:
         # where a tensor is named that is not there
         self._origin = index if index.exists() else files.pop() if len(files) == 1 else folder
         self._taken: set[str] = set()
+        self._open: dict[Path, Any] = {}  # files, until all is taken
 
     def has(self, name: str) -> bool:
         """See WeightSource."""
@@ -85,8 +86,9 @@ class Weights:
                 f"{self._origin}: has no tensor {name}; copy the model folder again, it is not complete"
             )
         try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            tensor: Tensor = self._open[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
                 f"{path}: tensor {name} cannot be read ({error}); copy it again"
@@ -100,6 +102,7 @@ class Weights:
 
     def finish(self, ignored: tuple[str, ...] = ()) -> None:
         """See WeightSource."""
+        self._open.clear()
         left = sorted(
             name
             for name in self._file_of.keys() - self._taken

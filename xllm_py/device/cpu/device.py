@@ -155,10 +155,15 @@ class CpuDevice:
 
 
 def open_library(instruction_set: str = AUTO) -> Library | None:
-    """The native kernels, compiled if need be; None, and one line of the log, when they cannot be had. `auto`: the best there is."""
-    try:
-        best = instruction_sets()[0] if instruction_set == AUTO else instruction_set
-        return Library(build(best), best)
-    except (DeviceUnavailable, OSError) as error:
-        _log.warning("no native kernels, torch computes, several times slower", cause=str(error))
-        return None
+    """The native kernels, compiled if need be; None, and one line of the log, when they cannot be had.
+
+    `auto`: the best set that this machine has and its compiler knows.
+    """
+    causes = []
+    for name in instruction_sets() if instruction_set == AUTO else [instruction_set]:
+        try:
+            return Library(build(name), name)
+        except (DeviceUnavailable, OSError) as error:
+            causes.append(str(error))
+    _log.warning("no native kernels, torch computes, several times slower", cause=causes[0])
+    return None
