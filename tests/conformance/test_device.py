@@ -391,6 +391,9 @@ def test_a_head_gives_logits_and_its_rows_back(device: Device, dtype: torch.dtyp
     ids = torch.tensor([200, 0, 64, 63, 199])
     rows = weight[ids]
     assert head.embed(ids).equal(rows)
+    for outside in (-1, 201):
+        with pytest.raises(IndexError):
+            head.embed(torch.tensor([0, outside]))
     logits = head(rows)
     assert logits.dtype is torch.float32
     limit = TOLERANCE[dtype]
@@ -500,6 +503,11 @@ def test_what_is_written_lies_in_its_layer_part_block_and_offset_and_nowhere_els
         for part, tensor in enumerate((keys, values))
         for index, place in enumerate(places)
     }
+
+
+def test_heads_larger_than_the_kernels_buffers_are_refused() -> None:
+    with pytest.raises(DeviceUnavailable, match="heads of 1026 numbers"):
+        CpuDevice(0, threads=1).alloc_kv(kv_shape(head_dim=1026))
 
 
 def test_bytes_that_arrive_from_outside_are_what_attention_sees(device: Device) -> None:

@@ -165,5 +165,5 @@ def open_library(instruction_set: str = AUTO) -> Library | None:
             return Library(build(name), name)
         except (DeviceUnavailable, OSError) as error:
             causes.append(str(error))
-    _log.warning("no native kernels, torch computes, several times slower", cause=causes[0])
+    _log.warning("no native kernels, torch computes, at about half the speed", cause=causes[0])
     return None

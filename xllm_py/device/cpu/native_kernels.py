@@ -1,4 +1,4 @@
-"""The cpu device's arithmetic in C++: the same operations as torch_kernels, several times faster, over packed weights and the cache.
+"""The cpu device's arithmetic in C++: the same operations as torch_kernels, about twice as fast, over packed weights and the cache.
 
 A call costs one or two microseconds beside its work, which is what a step of a small model is made of. Bits differ from torch's; they
 depend on nothing but a row's own numbers, whatever the number of rows or threads.
@@ -11,6 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from xllm_py.base.errors import DeviceUnavailable
 from xllm_py.device.base import (
     AttentionBatch,
     Head,
@@ -40,7 +41,13 @@ class NativeKernels:
         self._told: AttentionBatch | None = None  # the batch that stands in _attention
 
     def use(self, cache: PagedCache) -> None:
-        """See Kernels."""
+        """See Kernels. Raises DeviceUnavailable for heads that are larger than the kernels' buffers."""
+        most = self._library.most_head_dim()
+        if cache.keys and cache.keys[0].shape[-1] > most:
+            raise DeviceUnavailable(
+                f"heads of {cache.keys[0].shape[-1]} numbers are larger than the cpu's kernels take ({most}); "
+                "use another model"
+            )
         self._cache, self._told = cache, None
         self._dtype = DTYPES[cache.keys[0].dtype] if cache.keys else 0
         caches = zip(cache.keys, cache.values, strict=True)
@@ -259,5 +266,7 @@ class _Head(_Product):
         count, it = token_ids.shape[0], self._packed
         out = torch.empty(count, it.width, dtype=it.weight.dtype)
         dtype = DTYPES[out.dtype]
-        self._library.rows(it.at, token_ids.data_ptr(), out.data_ptr(), count, it.width, dtype)
+        at, to = token_ids.data_ptr(), out.data_ptr()
+        if not self._library.rows(it.at, at, to, count, it.width, it.rows, dtype):
+            raise IndexError(f"a token id lies outside the vocabulary of {it.rows}")
         return out

@@ -192,7 +192,7 @@ class Worker {
   // One head of the block; at: where it stands in a row.
   void pack(long at) {
     const uint32_t* words[KEYS];
-    alignas(64) static const B nothing[1024] = {};  // what lies past the end
+    alignas(64) static const B nothing[MOST_HEAD_DIM] = {};  // what lies past the end
     for (int i = 0; i < KEYS; i++)
       words[i] = (const uint32_t*)(i < here_.count ? here_.keys[i] + at : nothing);
     transpose_words(words, (uint32_t*)packed_keys_, dim_ / T::PER, [this] { ask(4); });

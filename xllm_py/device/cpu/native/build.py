@@ -33,6 +33,7 @@ _SETS = {
 }
 
 _log = log.get(__name__)
+_private: list[tempfile.TemporaryDirectory[str]] = []  # of this process, removed when it ends
 
 
 def instruction_sets(cpuinfo: str | None = None) -> list[str]:
@@ -59,7 +60,8 @@ def build(instruction_set: str) -> Path:
     name = f"kernels-{instruction_set}-{_version(compiler, flags)}.so"
     folder = _cache()
     if folder is None:
-        folder = Path(tempfile.mkdtemp(prefix="xllm-kernels-"))
+        _private.append(tempfile.TemporaryDirectory(prefix="xllm-kernels-"))
+        folder = Path(_private[-1].name)
     target = folder / name
     if not target.exists():
         _compile(compiler, flags, target)

@@ -31,10 +31,13 @@ void xllm_pack(const void* weight, void* packed, int64_t n, int64_t k, int gated
   else Linear<OfFloat>::pack((const float*)weight, (float*)packed, n, k, gated, threads);
 }
 
-void xllm_rows(const void* packed, const int64_t* ids, void* out, int64_t count, int64_t k, int dtype) {
-  if (dtype) Linear<OfBf16>::rows((const bf16*)packed, ids, (bf16*)out, count, k);
-  else Linear<OfFloat>::rows((const float*)packed, ids, (float*)out, count, k);
+int xllm_rows(const void* packed, const int64_t* ids, void* out, int64_t count, int64_t k, int64_t n, int dtype) {
+  if (dtype) return Linear<OfBf16>::rows((const bf16*)packed, ids, (bf16*)out, count, k, n);
+  return Linear<OfFloat>::rows((const float*)packed, ids, (float*)out, count, k, n);
 }
+
+// The largest head that the kernels have room for.
+int64_t xllm_most_head_dim() { return MOST_HEAD_DIM; }
 
 // out: float32 when wide, else in the dtype of x.
 void xllm_linear(const void* x, const void* packed, const float* bias, const void* more, void* out, int64_t m,

@@ -70,7 +70,10 @@ class Library:
         self.pack.argtypes = [pointer, pointer, size, size, c_int, c_int, c_int]
         self.pack.restype = None
         self.rows = found.xllm_rows
-        self.rows.argtypes, self.rows.restype = [pointer, pointer, pointer, size, size, c_int], None
+        # packed, ids, out; how many, width, rows there are; dtype
+        self.rows.argtypes, self.rows.restype = [*[pointer] * 3, *[size] * 3, c_int], c_int
+        self.most_head_dim = found.xllm_most_head_dim
+        self.most_head_dim.argtypes, self.most_head_dim.restype = [], size
         self.linear = found.xllm_linear
         # x, packed, bias, what is added, out; rows, in, out; after, wide, dtype, threads
         self.linear.argtypes = [*[pointer] * 5, *[size] * 3, *[c_int] * 4]

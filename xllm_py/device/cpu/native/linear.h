@@ -46,15 +46,17 @@ struct Linear {
     }
   }
 
-  // Rows of the weight, read back from a packed one that is not gated.
-  static void rows(const typename T::B* packed, const int64_t* ids, typename T::B* out, long count,
-                   long k) {
+  // Rows of the weight, read back from a packed one that is not gated. False, and nothing done, when there is no such row.
+  static bool rows(const typename T::B* packed, const int64_t* ids, typename T::B* out, long count, long k, long n) {
+    for (long i = 0; i < count; i++)
+      if (ids[i] < 0 || ids[i] >= n) return false;
     long steps = steps_of(k);
     for (long i = 0; i < count; i++) {
       const typename T::B* from =
           packed + (ids[i] / PANEL) * steps * PANEL * T::PER + ids[i] % PANEL * T::PER;
       for (long j = 0; j < k; j++) out[i * k + j] = from[j / T::PER * PANEL * T::PER + j % T::PER];
     }
+    return true;
   }
 
   // One panel of some rows. sums: [rows][PANEL] scratch.

@@ -80,7 +80,7 @@ void rotate_and_store(const Rotation& it, int threads) {
       B* to = h < it.heads ? (B*)it.queries + (t * it.heads + h) * dim : keys + (h - it.heads) * dim;
       if (h >= it.heads && !kept) break;
       const B* from = row + h * dim;
-      B normed[1024];
+      B normed[MOST_HEAD_DIM];
       if (it.head_norms) {
         norm_row(from, (const B*)it.head_norms + h * dim, normed, dim, float(it.eps));
         from = normed;

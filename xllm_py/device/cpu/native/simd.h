@@ -196,6 +196,7 @@ inline void store_offset(uint8_t* p, vf x) {
 
 #endif
 
+constexpr int MOST_HEAD_DIM = 1024;
 constexpr int PANEL = W * PANEL_V;  // columns of a packed panel
 
 inline vf load(const float* p, int n) {  // the first n, then zeros
