@@ -16,7 +16,6 @@ from tests.arch.source import ROOT
 SECTION = "importlinter:contract:"
 RANK_SIDE = {
     "__main__",
-    "cuts",
     "edits",
     "grammar",
     "judge",

@@ -46,7 +46,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "numpy": (
         "numpy",
         (
-            "engine.cuts",
+            "device",
             "engine.edits",
             "engine.grammar",
             "engine.judge",

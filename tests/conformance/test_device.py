@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -11,7 +12,15 @@ from torch.nn import functional
 
 from tests.conformance.attention import Piece, Sequences, Shape
 from xllm_py.base.errors import DeviceUnavailable
-from xllm_py.device.base import AttentionBatch, Device, HeadNorms, KvShape, Quantized, Turn
+from xllm_py.device.base import (
+    AttentionBatch,
+    Device,
+    Drawing,
+    HeadNorms,
+    KvShape,
+    Quantized,
+    Turn,
+)
 from xllm_py.device.cpu import CpuDevice
 from xllm_py.device.cpu.native.build import instruction_sets
 from xllm_py.device.cpu.torch_kernels import TorchKernels
@@ -416,6 +425,86 @@ def test_the_best_of_a_row_is_its_first_highest_and_a_row_that_is_not_finite_is_
     assert best[:6] == logits[:6].numpy().argmax(-1).tolist()
     assert finite == [True] * 6 + [False] * 3
     assert device.best(logits[2:3])[0] == best[2:3]
+
+
+def left_by_cuts(logits: torch.Tensor, cut: tuple[float, int, float, float]) -> torch.Tensor:
+    """What each token weighs, in float64, after sorting it all; cut: temperature, top_k, top_p, min_p."""
+    temperature, top_k, top_p, min_p = cut
+    weights = ((logits.double() - logits.double().max()) / temperature).exp()
+    weights[weights < min_p] = 0
+    order = weights.argsort(descending=True, stable=True)
+    weights[order[top_k:]] = 0
+    if top_p < 1:
+        reached = weights[order].cumsum(0)
+        weights[order[1:][reached[:-1] >= top_p * reached[-1]]] = 0
+    return weights
+
+
+CUTS = [
+    (temperature, top_k, top_p, min_p)
+    for temperature in (1.0, 0.3, 30.0)
+    for top_k in (1, 50, 1 << 20)
+    for top_p in (1.0, 0.9, 0.31, 1e-6)
+    for min_p in (0.0, 0.05)
+]
+
+
+@pytest.mark.parametrize("size", [1, 7, 513, 50_001])
+def test_what_is_drawn_lies_where_its_number_points_in_what_the_cuts_leave(
+    device: Device, size: int
+) -> None:
+    """Weights and sums are rounded, so a token that weighs nearly what the bound does may be on either side of it."""
+    logits = draw(len(CUTS), size, seed=31) * 3
+    logits[1::2] = logits[1::2].round()  # ties
+    logits[2::3, 1 + size // 2 :] = -torch.inf
+    numbers = torch.rand(40, generator=torch.Generator().manual_seed(32)).double().numpy()
+    numbers[:2] = 0.0, 1 - 2.0**-53
+    kept = torch.full((len(CUTS), size), torch.nan)
+    wanted = [
+        Drawing(
+            row=row,
+            temperature=cut[0],
+            top_k=min(cut[1], size),
+            top_p=cut[2],
+            min_p=cut[3],
+            numbers=numbers[: 40 - row % 3],
+            weights=kept[row],
+        )
+        for row, cut in enumerate(CUTS)
+    ]
+    before = logits.clone()
+    drawn = device.draw(logits, wanted)
+    assert torch.equal(logits, before)
+    for row, cut in enumerate(CUTS):
+        expected, weights = left_by_cuts(logits[row], cut), kept[row].double()
+        for each in (expected, weights):
+            each[each < 1e-30] = 0  # too little for float32, and for any number
+        both = (expected > 0) & (weights > 0)
+        torch.testing.assert_close(weights[both], expected[both], atol=1e-30, rtol=2e-5)
+        least = float(expected[expected > 0].min())
+        edge = torch.where(both, 0.0, torch.maximum(expected, weights))
+        assert ((edge == 0) | (edge < least * 1.0001)).all(), f"row {row}, {cut}"
+        # of equal ones that the bound goes through, one more or less
+        assert int((edge > 0).sum()) <= 1, f"row {row}, {cut}"
+        ladder = weights.cumsum(0) / weights.sum()
+        tokens = torch.tensor(drawn[row])
+        assert (weights[tokens] > 0).all()
+        points = torch.from_numpy(numbers[: len(tokens)])
+        assert (points <= ladder[tokens] + 1e-5).all()
+        assert (points >= ladder[tokens] - weights[tokens] / weights.sum() - 1e-5).all()
+
+
+def test_a_row_draws_the_same_tokens_alone_and_among_others(device: Device) -> None:
+    logits = draw(9, 3001, seed=33)
+    numbers = torch.rand(9, 4, generator=torch.Generator().manual_seed(34)).double().numpy()
+    wanted = [
+        Drawing(row=row, temperature=0.8, top_k=900, top_p=0.9, min_p=0.0, numbers=numbers[row])
+        for row in range(9)
+    ]
+    together = device.draw(logits, wanted)
+    for row, each in enumerate(wanted):
+        alone = device.draw(logits[row : row + 1], [dataclasses.replace(each, row=0)])
+        assert alone == [together[row]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xllm_py.core.kv_memory import KvMemory
@@ -96,6 +98,21 @@ class HeadNorms:
     eps: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """What is drawn from one row of logits."""
+
+    row: int
+    temperature: float  # above 0
+    top_k: int  # the vocabulary's size: all
+    top_p: float  # 1: all
+    min_p: float
+    numbers: NDArray[np.float64]  # uniform in [0, 1), one for each token that is drawn
+    weights: Tensor | None = (
+        None  # [vocabulary] float32, takes what each token weighs after the cuts; the highest weighs 1
+    )
+
+
 class Device(Protocol):
     """See the module's text."""
 
@@ -142,6 +159,15 @@ class Device(Protocol):
         """Of each row [vocabulary] float32: its highest number's index, the lowest of equal ones, and whether all are finite.
 
         The index of a row that is not finite means nothing.
+        """
+        ...
+
+    def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:
+        """For each entry the tokens that its numbers pick from the cumulative distribution of its row, in id order.
+
+        logits: [rows, vocabulary] float32, none NaN or positive infinity, each row with a finite one; unchanged. The cuts: min_p (Nguyen et al. 2024), then
+        top_k, then top_p (Holtzman et al. 2020) of what is left; of equal weights those with lower ids stay. What is drawn depends,
+        to the bit, only on the row's logits and its entry.
         """
         ...
 

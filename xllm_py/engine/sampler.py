@@ -1,15 +1,14 @@
 """From logits to tokens. A pure function of (logits of one row, seed, choice, position), the same in any batch, on any instance.
 
 Greedy takes the highest logit, ties to the lowest id. Otherwise one uniform number per token, from a counter-based generator,
-picks from the cumulative distribution over the vocabulary in id order; top-k, top-p and min-p cut it first, ties by lower id.
+picks from the cumulative distribution over the vocabulary (`Device.draw`).
 Penalties, biases, bans and grammars change the logits before all that (`edits`). Called by the worker. A row's parameters stand in columns,
 written when the row gets an owner; each step gathers the rows it needs, and a row pays only for what its request asks.
-Sources: Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p); `uniforms` for the numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -20,13 +19,15 @@ from torch import Tensor
 
 from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.plan import RowStart
-from xllm_py.engine import cuts
+from xllm_py.device import draws as host
+from xllm_py.device.base import Drawing
 from xllm_py.engine.edits import Edits, apply
 from xllm_py.engine.judge import judge
 from xllm_py.engine.uniforms import uniforms
 
 PROCESSED = "processed"
-_BLOCK = 512  # tokens whose weights are summed before one of them is looked for
+
+Draw = Callable[[Tensor, Sequence[Drawing]], list[list[int]]]  # `Device.draw`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +57,22 @@ class Sampler:
     likely it was to be drawn.
     """
 
-    def __init__(self, *, max_seqs: int, vocab_size: int, logprobs_mode: str = "raw") -> None:
+    def __init__(
+        self,
+        *,
+        max_seqs: int,
+        vocab_size: int,
+        logprobs_mode: str = "raw",
+        draw: Draw = host.draw,
+    ) -> None:
         self._vocab_size = vocab_size
+        self._draw = draw
         self._processed = logprobs_mode == PROCESSED
         self._seeds, self._choices, self._top_ks, self._tops = np.zeros(
             (4, max_seqs), dtype=np.int64
         )
         self._temperatures, self._top_ps, self._min_ps = np.zeros((3, max_seqs))
         self._edits: list[Edits | None] = [None] * max_seqs
-        # of the one row that is drawn from; new memory for each would cost more than the arithmetic
-        self._scaled = np.empty(vocab_size, dtype=np.float32)
-        self._padded = torch.zeros(-(-vocab_size // _BLOCK) * _BLOCK, dtype=torch.float64)
-        self._weights = self._padded[:vocab_size]
 
     def start(self, start: RowStart) -> None:
         """A row has a new owner; everything of the last one is written over."""
@@ -148,24 +153,27 @@ class Sampler:
         if not drawn:
             return
         numbers = self._numbers([place for _, place in drawn], step)
-        for (index, place), own in zip(drawn, numbers, strict=True):
-            row = step.rows[place]
-            self._weigh(values[index], row)
-            step.tokens[place] = self._pick(own)
-            if self._processed and self._tops[row] >= 0:
-                scaled = torch.from_numpy(self._scaled.copy())
-                step.scored[place] = scaled.masked_fill_(self._weights == 0, -torch.inf)
+        wanted = [
+            self._drawing(step.rows[place], index, own)
+            for (index, place), own in zip(drawn, numbers, strict=True)
+        ]
+        tokens = self._draw(logits, wanted)
+        for (_, place), each, said in zip(drawn, wanted, tokens, strict=True):
+            step.tokens[place] = said
+            if each.weights is not None:
+                step.scored[place] = each.weights.log_()
 
-    def _weigh(self, logits: np.ndarray, row: int) -> None:
-        """Fill in the scaled logits, and what each token weighs after the cuts; the highest weighs 1."""
-        np.subtract(logits, logits.max(), out=self._scaled)
-        self._scaled /= np.float32(self._temperatures[row])
-        self._weights.copy_(torch.from_numpy(self._scaled)).exp_()
-        weights = self._weights.numpy()
-        if self._min_ps[row]:
-            weights *= weights >= self._min_ps[row]
-        cuts.keep_most(weights, int(self._top_ks[row]))
-        cuts.keep_share(weights, float(self._top_ps[row]))
+    def _drawing(self, row: int, index: int, numbers: NDArray[np.float64]) -> Drawing:
+        judged = self._processed and self._tops[row] >= 0
+        return Drawing(
+            row=index,
+            temperature=float(self._temperatures[row]),
+            top_k=int(self._top_ks[row]),
+            top_p=float(self._top_ps[row]),
+            min_p=float(self._min_ps[row]),
+            numbers=numbers,
+            weights=torch.empty(self._vocab_size) if judged else None,
+        )
 
     def _numbers(self, places: list[int], step: _Step) -> list[np.ndarray]:
         """The uniform numbers of each place, one a draw."""
@@ -176,21 +184,6 @@ class Sampler:
         nth = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
         found = uniforms(self._seeds[owners], self._choices[owners] + nth, positions)
         return np.split(found, ends[:-1])
-
-    def _pick(self, numbers: np.ndarray) -> list[int]:
-        """A token for each number, from the weights: first the block, then the token in it."""
-        blocks = self._padded.numpy().reshape(-1, _BLOCK)
-        reached = blocks.sum(axis=1).cumsum()
-        wanted = numbers * reached[-1]
-        # here and below: rounding could point past the last one with weight; it is the last step of the ladder
-        last = np.searchsorted(reached, reached[-1])
-        found = np.minimum(np.searchsorted(reached, wanted, side="right"), last).tolist()
-        tokens = []
-        for block, number in zip(found, wanted.tolist(), strict=True):
-            ladder = blocks[block].cumsum() + (reached[block - 1] if block else 0.0)
-            inside = int(np.searchsorted(ladder, number, side="right"))
-            tokens.append(block * _BLOCK + min(inside, int(np.searchsorted(ladder, ladder[-1]))))
-        return tokens
 
     def _judged(self, logits: Tensor, step: _Step) -> dict[int, TokenLogprob]:
         tops = self._tops[list(step.rows)]

@@ -48,7 +48,10 @@ class Worker:
         self._num_blocks = [0] * max_seqs
         self._rows: list[RowStart | None] = [None] * max_seqs
         self._sampler = Sampler(
-            max_seqs=max_seqs, vocab_size=model.config.vocab_size, logprobs_mode=logprobs_mode
+            max_seqs=max_seqs,
+            vocab_size=model.config.vocab_size,
+            logprobs_mode=logprobs_mode,
+            draw=device.draw,
         )
         self._matchers = matchers
         self.observer: Observer | None = (

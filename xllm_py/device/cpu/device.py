@@ -17,6 +17,7 @@ from xllm_py.base.errors import DeviceUnavailable
 from xllm_py.core.kv_memory import KvLayout, KvMemory
 from xllm_py.device.base import (
     AttentionBatch,
+    Drawing,
     Head,
     HeadNorms,
     KvShape,
@@ -71,6 +72,10 @@ class Kernels(Protocol):
         """See Device."""
         ...
 
+    def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:
+        """See Device."""
+        ...
+
     def rotate_and_store(
         self, mixed: Tensor, layer: int, turn: Turn, slots: Tensor, norms: HeadNorms | None = None
     ) -> Tensor:
@@ -103,6 +108,7 @@ class CpuDevice:
         self.pack_head = self._kernels.pack_head
         self.norm = self._kernels.norm
         self.best = self._kernels.best
+        self.draw = self._kernels.draw
         self.rotate_and_store = self._kernels.rotate_and_store
         self.attend = self._kernels.attend
         self._cache = PagedCache()

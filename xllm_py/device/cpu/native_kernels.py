@@ -7,11 +7,14 @@ depend on nothing but a row's own numbers, whatever the number of rows or thread
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xllm_py.base.errors import DeviceUnavailable
+from xllm_py.device import base
 from xllm_py.device.base import (
     AttentionBatch,
     Head,
@@ -21,7 +24,15 @@ from xllm_py.device.base import (
     RowWise,
     Turn,
 )
-from xllm_py.device.cpu.native.library import ADD, GATE, PLAIN, Attention, Library, Rotation
+from xllm_py.device.cpu.native.library import (
+    ADD,
+    GATE,
+    PLAIN,
+    Attention,
+    Drawing,
+    Library,
+    Rotation,
+)
 from xllm_py.device.cpu.paged import PagedCache
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # what the library calls them
@@ -102,6 +113,23 @@ class NativeKernels:
             logits.data_ptr(), highest.data_ptr(), finite.data_ptr(), rows, size, self._threads
         )
         return highest.tolist(), finite.tolist()
+
+    def draw(self, logits: Tensor, wanted: Sequence[base.Drawing]) -> list[list[int]]:
+        """See Device."""
+        ends = np.cumsum([len(each.numbers) for each in wanted])
+        numbers = np.concatenate([each.numbers for each in wanted])
+        tokens = np.empty(len(numbers), dtype=np.int64)
+        told = (Drawing * len(wanted))()
+        begin = 0
+        for it, each, end in zip(told, wanted, ends.tolist(), strict=True):
+            it.numbers, it.tokens = numbers.ctypes.data + 8 * begin, tokens.ctypes.data + 8 * begin
+            it.weights = None if each.weights is None else each.weights.data_ptr()
+            it.row, it.count, it.most = each.row, end - begin, each.top_k
+            it.temperature, it.share, it.least = each.temperature, each.top_p, each.min_p
+            begin = end
+        at = ctypes.addressof(told)
+        self._library.draw(logits.data_ptr(), at, len(wanted), logits.shape[1], self._threads)
+        return [each.tolist() for each in np.split(tokens, ends[:-1])]
 
     def rotate_and_store(
         self, mixed: Tensor, layer: int, turn: Turn, slots: Tensor, norms: HeadNorms | None = None

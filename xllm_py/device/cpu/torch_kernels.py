@@ -10,6 +10,7 @@ emulated bfloat16 were 7 times slower there.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from xllm_py.device.base import (
     AttentionBatch,
+    Drawing,
     Head,
     HeadNorms,
     Linear,
@@ -26,6 +28,7 @@ from xllm_py.device.base import (
 )
 from xllm_py.device.cpu.paged import PagedCache
 from xllm_py.device.cpu.torch_attention import ROWS, WindowedAttention
+from xllm_py.device.draws import draw
 
 # oneDNN's AMX kernels give a row of a bfloat16 product other bits with other numbers of rows (27 of 54 shapes); those of AVX-512
 # never did. Read when the first product is made; who sets it by hand knows better.
@@ -96,6 +99,10 @@ class TorchKernels:
         sound = torch.isfinite(lowest) & torch.isfinite(highest)
         # numpy's promises the first of equal ones, torch's does not
         return logits.numpy().argmax(-1).tolist(), sound.tolist()
+
+    def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:
+        """See Device."""
+        return draw(logits, wanted)
 
     def rotate_and_store(
         self, mixed: Tensor, layer: int, turn: Turn, slots: Tensor, norms: HeadNorms | None = None

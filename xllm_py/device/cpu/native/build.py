@@ -19,7 +19,15 @@ from xllm_py.base import log
 from xllm_py.base.errors import DeviceUnavailable
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("kernels.cpp", "linear.h", "attention.h", "rowwise.h", "products.h", "simd.h")
+_SOURCES = (
+    "kernels.cpp",
+    "linear.h",
+    "attention.h",
+    "rowwise.h",
+    "draw.h",
+    "products.h",
+    "simd.h",
+)
 _COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 _TIMEOUT_S = 120.0

@@ -4,6 +4,7 @@
 #endif
 
 #include "attention.h"
+#include "draw.h"
 #include "linear.h"
 #include "rowwise.h"
 
@@ -78,6 +79,10 @@ void xllm_rotate(const Rotation* it, int dtype, int threads) {
 
 void xllm_best(const float* x, int64_t* highest, uint8_t* finite, int64_t rows, int64_t n, int threads) {
   best(x, highest, finite, rows, n, threads);
+}
+
+void xllm_draw(const float* x, const Drawing* wanted, int64_t count, int64_t n, int threads) {
+  draw(x, wanted, count, n, threads);
 }
 
 void xllm_attend(const Attention* it, int dtype, int threads) {

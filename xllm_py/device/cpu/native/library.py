@@ -1,4 +1,4 @@
-"""The compiled kernels as Python calls them: names, arguments, and the two structures of kernels.cpp. Without torch: pointers are ints."""
+"""The compiled kernels as Python calls them: names, arguments, and the structures of kernels.cpp. Without torch: pointers are ints."""
 
 from __future__ import annotations
 
@@ -53,6 +53,22 @@ class Attention(ctypes.Structure):
     )
 
 
+class Drawing(ctypes.Structure):
+    """`Drawing` of draw.h."""
+
+    _fields_ = (
+        ("numbers", c_void_p),
+        ("tokens", c_void_p),
+        ("weights", c_void_p),
+        ("row", c_int64),
+        ("count", c_int64),
+        ("most", c_int64),
+        ("temperature", c_double),
+        ("share", c_double),
+        ("least", c_double),
+    )
+
+
 class Library:
     """One compiled file; see kernels.cpp for what each function does. Calls release the interpreter's lock."""
 
@@ -90,6 +106,9 @@ class Library:
         self.best = found.xllm_best
         self.best.argtypes = [pointer, pointer, pointer, size, size, c_int]
         self.best.restype = None
+        self.draw = found.xllm_draw
+        # logits, Drawings, how many, vocabulary, threads
+        self.draw.argtypes, self.draw.restype = [pointer, pointer, size, size, c_int], None
         self.attend = found.xllm_attend
         self.attend.argtypes, self.attend.restype = [pointer, c_int, c_int], None
         self.huge_pages = found.xllm_huge_pages

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm_py.engine.cuts import keep_most, keep_share
+from xllm_py.device.draws import keep_most, keep_share
 
 # quarters add up without rounding, and many weigh the same
 QUARTERS = st.lists(st.integers(0, 4), min_size=1, max_size=40).filter(any)
