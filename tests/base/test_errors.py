@@ -32,7 +32,7 @@ TABLE: list[tuple[int, str, tuple[str, ...]]] = [
     ),
     (431, "invalid_request_error", ("headers_too_large",)),
     (499, "client_closed", ("client_closed",)),
-    (500, "server_error", ("internal_error",)),
+    (500, "server_error", ("internal_error", "request_quarantined")),
     (501, "server_error", ("not_implemented",)),
     (
         503,

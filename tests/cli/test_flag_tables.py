@@ -81,7 +81,7 @@ def test_what_is_without_effect_yet_is_known():
         return {flag.name for flag in table if flag.idle and flag.priority == "A"}
 
     shared = {"max_queue_size"}
-    assert idle(master_flags.TABLE) == {*shared, "queue_timeout_s", "max_attempts"}
+    assert idle(master_flags.TABLE) == shared
     both_sides = {"enable_deterministic", "handoff_hold_s", "hccn_conf"}
     assert idle(xllm_flags.TABLE) == {*shared, *both_sides}
 

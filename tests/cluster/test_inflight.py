@@ -148,7 +148,7 @@ def test_once_held_entries_were_let_in_the_giver_is_needed_no_more() -> None:
     assert log.needed == {D}
     judged = inflight.take("r", entry(3, finish_reason=""))
     assert (judged.judgement, judged.next) == (Judgement.GAP, 2)
-    assert inflight.on_lost(P, "gone") == []
+    assert inflight.on_lost(P, "gone", died=True) == []
 
 
 def test_an_error_ends_the_request_after_what_was_said() -> None:
@@ -178,19 +178,19 @@ def test_an_abort_nobody_here_asked_for_is_a_lost_instance() -> None:
 
 def test_losing_the_giver_matters_until_the_taker_has_it() -> None:
     inflight, log = opened()
-    assert inflight.on_lost(X, "gone") == []
+    assert inflight.on_lost(X, "gone", died=True) == []
     inflight.take("r", entry(0, who=P))
     inflight.take("r", entry(1))
-    assert inflight.on_lost(P, "gone") == []
-    assert inflight.on_lost(D, "gone") == ["r"]
+    assert inflight.on_lost(P, "gone", died=True) == []
+    assert inflight.on_lost(D, "gone", died=True) == ["r"]
     assert log.error == ("instance_lost", "gone")
-    assert inflight.on_lost(D, "gone") == []
+    assert inflight.on_lost(D, "gone", died=True) == []
 
 
 def test_losing_the_giver_while_its_token_is_missing_ends_the_request() -> None:
     inflight, _ = opened()
     inflight.take("r", entry(1))
-    assert inflight.on_lost(P, "gone") == ["r"]
+    assert inflight.on_lost(P, "gone", died=True) == ["r"]
 
 
 def test_a_giver_whose_verdict_overtook_its_token_is_needed_for_it() -> None:
@@ -205,7 +205,7 @@ def test_a_giver_whose_verdict_overtook_its_token_is_needed_for_it() -> None:
     assert log.needed == {D}
     inflight, log = opened()
     assert inflight.on_verdict("r", 1, P, "landed")
-    assert inflight.on_lost(P, "gone") == ["r"]
+    assert inflight.on_lost(P, "gone", died=True) == ["r"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ class Pending:
         headers: dict[str, str] | None = None,
     ) -> None:
         self.pieces: list[Any] = []
+        self.body = body
         self._connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=90)
         self._connection.connect()
         self._socket: socket.socket = self._connection.sock

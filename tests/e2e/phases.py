@@ -15,8 +15,9 @@ LONG_PROMPT = [(3 * n) % 300 for n in range(1600)]
 
 
 def body(prompt: list[int], **fields: Any) -> dict[str, Any]:
-    """A request that ends by its length only."""
-    return {"model": "tiny", "prompt": prompt, "max_tokens": 8, "ignore_eos": True, **fields}
+    """A request that ends by its length only, and has one right answer."""
+    fixed = {"model": "tiny", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    return {**fixed, "prompt": prompt, **fields}
 
 
 def shows(instance: Daemon, counts: dict[str, int]) -> bool:

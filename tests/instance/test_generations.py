@@ -202,7 +202,9 @@ async def test_a_cancel_ends_the_request_and_forgets_it(speaker: Speaker) -> Non
     stream.answer(cancel("a"))
     await until("the cancel", lambda: speaker.cancelled == [("a", 1)])
     assert speaker.generations.num_unacknowledged == 1
-    speaker.generations.forget("b")
+    speaker.generations.forget("b", 2)
+    assert speaker.generations.num_unacknowledged == 1
+    speaker.generations.forget("b", 1)
     assert speaker.generations.num_unacknowledged == 0
 
 

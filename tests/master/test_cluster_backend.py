@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from tests.master.support import RunningMaster, running_master, submission, until
+from tests.master.support import FakeInstance, RunningMaster, running_master, submission, until
 from xllm_py.base.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -13,9 +15,12 @@ from xllm_py.base.errors import (
     InvalidApiKey,
     NoInstances,
     QueueFull,
+    RequestQuarantined,
     StaleIncarnation,
 )
+from xllm_py.cluster.attempts import TOGETHER_S
 from xllm_py.cluster.instance_info import Role
+from xllm_py.core.request import Submission
 from xllm_py.wire.control_messages import GenerationsDown
 
 
@@ -132,7 +137,9 @@ async def test_a_client_that_leaves_during_submit_ends_the_request_too() -> None
 
 
 @pytest.mark.parametrize("who", ["prefill", "decode"])
-async def test_a_lost_instance_ends_its_requests_at_once(who: str) -> None:
+async def test_when_an_instance_is_lost_the_next_attempt_goes_on_where_the_log_ends(
+    who: str,
+) -> None:
     async with running_master() as master:
         prefill, decode = await master.pair()
         reader = master.read(submission())
@@ -141,12 +148,103 @@ async def test_a_lost_instance_ends_its_requests_at_once(who: str) -> None:
             await prefill.say(0, 11)
             await decode.say(1, 12)
             await until("two tokens", lambda: len(reader.ids) == 2)
-        await (prefill if who == "prefill" else decode).cut_stream()
+        lost, other = (prefill, decode) if who == "prefill" else (decode, prefill)
+        fresh = await master.add(
+            "fresh", Role.PREFILL if who == "prefill" else Role.DECODE, beating=True
+        )
+        await until("the new pair", lambda: len(master.parts.links.linked()) == 2)
+        await lost.cut_stream()
+        giver, taker = (fresh, decode) if who == "prefill" else (prefill, fresh)
+        order = (await until("the second attempt", lambda: _orders(giver, attempt=2)))[0]
+        assert order.generated_ids == ((11, 12) if who == "decode" else ())
+        assert order.receiver is not None
+        assert order.receiver.incarnation == taker.incarnation
+        await until("the other's cancel", lambda: ("r1", 1) in other.cancelled)
+        await taker.say(0, 99, attempt=1)  # the first attempt is over: whatever it says is stale
+        known = len(order.generated_ids)
+        await giver.say(known, 11 + known, attempt=2)
+        for position in range(known + 1, 4):
+            await taker.say(position, 11 + position, attempt=2)
+        await taker.say(4, 15, "length", attempt=2)
         await reader.ended()
-        assert isinstance(reader.error, InstanceLost)
+        assert reader.error is None
+        assert reader.ids == [11, 12, 13, 14, 15]
+        assert [delta.position for delta in reader.deltas] == sorted(
+            {delta.position for delta in reader.deltas}
+        )
         assert master.ledger()["open_requests"] == 0
-        other = decode if who == "prefill" else prefill
-        await until("the other's cancel", lambda: other.cancelled)
+        record = master.parts.journeys.get("r1")
+        assert record is not None
+        assert record.row()["attempt"] == 2
+
+
+def _orders(instance: FakeInstance, attempt: int) -> list[Submission]:
+    return [order for order in instance.submissions if order.attempt == attempt]
+
+
+async def test_a_request_waits_for_an_instance_that_comes() -> None:
+    async with running_master() as master:
+        reader = master.read(submission())
+        alone = await master.add("a", Role.DEFAULT)
+        order = (await until("the submission", lambda: alone.submissions))[0]
+        await alone.say(0, 11, "stop", attempt=order.attempt)
+        await reader.ended()
+        assert reader.ids == [11]
+
+
+async def test_what_one_instance_has_no_room_for_goes_to_another() -> None:
+    async with running_master() as master:
+        one = await master.add("a", Role.DEFAULT)
+        other = await master.add("b", Role.DEFAULT)
+        await until("both", lambda: len(master.parts.router.cards()) == 2)
+        one.submit_error = QueueFull("the queue is full")
+        reader = master.read(submission())
+        order = (await until("the submission", lambda: other.submissions))[0]
+        await other.say(0, 11, "stop", attempt=order.attempt)
+        await reader.ended()
+        assert reader.ids == [11]
+
+
+async def test_a_request_that_two_instances_die_of_ends_and_its_like_is_refused() -> None:
+    async with running_master() as master:
+        names = ("a", "b", "c")
+        crowd = [await master.add(name, Role.DEFAULT) for name in names]
+        await until("all", lambda: len(master.parts.router.cards()) == 3)
+        reader = master.read(submission())
+        for _ in range(2):
+            victim = await until("somebody to have it", lambda: _holder(crowd))
+            await asyncio.sleep(2 * TOGETHER_S)
+            await victim.cut_stream()
+            crowd.remove(victim)
+        await reader.ended()
+        assert isinstance(reader.error, RequestQuarantined)
+        again = master.read(submission("r2"))
+        await again.ended()
+        assert isinstance(again.error, RequestQuarantined)
+        assert crowd[0].submissions == []
+        another = master.read(submission("r3", prompt_ids=(4, 5)))
+        await until("another one", lambda: crowd[0].submissions)
+        await another.leave()
+
+
+def _holder(crowd: list[FakeInstance]) -> FakeInstance | None:
+    return next((each for each in crowd if each.submissions), None)
+
+
+async def test_an_instance_with_other_numerics_does_not_go_on_with_an_answer() -> None:
+    async with running_master(queue_timeout_s=0.5) as master:
+        one = await master.add("a", Role.DEFAULT, numerics_fingerprint="x")
+        other = await master.add("b", Role.DEFAULT, numerics_fingerprint="y")
+        await until("both", lambda: len(master.parts.router.cards()) == 2)
+        reader = master.read(submission())
+        await until("the submission", lambda: one.submissions or other.submissions)
+        holder, idle = (one, other) if one.submissions else (other, one)
+        await holder.say(0, 11)
+        await until("a token", lambda: reader.ids == [11])
+        await holder.cut_stream()
+        await reader.ended()
+        assert isinstance(reader.error, NoInstances)
+        assert idle.submissions == []
 
 
 async def test_losing_the_giver_after_the_handoff_changes_nothing() -> None:
@@ -185,8 +283,8 @@ async def test_a_giver_that_keeps_the_request_needs_no_taker() -> None:
         assert reader.ids == [11, 12, 13]
 
 
-async def test_a_refused_submission_is_the_clients_error() -> None:
-    async with running_master() as master:
+async def test_a_refusal_for_want_of_room_is_the_clients_error_once_patience_ends() -> None:
+    async with running_master(queue_timeout_s=0.0) as master:
         prefill, _ = await master.pair()
         prefill.submit_error = QueueFull("the queue is full", retry_after_s=2.0)
         reader = master.read(submission())
@@ -233,7 +331,7 @@ async def test_the_deadline_ends_a_silent_request_everywhere(hangs: bool) -> Non
 
 
 async def test_nothing_registered_is_503_with_a_time_to_come_back() -> None:
-    async with running_master() as master:
+    async with running_master(queue_timeout_s=0.1) as master:
         reader = master.read(submission())
         await reader.ended()
         assert isinstance(reader.error, NoInstances)

@@ -30,7 +30,7 @@ class Watch:
             patience=Patience(suspect_after_s=0.5, gone_after_s=1.0),
             forget_gone_after_s=15.0,
         )
-        self.manager.on_lost.append(lambda card, reason: self.lost.append(card.name))
+        self.manager.on_lost.append(lambda card, reason, died: self.lost.append(card.name))
         self.put_card()
         self.beat(0)
         self.manager.tick()

@@ -22,7 +22,6 @@ from xllm_py.engine import probing
 
 MOST_S = 60.0  # virtual seconds from the first request until the last one has ended
 QUIET_S = 40.0  # and from there until nothing is left of them
-_LOST = frozenset({"instance_lost", "no_instances", "no_compatible_decode"})
 
 
 @dataclass(kw_only=True)
@@ -146,13 +145,11 @@ def _allowed(told: Told, script: Script) -> set[str]:
         codes.add("internal_error")
     if told.ask.timeout_s < 10.0:
         codes.add("deadline_exceeded")
-    if not script.local_decode:
-        codes.add("no_decode_capacity")
     if told.ask.best_of > 1:
         codes.add("best_of_requires_prefix_cache")
-    if any(event.kind == "drain" for event in script.events):
-        codes |= {"draining", *_LOST}
-    return codes if script.calm else codes | _LOST
+    if script.unkind:
+        codes.add("instance_lost")
+    return codes
 
 
 async def _quiet(world: World, loop: VirtualLoop) -> None:

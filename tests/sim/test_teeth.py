@@ -100,7 +100,7 @@ def stale_token_repeated(patch: pytest.MonkeyPatch) -> None:
 
 def lost_instance_not_told(patch: pytest.MonkeyPatch) -> None:
     """Whoever waits for a dead instance waits for ever."""
-    patch.setattr(inflight.Inflight, "on_lost", lambda self, incarnation, message: [])
+    patch.setattr(inflight.Inflight, "on_lost", lambda self, incarnation, message, died: [])
 
 
 def both_decode(patch: pytest.MonkeyPatch) -> None:

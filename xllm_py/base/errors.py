@@ -86,6 +86,9 @@ ClientClosed = _leaf("ClientClosed", 499, "client_closed", "client_closed", "CAN
 InternalServerError = _leaf(
     "InternalServerError", 500, "server_error", "internal_error", "INTERNAL"
 )
+RequestQuarantined = _leaf(
+    "RequestQuarantined", 500, "server_error", "request_quarantined", "INTERNAL"
+)
 RouteNotImplemented = _leaf(
     "RouteNotImplemented", 501, "server_error", "not_implemented", "UNIMPLEMENTED"
 )

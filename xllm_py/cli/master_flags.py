@@ -51,8 +51,8 @@ _CLUSTER = in_group(
     b("enable_request_trace", "bool", False, "one JSON line per journey", idle=True),
     a("suspect_after_ms", "int32", 500, "silence after which an instance gets no new work"),
     a("gone_after_ms", "int32", 1000, "silence after which an instance is given up"),
-    a("queue_timeout_s", "double", 60.0, "wait for capacity, then 429", idle=True),
-    a("max_attempts", "int32", 3, "submissions of one request", idle=True, does=1),
+    a("queue_timeout_s", "double", 60.0, "how long a request waits for room, then an error"),
+    a("max_attempts", "int32", 3, "submissions of one request that may be lost"),
     b("allow_approximate_failover", "bool", False, "continue where the numerics differ", idle=True),
     Flag("default_backend_type", "string", "xllm", "C", "xllm"),
 )

@@ -42,6 +42,8 @@ def build(given: Given) -> MasterConfig:
         embedded_etcd=values["embedded_etcd"],
         cluster_key=rules.security(causes, values, host, has_peers=True),
         tls=rules.tls(causes, values),
+        max_attempts=values["max_attempts"],
+        queue_timeout_s=values["queue_timeout_s"],
         http=rules.http(
             causes,
             values,

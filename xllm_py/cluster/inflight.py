@@ -123,11 +123,31 @@ class RequestLog:
     choices: list[ChoiceLog]
     landed: bool = False  # the giver said that the taker has it
     error: tuple[str, str] | None = None  # code and message
+    at_fault: frozenset[str] = frozenset()  # incarnations, when it has an error
+    died: bool = False  # they are gone, and not by their own will
 
     @property
     def done(self) -> bool:
         """Every choice has finished, or the request failed."""
         return self.error is not None or all(choice.is_closed() for choice in self.choices)
+
+    @property
+    def computing(self) -> str:
+        """The incarnation that works on it, as far as is known here."""
+        return self.decode if self.landed else self.first
+
+    @property
+    def generated_ids(self) -> tuple[int, ...]:
+        """What the next attempt need not say again. Several choices are said again from the start: they repeat what is here."""
+        return tuple(self.choices[0].ids) if len(self.choices) == 1 else ()
+
+    def again(self, *, attempt: int, first: str, decode: str = "") -> None:
+        """Another attempt takes it up where the log ends; of the last one nothing is taken any more."""
+        self.attempt, self.first, self.decode = attempt, first, decode
+        self.needed = {first, decode} - {""}
+        self.landed, self.error, self.at_fault, self.died = False, None, frozenset(), False
+        for choice in self.choices:
+            choice.held.clear()
 
     def read(self) -> list[News]:
         """Everything not read so far, and mark it as read."""
@@ -213,7 +233,7 @@ class Inflight:
         code, message = entry.finish_reason, entry.message
         if code == "abort":  # nobody here asked for it
             code, message = "instance_lost", "the instance dropped the request; send it again"
-        log.error = (code, message or code)
+        log.error, log.at_fault = (code, message or code), _at_fault(log, entry)
         return Judged(Judgement.ENDED, entry.position + 1, closed=True)
 
     def _place(self, log: RequestLog, choice: ChoiceLog, entry: Entry) -> Judged:
@@ -250,12 +270,13 @@ class Inflight:
             log.needed.discard(log.decode)
         return True
 
-    def on_lost(self, incarnation: str, message: str) -> list[str]:
-        """An instance is gone: the requests that needed it end. Returns their ids."""
+    def on_lost(self, incarnation: str, message: str, *, died: bool) -> list[str]:
+        """An instance is gone: the requests that needed it end. died: not by its own will. Returns their ids."""
         ended = []
         for log in self._logs.values():
             if incarnation in log.needed and not log.done:
                 log.error = ("instance_lost", message)
+                log.at_fault, log.died = frozenset({incarnation}), died
                 ended.append(log.request_id)
         return ended
 
@@ -276,6 +297,16 @@ def _is_current(log: RequestLog, entry: Entry) -> bool:
         and 0 <= entry.choice < len(log.choices)
         and entry.position >= 0
     )
+
+
+def _at_fault(log: RequestLog, entry: Entry) -> frozenset[str]:
+    """Whom an error is about. A giver tells what became of its offers too, so its word may be on the taker."""
+    about = {entry.incarnation}
+    if entry.incarnation == log.first and log.decode:
+        about = {"queue_full": {log.first}, "draining": {log.first, log.decode}}.get(
+            entry.finish_reason, {log.decode}
+        )
+    return frozenset(about)
 
 
 def _let_giver_go(log: RequestLog) -> None:

@@ -190,6 +190,19 @@ def _keeping_prompts(found: Options, view: ClusterView) -> Options:
     return Options(mode="default", alone=_ready_first(alone))
 
 
+def narrowed(view: ClusterView, passed_over: frozenset[str], numerics: str) -> ClusterView:
+    """Without some incarnations, and without those whose numerics fingerprint is another one, when one is given."""
+    if not passed_over and not numerics:
+        return view
+    kept = tuple(
+        each
+        for each in view.candidates
+        if each.key not in passed_over
+        and (not numerics or each.card.numerics_fingerprint == numerics)
+    )
+    return ClusterView(candidates=kept, linked=view.linked, refused=view.refused)
+
+
 def of_model(view: ClusterView, model: str) -> ClusterView:
     """The part of the cluster that serves a model."""
     if not model:

@@ -78,6 +78,7 @@ class ControlService:
                 submission.request_id,
                 destination,
                 submission.sampling.best_of,
+                attempt=submission.attempt,
                 timeout_s=submission.timeout_s,
             )
         self._outlets.open_remote(submission, destination)
@@ -111,13 +112,13 @@ class ControlService:
         try:
             answers = await self._engine.offer(offers, timeout_s=_ENGINE_TIMEOUT_S)
         except XllmError:
-            for request_id in fresh:
-                self._outlets.close(request_id)
+            for request_id, attempt in fresh.items():
+                self._outlets.close(request_id, attempt)
             self._engine.abort(list(fresh), list(fresh.values()))
             raise
         granted = {answer.request_id for answer in answers if not answer.refusal}
         for request_id in fresh.keys() - granted:
-            self._outlets.close(request_id)
+            self._outlets.close(request_id, fresh[request_id])
         return {(answer.request_id, answer.attempt): answer for answer in answers}
 
     async def first_generation(self, firsts: list[FirstToken]) -> list[bool]:
@@ -186,10 +187,10 @@ class ControlService:
 
     def end(self, request_ids: list[str], attempts: list[int]) -> None:
         """Nobody waits for these any more."""
-        for request_id in request_ids:
-            self._outlets.close(request_id)
-            self._generations.forget(request_id)
-            self._relay.cancel(request_id)
+        for request_id, attempt in zip(request_ids, attempts, strict=True):
+            self._outlets.close(request_id, attempt)
+            self._generations.forget(request_id, attempt)
+            self._relay.cancel(request_id, attempt)
         self._engine.abort(list(request_ids), list(attempts))
 
     async def drain(self, mode: str, timeout_s: float) -> int:

@@ -130,10 +130,10 @@ class Generations:
                 self.reroute(talk)
                 talk.leave()
 
-    def forget(self, request_id: str) -> None:
-        """Nobody waits for a request any more."""
+    def forget(self, request_id: str, attempt: int) -> None:
+        """Nobody waits for this attempt of a request any more; 0: for none of them."""
         for talk in self._streams.values():
-            talk.forget(request_id)
+            talk.forget(request_id, attempt)
 
     @property
     def num_unacknowledged(self) -> int:
@@ -181,8 +181,11 @@ class _Talk:
         self._queue.append(up)
         self._news.set()
 
-    def forget(self, request_id: str) -> None:
-        """Drop the log of a request."""
+    def forget(self, request_id: str, attempt: int) -> None:
+        """Drop the log of an attempt; 0: of all."""
+        if attempt:
+            self.told.pop((request_id, attempt), None)
+            return
         for key in [key for key in self.told if key[0] == request_id]:
             del self.told[key]
 
@@ -280,8 +283,8 @@ class _Talk:
         for key in again & self.told.keys():
             self._enqueue(self.told[key].entries, no_verdicts())
         if down.cancels.request_ids:
-            for request_id in down.cancels.request_ids:
-                self.forget(request_id)
+            for key in zip(down.cancels.request_ids, down.cancels.attempts, strict=True):
+                self.forget(*key)
             self._owner.on_cancel(down.cancels.request_ids, down.cancels.attempts)
 
     def _acknowledge(self, key: Key, choice: int, position: int) -> None:

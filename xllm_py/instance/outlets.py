@@ -81,10 +81,12 @@ class Outlets:
             destination, submission.attempt, submission.sampling.best_of
         )
 
-    def close(self, request_id: str) -> None:
-        """Forget a request; what the engine still says of it goes nowhere."""
+    def close(self, request_id: str, attempt: int = 0) -> None:
+        """Forget a request, or one attempt of it; what the engine still says of it goes nowhere."""
         self._local.pop(request_id, None)
-        self._remote.pop(request_id, None)
+        outlet = self._remote.get(request_id)
+        if outlet is not None and attempt in (0, outlet.attempt):
+            del self._remote[request_id]
 
     def on_reservations_ended(self, ended: m.ReservationsEnded) -> None:
         """What was promised to a giver and will never run says nothing any more."""

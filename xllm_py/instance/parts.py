@@ -187,7 +187,7 @@ class Routed:
             )
             self.generations.send_verdicts(destination, one)
             if verdicts.kinds[index] == "landed":
-                self.parts.outlets.close(request_id)
+                self.parts.outlets.close(request_id, verdicts.attempts[index])
 
     def beat(self, sequence: int) -> Heartbeat:
         """One heartbeat."""

@@ -29,6 +29,7 @@ class Relay:
             str, float
         ] = {}  # relayed request -> when nobody waits for it any more
         self._masters: dict[str, Destination] = {}  # relayed request -> its master
+        self._attempts: dict[str, int] = {}  # relayed request -> the attempt that is relayed
         self._takers: dict[str, Downs] = {}  # relayed request -> the stream its D speaks on
         self._going_on: dict[str, set[int]] = {}  # choices whose end is not acknowledged
         self._finished: dict[
@@ -41,10 +42,12 @@ class Relay:
         master: Destination,
         num_choices: int = 1,
         *,
+        attempt: int = 1,
         timeout_s: float = _TIMEOUT_S,
     ) -> None:
-        """A request whose answer will come through here. The oldest are forgotten when there are too many."""
-        self._masters[request_id] = master
+        """A request whose answer will come through here, in place of an earlier attempt. The oldest are forgotten when there are too many."""
+        self.close(request_id)
+        self._masters[request_id], self._attempts[request_id] = master, attempt
         self._deadlines[request_id] = self._clock.now() + timeout_s
         self._going_on[request_id] = set(range(num_choices))
         self._finished[request_id] = {}
@@ -54,6 +57,7 @@ class Relay:
     def close(self, request_id: str) -> None:
         """Nothing more will come."""
         self._masters.pop(request_id, None)
+        self._attempts.pop(request_id, None)
         self._deadlines.pop(request_id, None)
         self._takers.pop(request_id, None)
         self._going_on.pop(request_id, None)
@@ -65,17 +69,29 @@ class Relay:
         for request_id in [name for name, at in self._deadlines.items() if at <= now]:
             self.cancel(request_id)
 
-    def cancel(self, request_id: str) -> None:
-        """Nobody waits for it any more. A D that spoke here is told: it may have said all it has to, and wait for words on that."""
+    def cancel(self, request_id: str, attempt: int = 0) -> None:
+        """Nobody waits for this attempt any more; 0: for none. A D that spoke here is told: it may have said all it has to, and wait for words
+        on that.
+        """
+        if attempt not in (0, self._attempts.get(request_id)):
+            return
         taker = self._takers.get(request_id)
         self.close(request_id)
         if taker is not None:
-            taker.put_nowait(_cancel([request_id]))
+            taker.put_nowait(_cancel([(request_id, attempt)]))
 
     def on_own_outputs(self, outputs: Outputs) -> None:
         """What our own engine said: choices that it finished itself are not handed over, so nothing of them will come through here."""
-        columns = zip(outputs.request_ids, outputs.choices, outputs.finish_reasons, strict=True)
-        for request_id, choice, reason in columns:
+        columns = zip(
+            outputs.request_ids,
+            outputs.attempts,
+            outputs.choices,
+            outputs.finish_reasons,
+            strict=True,
+        )
+        for request_id, attempt, choice, reason in columns:
+            if attempt != self._attempts.get(request_id):
+                continue
             if reason in (FINISH_STOP, FINISH_LENGTH):
                 self._end(request_id, choice)
             elif reason:
@@ -117,15 +133,19 @@ class Relay:
     ) -> None:
         async for up in ups:
             masters = {self._masters.get(name) for name in up.outputs.request_ids}
-            for index, request_id in enumerate(up.outputs.request_ids):
-                if request_id not in self._masters:
-                    continue  # answered with a cancel below
+            unknown = []
+            for index, key in enumerate(
+                zip(up.outputs.request_ids, up.outputs.attempts, strict=True)
+            ):
+                request_id, attempt = key
+                if attempt != self._attempts.get(request_id):
+                    unknown.append(key)
+                    continue
                 self._takers[request_id] = queue
                 self._on_finish(up.outputs, index)
             for master in masters:
                 if master is not None:
                     generations.forward(master, up)
-            unknown = [name for name in up.outputs.request_ids if name not in self._masters]
             if unknown:
                 queue.put_nowait(_cancel(unknown))
 
@@ -162,21 +182,23 @@ class Relay:
             for request_id, attempt, choice, position in rows:
                 # the first token was our own, so every word about positions is ours too; position 1 is about nothing else
                 getattr(ours, name).add(request_id, attempt, choice, position)
-                target = ours if name == "acks" and position == 1 else self._to(request_id, ours)
+                first = name == "acks" and position == 1
+                target = ours if first else self._to(request_id, attempt, ours)
                 if target is not ours:
                     getattr(target, name).add(request_id, attempt, choice, position)
                     self._flush(request_id, target)
         cancels = zip(down.cancels.request_ids, down.cancels.attempts, strict=True)
         for request_id, attempt in cancels:
-            target = self._to(request_id, ours)
+            target = self._to(request_id, attempt, ours)
             target.cancels.request_ids.append(request_id)
             target.cancels.attempts.append(attempt)
             if target is not ours:
                 self._flush(request_id, target)
         return ours
 
-    def _to(self, request_id: str, ours: GenerationsDown) -> GenerationsDown:
-        return GenerationsDown() if request_id in self._takers else ours
+    def _to(self, request_id: str, attempt: int, ours: GenerationsDown) -> GenerationsDown:
+        relayed = request_id in self._takers and attempt in (0, self._attempts.get(request_id))
+        return GenerationsDown() if relayed else ours
 
     def _flush(self, request_id: str, target: GenerationsDown) -> None:
         self._takers[request_id].put_nowait(target)
@@ -188,7 +210,7 @@ class Relay:
                 self._end(request_id, choice)
 
 
-def _cancel(request_ids: list[str]) -> GenerationsDown:
-    """Nobody waits for these, whatever the attempt."""
-    attempts = [0] * len(request_ids)
+def _cancel(keys: list[tuple[str, int]]) -> GenerationsDown:
+    """Nobody waits for these requests and attempts, 0 for all."""
+    request_ids, attempts = map(list, zip(*keys, strict=True))
     return GenerationsDown(cancels=Cancels(request_ids=request_ids, attempts=attempts))

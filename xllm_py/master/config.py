@@ -23,6 +23,8 @@ class MasterConfig:
     http: HttpSlice
     decode_response_to_service: bool = True  # D streams to the master; False: through P
     load_balance_policy: str = "RR"
+    max_attempts: int = 3
+    queue_timeout_s: float = 60.0
     rpc_timeout_s: float = 5.0
     connect_timeout_s: float = 1.0
     suspect_after_s: float = 0.5

@@ -60,6 +60,7 @@ class OpenRequest:
     record: Record
     news: asyncio.Event = field(default_factory=asyncio.Event)
     cached_tokens: int = 0
+    has_told: bool = False  # an earlier attempt did; how much it had cached stands
 
 
 class Generations:
@@ -83,12 +84,14 @@ class Generations:
 
     # ---- requests ----
 
-    def open(self, submission: Submission, route: Route, record: Record) -> OpenRequest:
+    def open(
+        self, submission: Submission, attempt: int, route: Route, record: Record
+    ) -> OpenRequest:
         """Begin to log a request that is about to be submitted."""
         opened = OpenRequest(
             log=self._inflight.open(
                 submission.request_id,
-                attempt=submission.attempt,
+                attempt=attempt,
                 first=route.first.incarnation_id,
                 decode=route.decode.incarnation_id if route.decode else "",
                 max_tokens=submission.sampling.max_tokens,
@@ -99,6 +102,15 @@ class Generations:
         self._open[submission.request_id] = opened
         return opened
 
+    def again(self, opened: OpenRequest, attempt: int, route: Route) -> None:
+        """Another attempt goes on with the log."""
+        opened.has_told = opened.has_told or any(choice.ids for choice in opened.log.choices)
+        opened.log.again(
+            attempt=attempt,
+            first=route.first.incarnation_id,
+            decode=route.decode.incarnation_id if route.decode else "",
+        )
+
     def close(self, request_id: str) -> None:
         """Nobody reads it any more; what instances still report of it is answered with a cancel."""
         self._open.pop(request_id, None)
@@ -108,9 +120,9 @@ class Generations:
         """Counts; all 0 when idle."""
         return self._inflight.ledger()
 
-    def _on_lost(self, card: Card, reason: str) -> None:
+    def _on_lost(self, card: Card, reason: str, died: bool) -> None:
         text = f"an instance that served the request was lost ({reason}); send it again"
-        for request_id in self._inflight.on_lost(card.incarnation_id, text):
+        for request_id in self._inflight.on_lost(card.incarnation_id, text, died=died):
             self._open[request_id].news.set()
 
     # ---- MasterHandlers ----
@@ -182,7 +194,7 @@ class Generations:
 
     def _note(self, opened: OpenRequest, outputs: Outputs, index: int, incarnation: str) -> None:
         """What comes beside tokens; then ring."""
-        if index in outputs.cached_tokens:
+        if index in outputs.cached_tokens and not opened.has_told:
             opened.cached_tokens = max(opened.cached_tokens, outputs.cached_tokens[index])
         if index in outputs.journeys:
             opened.record.lay(incarnation, outputs.journeys[index])

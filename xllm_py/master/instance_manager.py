@@ -81,7 +81,7 @@ class InstanceManager:
         self._registry: Registry | None = None
         self._listed: tuple[Sequence[Entry], int] = ((), 0)
         self.on_changed: list[Callable[[], None]] = []
-        self.on_lost: list[Callable[[Card, str], None]] = []
+        self.on_lost: list[Callable[[Card, str, bool], None]] = []  # card, why, whether it died
         self.on_forgotten: list[Callable[[Card], None]] = []
         self._ignored = metrics.counter(
             "cards_ignored", "Cards that were not believed", ["reason"]
@@ -246,7 +246,7 @@ class InstanceManager:
             member.ready_at = now
         if change.after is InstanceState.GONE:
             for tell_lost in self.on_lost:
-                tell_lost(card, change.reason)
+                tell_lost(card, change.reason, lost)
         self._tell_changed()
 
     def _forget(self, member: Member) -> None:

@@ -13,8 +13,9 @@ from xllm_py.cluster.membership import Patience
 from xllm_py.control.channels import Channels
 from xllm_py.control.server import join_address
 from xllm_py.master.admin import AdminRoutes
-from xllm_py.master.cluster_backend import AnswerWay, ClusterBackend
+from xllm_py.master.cluster_backend import ClusterBackend
 from xllm_py.master.config import MasterConfig
+from xllm_py.master.dispatcher import Dispatcher, Terms
 from xllm_py.master.generations import Generations
 from xllm_py.master.instance_manager import InstanceManager
 from xllm_py.master.journeys import Journeys
@@ -51,6 +52,19 @@ def announced(config: MasterConfig, port: int) -> str:
     return join_address(config.advertise_host, port)
 
 
+def _patience(config: MasterConfig) -> Patience:
+    return Patience(suspect_after_s=config.suspect_after_s, gone_after_s=config.gone_after_s)
+
+
+def _terms(config: MasterConfig, identity: Identity) -> Terms:
+    return Terms(
+        address=identity.rpc_address,
+        relay=not config.decode_response_to_service,
+        max_attempts=config.max_attempts,
+        queue_timeout_s=config.queue_timeout_s,
+    )
+
+
 def assemble(
     config: MasterConfig,
     identity: Identity,
@@ -65,7 +79,7 @@ def assemble(
         cluster_key=identity.cluster_key,
         clock=clock,
         metrics=metrics,
-        patience=Patience(suspect_after_s=config.suspect_after_s, gone_after_s=config.gone_after_s),
+        patience=_patience(config),
         forget_gone_after_s=config.forget_gone_after_s,
     )
     peers = Peers(
@@ -84,15 +98,16 @@ def assemble(
     generations.on_handoff_lost.append(links.doubt)
     router = Router(manager=manager, links=links, metrics=metrics)
     journeys = Journeys()
-    backend = ClusterBackend(
+    dispatcher = Dispatcher(
         router=router,
         generations=generations,
         peers=peers,
-        journeys=journeys,
         tasks=tasks,
         clock=clock,
-        way=AnswerWay(address=identity.rpc_address, relay=not config.decode_response_to_service),
+        metrics=metrics,
+        terms=_terms(config, identity),
     )
+    backend = ClusterBackend(router=router, dispatcher=dispatcher, journeys=journeys, clock=clock)
     routes = AdminRoutes(
         manager=manager,
         links=links,

@@ -9,7 +9,15 @@ from xllm_py.base import log
 from xllm_py.base.metrics import Metrics
 from xllm_py.cluster.instance_info import Card
 from xllm_py.cluster.membership import InstanceState
-from xllm_py.cluster.routing import ClusterView, Facts, Options, Route, options, round_robin
+from xllm_py.cluster.routing import (
+    ClusterView,
+    Facts,
+    Options,
+    Route,
+    narrowed,
+    options,
+    round_robin,
+)
 from xllm_py.core.request import Submission
 from xllm_py.master.instance_manager import InstanceManager
 from xllm_py.master.links import Links
@@ -38,15 +46,21 @@ class Router:
             refused=self._links.refused(),
         )
 
-    def place(self, submission: Submission) -> Route:
-        """Choose. Raises what `round_robin` raises."""
+    def place(
+        self, submission: Submission, *, passed_over: frozenset[str], numerics: str = ""
+    ) -> Route:
+        """Choose. Raises what `round_robin` raises.
+
+        passed_over: incarnations that do not count. numerics: only instances that compute the same bits count.
+        """
         facts = Facts(
             num_prompt=len(submission.prompt_ids),
             max_tokens=submission.sampling.max_tokens,
             best_of=submission.sampling.best_of,
         )
         turns = (self._turns[0], self._turns[1])
-        route = round_robin(self.view(), submission.model, facts, turns)
+        view = narrowed(self.view(), passed_over, numerics)
+        route = round_robin(view, submission.model, facts, turns)
         self._turns[0] += 1
         if route.decode is not None:
             self._turns[1] += 1

@@ -1,0 +1,141 @@
+"""The attempts of one request: what a failure of one means for the next, and which requests are tried no more.
+
+    lost       the instance died, fell silent, or lost the handoff    next attempt at once, others first; counted
+    no room    full, draining, queue full, or nothing to route to     next attempt after a pause, others first; not counted
+    anything else                                                     the client's
+
+A request that was being computed by two instances when they died is suspected of killing them: it ends, and its like is refused for a while
+(Quarantine). Deaths that come together are one event, a box or a rack, and no request's doing. Pure; `now` is monotonic seconds. Owned by
+master/dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+LOST = frozenset({"instance_lost", "engine_down"})
+NO_ROOM = frozenset(
+    {"draining", "queue_full", "no_decode_capacity", "no_compatible_decode", "no_instances"}
+)
+FIRST_PAUSE_S = 0.05
+MOST_PAUSE_S = 1.0
+TOGETHER_S = 0.15  # deaths no further apart are one event
+DEADLY = 2  # such events
+REFUSED_S = 600.0
+_MOST_REFUSED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How an attempt ended. at_fault: incarnations that the next one had better not go to."""
+
+    code: str
+    message: str = ""
+    at_fault: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Another attempt, after a pause in seconds."""
+
+    pause_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The request ends with this error."""
+
+    code: str
+    message: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempts:
+    """Of one request."""
+
+    most: int  # that may be lost, and the one after is not made
+    patience_s: float  # how long room is waited for
+    number: int = 1  # of the current one; names it everywhere
+    num_lost: int = 0
+    # incarnations that lost it or had no room; forgotten at a pause, when nobody else is left: one that comes back is better than none
+    passed_over: frozenset[str] = frozenset()
+    deaths: list[float] = field(default_factory=list)  # one moment an event
+    _waits_since: float | None = None
+    _refusal: Failure | None = (
+        None  # the last one of an instance, which tells more than that no other is left
+    )
+    _pause_s: float = FIRST_PAUSE_S
+
+    def on_death(self, now: float) -> None:
+        """An instance died while it computed this request."""
+        if not self.deaths or now - self.deaths[-1] > TOGETHER_S:
+            self.deaths.append(now)
+
+    @property
+    def deadly(self) -> bool:
+        """Whether it is suspected of killing instances."""
+        return len(self.deaths) >= DEADLY
+
+    def on_taken(self) -> None:
+        """An instance has it."""
+        self._waits_since, self._pause_s, self._refusal = None, FIRST_PAUSE_S, None
+
+    def on_failed(self, failure: Failure, now: float) -> Again | GiveUp:
+        """What follows; with Again the next attempt has its number."""
+        if self.deadly:
+            return GiveUp(
+                "request_quarantined",
+                "two instances died while they computed this request; it is not tried again",
+            )
+        if failure.code in LOST:
+            self.num_lost += 1
+            self.passed_over |= failure.at_fault
+            if self.num_lost >= self.most:
+                return GiveUp(
+                    "instance_lost", f"{self.num_lost} attempts were lost; send the request again"
+                )
+            self.number += 1
+            return Again(0.0)
+        if failure.code not in NO_ROOM:
+            return GiveUp(failure.code, failure.message)
+        return self._on_no_room(failure, now)
+
+    def _on_no_room(self, failure: Failure, now: float) -> Again | GiveUp:
+        since = self._waits_since = now if self._waits_since is None else self._waits_since
+        if failure.at_fault:
+            self._refusal = failure
+        if now - since >= self.patience_s:
+            told = self._refusal or failure
+            return GiveUp(told.code, told.message)
+        self.number += bool(failure.at_fault)  # else it came to nobody
+        if failure.at_fault - self.passed_over:
+            # whoever is left may have room; when nobody is, this comes back without anyone at fault
+            self.passed_over |= failure.at_fault
+            return Again(0.0)
+        self.passed_over = frozenset()
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, MOST_PAUSE_S)
+        return Again(min(pause_s, since + self.patience_s - now))
+
+
+class Quarantine:
+    """Requests that two instances died of, by fingerprint."""
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[bytes, float] = OrderedDict()
+
+    def add(self, fingerprint: bytes, now: float) -> None:
+        """Refuse its like from now on, for a while."""
+        self._until[fingerprint] = now + REFUSED_S
+        self._until.move_to_end(fingerprint)  # the oldest stay in front
+        while len(self._until) > _MOST_REFUSED:
+            self._until.popitem(last=False)
+
+    def refuses(self, fingerprint: bytes, now: float) -> bool:
+        """Whether it died lately."""
+        while self._until and next(iter(self._until.values())) <= now:
+            self._until.popitem(last=False)
+        return fingerprint in self._until
+
+    def __len__(self) -> int:
+        return len(self._until)

@@ -1,0 +1,314 @@
+"""Gets a request to instances, and to others when these fail: places it, submits it, and goes on where its log ends.
+
+Made once; holds no request of its own. cluster/attempts decides what a failure means. Whatever an earlier attempt still does is ended by
+Cancel, and what it still says is stale by its number. The log's tokens go along, so nothing is said twice and nothing computed twice
+but KV.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from dataclasses import dataclass
+
+from xllm_py.base import hashing, log
+from xllm_py.base.clock import Clock
+from xllm_py.base.errors import (
+    DeadlineExceeded,
+    InstanceLost,
+    PeerUnavailable,
+    RequestError,
+    RequestQuarantined,
+    XllmError,
+    request_error,
+)
+from xllm_py.base.metrics import Metrics
+from xllm_py.base.tasks import TaskFamily
+from xllm_py.cluster.attempts import Attempts, Failure, GiveUp, Quarantine
+from xllm_py.cluster.instance_info import Card
+from xllm_py.cluster.routing import Route
+from xllm_py.core.journey import Moment
+from xllm_py.core.request import Receiver, Submission
+from xllm_py.master.generations import Generations, OpenRequest
+from xllm_py.master.journeys import Record
+from xllm_py.master.peers import Peers
+from xllm_py.master.router import Router
+
+_log = log.get(__name__)
+_CANCEL_TRIES = 3
+_CANCEL_WAIT_S = 0.2
+_CLOSE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What every request is given along, and how much is done for it."""
+
+    address: str  # host:rpc_port that instances dial with their tokens
+    relay: bool = False  # D's tokens come through P
+    max_attempts: int = 3  # that may be lost
+    queue_timeout_s: float = 60.0  # how long room is waited for
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """One request on its way through the cluster."""
+
+    submission: Submission
+    record: Record
+    deadline: float
+    attempts: Attempts
+    fingerprint: bytes
+    opened: OpenRequest | None = None
+    route: Route | None = None  # of the current attempt
+    numerics: str = ""  # what the tokens so far were computed with, when it was one thing
+    failed_at: float | None = None  # an attempt was lost then, and no token has come since
+
+
+class Dispatcher:
+    """One master's."""
+
+    def __init__(
+        self,
+        *,
+        router: Router,
+        generations: Generations,
+        peers: Peers,
+        tasks: TaskFamily,
+        clock: Clock,
+        metrics: Metrics,
+        terms: Terms,
+    ) -> None:
+        self._router = router
+        self._generations = generations
+        self._peers = peers
+        self._tasks = tasks
+        self._clock = clock
+        self._terms = terms
+        self._quarantine = Quarantine()
+        self._cancels: set[asyncio.Task[None]] = set()
+        self._attempts = metrics.counter("attempts", "Attempts by what caused them", ["cause"])
+        self._stalls = metrics.seconds(
+            "failover_seconds", "From the loss of an attempt to the next token"
+        )
+
+    def begin(self, submission: Submission, record: Record, received: float) -> Run:
+        """A request comes in. Raises RequestQuarantined."""
+        fingerprint = _fingerprint(submission)
+        if self._quarantine.refuses(fingerprint, received):
+            raise RequestQuarantined(
+                "two instances died while they computed a request like this one; it is refused for some minutes"
+            )
+        return Run(
+            submission=submission,
+            record=record,
+            deadline=received + submission.timeout_s,
+            attempts=Attempts(
+                most=self._terms.max_attempts, patience_s=self._terms.queue_timeout_s
+            ),
+            fingerprint=fingerprint,
+        )
+
+    # ---- one attempt, and the next ----
+
+    async def dispatch(self, run: Run, cause: str = "new") -> OpenRequest:
+        """Until an instance has it. Raises the RequestError that the client is to see."""
+        while True:
+            try:
+                opened = self._place(run)
+                self._attempts.labels(cause=cause).inc()
+                await self._submit(run, opened)
+            except RequestError as error:
+                cause = error.code
+                await self._prepare(run, error)
+            else:
+                return opened
+
+    async def go_on(self, run: Run, opened: OpenRequest) -> None:
+        """The attempt ended with an error: make another one, or raise what the client is to see."""
+        assert opened.log.error is not None
+        error = request_error(*opened.log.error)
+        if run.failed_at is None:
+            run.failed_at = self._clock.now()
+        await self._prepare(run, error)
+        await self.dispatch(run, cause=error.code)
+
+    def on_news(self, run: Run) -> None:
+        """Tokens came: the attempt is a good one."""
+        run.attempts.on_taken()
+        if run.failed_at is not None:
+            self._stalls.observe(self._clock.now() - run.failed_at)
+            run.failed_at = None
+        if run.route is not None and not run.numerics:
+            run.numerics = _numerics(run.route)
+
+    def _failure(self, run: Run, error: RequestError) -> Failure:
+        """What is known of the attempt that failed with this."""
+        entry = run.opened.log if run.opened is not None else None
+        if run.route is None:
+            return Failure(error.code, error.message)  # it found no place
+        if entry is None or entry.error is None:
+            first = frozenset({run.route.first.incarnation_id})
+            return Failure(error.code, error.message, first)
+        if entry.died and entry.computing in entry.at_fault:
+            run.attempts.on_death(self._clock.now())
+        return Failure(error.code, error.message, entry.at_fault)
+
+    async def _prepare(self, run: Run, error: RequestError) -> None:
+        """Let go of the attempt that failed, and wait for as long as the next one has to. Raises when there is to be none."""
+        now = self._clock.now()
+        failure = self._failure(run, error)
+        self._let_go(run, failure.code)
+        number = run.attempts.number
+        verdict = run.attempts.on_failed(failure, now)
+        if isinstance(verdict, GiveUp):
+            if run.attempts.deadly:
+                self._quarantine.add(run.fingerprint, now)
+                _log.error("request quarantined", request=run.submission.request_id)
+            if verdict.code == error.code:
+                raise error
+            raise request_error(verdict.code, verdict.message)
+        say = _log.debug if verdict.pause_s else _log.info
+        say(
+            "attempt failed",
+            request=run.submission.request_id,
+            attempt=number,
+            reason=failure.code,
+            pause_s=verdict.pause_s,
+        )
+        if verdict.pause_s:
+            await asyncio.sleep(min(verdict.pause_s, _left(run.deadline, now)))
+        _left(run.deadline, self._clock.now())
+
+    def _place(self, run: Run) -> OpenRequest:
+        """Choose instances and open the log, or go on with it. Raises as Router.place."""
+        run.route = None
+        submission, attempts = run.submission, run.attempts
+        route = run.route = self._router.place(
+            submission, passed_over=attempts.passed_over, numerics=run.numerics
+        )
+        run.record.route, run.record.attempt = route, attempts.number
+        run.record.stamp(Moment.PLACED, self._clock.now())
+        if run.opened is None:
+            run.opened = self._generations.open(submission, attempts.number, route, run.record)
+            return run.opened
+        self._generations.again(run.opened, attempts.number, route)
+        return run.opened
+
+    async def _submit(self, run: Run, opened: OpenRequest) -> None:
+        """Hand it to P (or to the one instance that does everything). Raises P's refusal, or InstanceLost."""
+        route, now = run.route, self._clock.now()
+        assert route is not None
+        run.record.submitted_at, run.record.state = now, "running"
+        order = dataclasses.replace(
+            run.submission,
+            attempt=run.attempts.number,
+            generated_ids=opened.log.generated_ids,
+            timeout_s=_left(run.deadline, now),
+            receiver=_receiver(route.decode),
+            master=self._terms.address,
+            relay=self._terms.relay and route.decode is not None,
+        )
+        calling = self._tasks.start(
+            self._call(route.first, order), name=f"submit {order.request_id}"
+        )
+        calling.add_done_callback(lambda _: opened.news.set())
+        try:
+            async with asyncio.timeout(order.timeout_s):
+                while not calling.done():
+                    opened.news.clear()
+                    if opened.log.error is not None:  # lost before the call returned
+                        raise request_error(*opened.log.error)
+                    await opened.news.wait()
+        except TimeoutError as error:
+            raise late() from error
+        finally:
+            calling.cancel()
+        refusal = calling.result()
+        if refusal is not None:
+            raise refusal
+
+    async def _call(self, card: Card, order: Submission) -> RequestError | None:
+        """Submit. What goes wrong is a result, because a lost peer is no failure of this task."""
+        try:
+            await self._peers.of(card).submit(order)
+        except PeerUnavailable as error:
+            _log.warning(
+                "submit failed",
+                request=order.request_id,
+                instance=card.name,
+                reason=error.message,
+            )
+            return InstanceLost("the instance chosen for the request does not answer")
+        except RequestError as error:
+            return error
+        return None
+
+    # ---- the end of attempts ----
+
+    def close(self, run: Run, *, finished: bool) -> None:
+        """Forget the request; when it did not finish by itself, end it wherever it may still run."""
+        if run.opened is not None:
+            self._generations.close(run.submission.request_id)
+        if not finished:
+            self._let_go(run, run.record.state)
+
+    def _let_go(self, run: Run, reason: str) -> None:
+        """Whoever has the current attempt is to drop it."""
+        route, run.route = run.route, None
+        if route is None:
+            return
+        for card in (route.first, route.decode):
+            if card is not None:
+                work = self._cancel(card, run.submission.request_id, run.attempts.number, reason)
+                task = self._tasks.start(
+                    work, name=f"cancel {run.submission.request_id} at {card.name}"
+                )
+                self._cancels.add(task)
+                task.add_done_callback(self._cancels.discard)
+
+    async def finish_cancels(self) -> None:
+        """Let the cancels of the last requests arrive, for a moment."""
+        if self._cancels:
+            await asyncio.wait(self._cancels, timeout=_CLOSE_S)
+
+    async def _cancel(self, card: Card, request_id: str, attempt: int, reason: str) -> None:
+        """Tell one instance, a few times when it does not hear; after that the request's own deadline ends it there."""
+        for turn in range(_CANCEL_TRIES):
+            if not self._router.knows(card):
+                return  # that life is over; to dial it would keep a client of it for ever
+            try:
+                await self._peers.of(card).cancel([request_id], [attempt], reason)
+            except XllmError as error:
+                _log.debug("cancel failed", instance=card.name, turn=turn, reason=error.message)
+                await asyncio.sleep(_CANCEL_WAIT_S * 2**turn)
+            else:
+                return
+
+
+def _fingerprint(submission: Submission) -> bytes:
+    """Of what is computed: the prompt and how it is answered, whoever asks."""
+    return hashing.prompt_digest(submission.prompt_ids)
+
+
+def _numerics(route: Route) -> str:
+    """Of both instances; empty when they differ, and then no other could go on exactly."""
+    mine = route.first.numerics_fingerprint
+    return mine if route.decode is None or route.decode.numerics_fingerprint == mine else ""
+
+
+def _left(deadline: float, now: float) -> float:
+    if now >= deadline:
+        raise late()
+    return deadline - now
+
+
+def late() -> RequestError:
+    """The error of a request whose time is over."""
+    return DeadlineExceeded("the request's deadline passed before its answer was complete")
+
+
+def _receiver(card: Card | None) -> Receiver | None:
+    if card is None:
+        return None
+    return Receiver(name=card.name, address=card.rpc_address, incarnation=card.incarnation_id)
