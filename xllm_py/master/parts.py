@@ -108,14 +108,6 @@ def assemble(
         terms=_terms(config, identity),
     )
     backend = ClusterBackend(router=router, dispatcher=dispatcher, journeys=journeys, clock=clock)
-    routes = AdminRoutes(
-        manager=manager,
-        links=links,
-        generations=generations,
-        journeys=journeys,
-        clock=clock,
-        num_streams=num_streams,
-    )
     return Parts(
         manager=manager,
         peers=peers,
@@ -124,5 +116,12 @@ def assemble(
         generations=generations,
         journeys=journeys,
         backend=backend,
-        routes=routes,
+        routes=AdminRoutes(
+            manager=manager,
+            links=links,
+            generations=generations,
+            journeys=journeys,
+            clock=clock,
+            num_streams=num_streams,
+        ),
     )
