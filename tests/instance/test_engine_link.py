@@ -249,6 +249,17 @@ async def test_nothing_can_be_asked_before_the_start(owner: Owner) -> None:
     assert owner.link.pid == 0
 
 
+async def test_what_is_asked_while_it_starts_is_refused_and_does_it_no_harm(owner: Owner) -> None:
+    starting = owner.tasks.start(owner.start(), name="start")
+    await until("the process", lambda: owner.link.pid)
+    while not starting.done():
+        with contextlib.suppress(EngineDown):
+            await owner.link.ledger()
+        await asyncio.sleep(0.01)
+    assert starting.result().num_blocks
+    assert (await owner.link.ledger())["requests_open"] == 0
+
+
 async def test_an_engine_that_cannot_start_ends_with_its_own_error(
     owner: Owner, tmp_path: Path
 ) -> None:

@@ -76,6 +76,23 @@ class RealEtcd:
             self._process.wait()
             self._process = None
 
+    def wipe(self) -> None:
+        """Forget everything; it must not run."""
+        shutil.rmtree(self._folder / "data")
+
+    def ctl(self, *words: str, may_fail: bool = False) -> str:
+        """What etcdctl says."""
+        run = subprocess.run(
+            ["etcdctl", f"--endpoints={self.address}", *words],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+            env={**os.environ, "ETCDCTL_API": "3"},
+        )
+        assert may_fail or not run.returncode, run.stderr
+        return run.stdout
+
 
 @contextlib.contextmanager
 def real_etcd(folder: Path, *extra: str, scheme: str = "http") -> Iterator[RealEtcd]:

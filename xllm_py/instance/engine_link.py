@@ -77,7 +77,10 @@ class EngineLink:
         self._tasks = tasks
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: ApiPipe | None = None
+        self._opened: ApiPipe | None = None
+        self._pipe: ApiPipe | None = (
+            None  # once the engine is ready: before, it hears nothing but its configuration
+        )
         self._answers: Waiting[tuple[str, int], OfferAnswer] = {}
         self._taken: Waiting[tuple[str, int], bool] = {}
         self._ledgers: Waiting[int, dict[str, int]] = {}
@@ -96,10 +99,10 @@ class EngineLink:
         # Popen and not asyncio's: the engine must be the child of the main thread, which PR_SET_PDEATHSIG watches
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)  # noqa: ASYNC220
         theirs.close()
-        self._pipe = await ApiPipe.open(ours)
-        self._pipe.send(m.Start(config=config))
+        pipe = self._opened = await ApiPipe.open(ours)
+        pipe.send(m.Start(config=config))
         try:
-            event = (await asyncio.wait_for(self._pipe.receive(), timeout_s))[0]
+            event = (await asyncio.wait_for(pipe.receive(), timeout_s))[0]
         except PeerUnavailable as error:
             raise EngineDied(
                 "the engine process ended while it started; its last words stand above"
@@ -111,7 +114,8 @@ class EngineLink:
         if not isinstance(event, m.Ready):
             raise EngineDied(f"the engine began with {type(event).__name__} instead of Ready")
         self.progress_at = self._clock.now()
-        self._tasks.start(self._listen(self._pipe), name="engine-events", vital=True)
+        self._pipe = pipe
+        self._tasks.start(self._listen(pipe), name="engine-events", vital=True)
         return event
 
     async def _listen(self, pipe: ApiPipe) -> None:
@@ -273,8 +277,8 @@ class EngineLink:
         self._closing = True
         self.down = self.down or "the daemon stops"
         self._fail_waiters()
-        if self._pipe is not None:
-            await self._pipe.close()
+        if self._opened is not None:
+            await self._opened.close()
         if self._process is None:
             return
         deadline = self._clock.now() + _STOP_TIMEOUT_S
