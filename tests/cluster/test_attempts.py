@@ -91,17 +91,24 @@ def test_what_is_the_requests_own_fault_is_not_tried_again() -> None:
     assert verdict == GiveUp("invalid_value", "no")
 
 
-def test_two_deaths_apart_make_a_request_suspect_two_at_once_do_not() -> None:
+def test_a_second_death_makes_a_request_suspect() -> None:
     it = attempts(most=9)
-    it.on_death(1.0)
-    it.on_death(1.0 + TOGETHER_S)
-    assert not it.deadly
-    assert isinstance(it.on_failed(lost(D, E), 1.2), Again)
-    it.on_death(1.3 + TOGETHER_S)
-    assert it.deadly
+    it.on_death(1.0, spoke=True)
+    assert isinstance(it.on_failed(lost(D), 1.0), Again)
+    it.on_death(1.01 + TOGETHER_S, spoke=False)
     verdict = it.on_failed(lost(P), 1.5)
     assert isinstance(verdict, GiveUp)
     assert verdict.code == "request_quarantined"
+
+
+def test_deaths_at_once_and_deaths_of_instances_that_could_compute_it_do_not() -> None:
+    it = attempts(most=9)
+    it.on_death(1.0, spoke=False)
+    it.on_death(1.0 + 0.9 * TOGETHER_S, spoke=False)
+    it.on_death(5.0, spoke=True)
+    assert not it.deadly
+    it.on_death(9.0, spoke=False)
+    assert it.deadly
 
 
 @given(

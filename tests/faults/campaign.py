@@ -45,7 +45,7 @@ class Campaign:
         self.prefills, self.decodes = ("p1", "p2"), ("d1", "d2")
         self.registry = RealEtcd(folder)
         self.registry.start()
-        model = make_checkpoint(folder / "tiny", seed=7, layers=3, with_tokenizer=True)
+        model = make_checkpoint(folder / "tiny", seed=7, layers=6, with_tokenizer=True)
         self.cluster = Cluster(folder, model, etcd_port=self.registry.port)
         # a busy machine keeps processes waiting for longer than the defaults bear
         self.master = self.cluster.start_master("--suspect_after_ms=700", "--gone_after_ms=1200")
@@ -107,7 +107,7 @@ class Campaign:
         """Raises Wrong."""
         self.wait_whole()
         self._start_clients(0.3)
-        time.sleep(self.random.uniform(0.0, 0.8))
+        time.sleep(self.random.uniform(0.0, 1.0))
         mend = ROWS[row](self, self.random)
         end = time.monotonic() + TIMEOUT_S
         mended = False
@@ -137,18 +137,20 @@ class Campaign:
             if client.left:
                 continue
             if client.seen.wrong:
-                raise Wrong(f"request {client.number} ({client.request_id}): {client.seen.wrong}")
+                raise Wrong(
+                    f"request {client.number} ({client.seen.request_id}): {client.seen.wrong}"
+                )
             if client.seen != self.right[client.number]:
                 raise Wrong(
-                    f"request {client.number} ({client.request_id}) differs: {client.seen} "
+                    f"request {client.number} ({client.seen.request_id}) differs: {client.seen} "
                     f"and not {self.right[client.number]}"
                 )
 
     def _measure(self) -> None:
         for client in self.clients:
-            if client.left or not client.request_id:
+            if client.left or not client.seen.request_id:
                 continue
-            status, record = self.master.request("GET", f"/debug/requests/{client.request_id}")
+            status, record = self.master.request("GET", f"/debug/requests/{client.seen.request_id}")
             attempt = record["attempt"] if status == 200 else 1
             self.attempts[attempt] += 1
             if attempt > 1:

@@ -35,12 +35,12 @@ def requests() -> list[tuple[str, dict[str, Any]]]:
     chat = [{"role": "user", "content": "tell me of the sea"}]
     greedy = [
         _completion(_prompt(n, size), max_tokens=most, temperature=0, stream=n % 3 != 2)
-        for n, (size, most) in enumerate([(5, 300), (400, 120), (40, 200), (900, 60), (3, 1)])
+        for n, (size, most) in enumerate([(5, 700), (400, 300), (40, 500), (900, 150), (3, 1)])
     ]
     seeded = [
         _completion(
             _prompt(50 + n, 20 * n + 3),
-            max_tokens=250,
+            max_tokens=600,
             temperature=0.9,
             top_p=0.95,
             seed=n,
@@ -49,14 +49,14 @@ def requests() -> list[tuple[str, dict[str, Any]]]:
         for n in range(4)
     ]
     several = [
-        _completion(_prompt(90, 60), max_tokens=120, temperature=1.0, n=2, seed=5, stream=True),
-        _completion(_prompt(91, 30), max_tokens=100, temperature=1.0, best_of=3, n=1, seed=6),
+        _completion(_prompt(90, 60), max_tokens=300, temperature=1.0, n=2, seed=5, stream=True),
+        _completion(_prompt(91, 30), max_tokens=250, temperature=1.0, best_of=3, n=1, seed=6),
         _completion(
-            _prompt(92, 25), max_tokens=150, temperature=0.7, seed=7, logprobs=3, stream=True
+            _prompt(92, 25), max_tokens=400, temperature=0.7, seed=7, logprobs=3, stream=True
         ),
         _completion(
             _prompt(93, 25),
-            max_tokens=200,
+            max_tokens=500,
             temperature=0.7,
             seed=8,
             frequency_penalty=0.6,
@@ -96,9 +96,11 @@ class Seen:
     logprobs: dict[int, list[Any]] = field(default_factory=dict)
     usage: dict[str, int] = field(default_factory=dict)
     wrong: str = ""
+    request_id: str = field(default="", compare=False)
 
     def take(self, piece: dict[str, Any]) -> None:
         """A chunk of a stream, or a whole answer."""
+        self.request_id = piece.get("id", self.request_id)
         if "error" in piece:
             self.wrong = f"error {piece['error']}"
             return
@@ -127,7 +129,6 @@ class Client:
         self.number = number
         self.seen = Seen()
         self.times: list[float] = []
-        self.request_id = ""
         self.left = False
         self._streams = bool(body.get("stream"))
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
@@ -142,7 +143,6 @@ class Client:
         try:
             self._connection.request("POST", path, raw, {"content-type": "application/json"})
             response = self._connection.getresponse()
-            self.request_id = response.headers.get("x-request-id", "")
             if self._streams and response.status == 200:
                 self._read_stream(response)
             else:

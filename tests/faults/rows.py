@@ -23,25 +23,25 @@ Mend = Callable[[], None]
 Fault = Callable[["Campaign", Random], Mend]
 
 
-def _kill(daemon: Daemon, random: Random) -> None:
-    """SIGKILL to the API process, to the engine, or to both at once; the instance dies as one."""
-    processes = daemon.processes()
-    chosen = random.choice((processes[:1], processes[1:] or processes, processes))
-    for process in chosen:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    gone, alive = psutil.wait_procs(processes[1:], timeout=10)
-    daemon.process.wait(10)
-    assert not alive, f"{daemon.name} left {alive} after {gone}"
+def _kill(random: Random, daemons: list[Daemon], apart_s: float = 0.0) -> None:
+    """SIGKILL to the API process of each, to its engine, or to both; the instance dies as one and leaves nothing."""
+    every = [daemon.processes() for daemon in daemons]
+    for processes in every:
+        for process in random.choice((processes[:1], processes[1:] or processes, processes)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(apart_s * random.random())
+    for daemon, processes in zip(daemons, every, strict=True):
+        _, alive = psutil.wait_procs(processes[1:], timeout=10)
+        daemon.process.wait(10)
+        assert not alive, f"{daemon.name} left {alive}"
 
 
 def _killed(
     campaign: Campaign, random: Random, names: tuple[str, ...], apart_s: float = 0.0
 ) -> Mend:
     daemons = [campaign.instances[name] for name in names]
-    for daemon in daemons:
-        _kill(daemon, random)
-        time.sleep(apart_s * random.random())
+    _kill(random, daemons, apart_s)
 
     def mend() -> None:
         for daemon in daemons:

@@ -4,15 +4,15 @@
     no room    full, draining, queue full, or nothing to route to     next attempt after a pause, others first; not counted
     anything else                                                     the client's
 
-A request that was being computed by two instances when they died is suspected of killing them: it ends, and its like is refused for a while
-(Quarantine). Deaths that come together are one event, a box or a rack, and no request's doing. Pure; `now` is monotonic seconds. Owned by
+A request that was being computed by two instances when they died, and of which the second had not said a token, is suspected of killing them: it
+ends, and its like is refused for a while (Quarantine). Deaths that come together are one event, a box or a rack, and no request's doing. Pure; `now` is monotonic seconds. Owned by
 master/dispatcher.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 LOST = frozenset({"instance_lost", "engine_down"})
 NO_ROOM = frozenset(
@@ -20,8 +20,7 @@ NO_ROOM = frozenset(
 )
 FIRST_PAUSE_S = 0.05
 MOST_PAUSE_S = 1.0
-TOGETHER_S = 0.15  # deaths no further apart are one event
-DEADLY = 2  # such events
+TOGETHER_S = 0.3  # deaths no further apart are one event
 REFUSED_S = 600.0
 _MOST_REFUSED = 1000
 
@@ -60,22 +59,19 @@ class Attempts:
     num_lost: int = 0
     # incarnations that lost it or had no room; forgotten at a pause, when nobody else is left: one that comes back is better than none
     passed_over: frozenset[str] = frozenset()
-    deaths: list[float] = field(default_factory=list)  # one moment an event
+    deadly: bool = False  # it is suspected of killing instances
+    _died_at: float | None = None  # the last instance that computed it and died
     _waits_since: float | None = None
     _refusal: Failure | None = (
         None  # the last one of an instance, which tells more than that no other is left
     )
     _pause_s: float = FIRST_PAUSE_S
 
-    def on_death(self, now: float) -> None:
-        """An instance died while it computed this request."""
-        if not self.deaths or now - self.deaths[-1] > TOGETHER_S:
-            self.deaths.append(now)
-
-    @property
-    def deadly(self) -> bool:
-        """Whether it is suspected of killing instances."""
-        return len(self.deaths) >= DEADLY
+    def on_death(self, now: float, *, spoke: bool) -> None:
+        """An instance died while it computed this request. spoke: it had said tokens of it, so it could compute it."""
+        if self._died_at is not None and now - self._died_at > TOGETHER_S and not spoke:
+            self.deadly = True
+        self._died_at = now
 
     def on_taken(self) -> None:
         """An instance has it."""

@@ -123,6 +123,9 @@ class RequestLog:
     choices: list[ChoiceLog]
     landed: bool = False  # the giver said that the taker has it
     error: tuple[str, str] | None = None  # code and message
+    spoke: set[str] = field(
+        default_factory=set
+    )  # incarnations whose tokens it took, of this attempt
     at_fault: frozenset[str] = frozenset()  # incarnations, when it has an error
     died: bool = False  # they are gone, and not by their own will
 
@@ -146,6 +149,7 @@ class RequestLog:
         self.attempt, self.first, self.decode = attempt, first, decode
         self.needed = {first, decode} - {""}
         self.landed, self.error, self.at_fault, self.died = False, None, frozenset(), False
+        self.spoke.clear()
         for choice in self.choices:
             choice.held.clear()
 
@@ -248,7 +252,8 @@ class Inflight:
             return _closed(Judgement.DIVERGED, choice)
         if position > known:
             return _hold(log, choice, entry)
-        if log.decode in choice.append(entry):
+        log.spoke |= choice.append(entry)
+        if log.decode in log.spoke:
             log.landed = True  # it speaks, so it has it
         _let_giver_go(log)
         return _closed(Judgement.APPENDED, choice)

@@ -151,7 +151,8 @@ class Dispatcher:
             first = frozenset({run.route.first.incarnation_id})
             return Failure(error.code, error.message, first)
         if entry.died and entry.computing in entry.at_fault:
-            run.attempts.on_death(self._clock.now())
+            spoke = entry.computing in entry.spoke
+            run.attempts.on_death(self._clock.now(), spoke=spoke)
         return Failure(error.code, error.message, entry.at_fault)
 
     async def _prepare(self, run: Run, error: RequestError) -> None:
