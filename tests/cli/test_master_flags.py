@@ -78,17 +78,25 @@ def test_the_master_command_of_the_reference_page(tokenizer, monkeypatch):
     assert said.config.etcd.address == "127.0.0.1:12389"
 
 
-@pytest.mark.parametrize("policy", ["CAR", "SLO_AWARE"])
-def test_a_policy_that_is_not_built_is_taken_for_round_robin_with_a_warning(build, policy):
-    config = build(f"--load_balance_policy={policy}")
-    assert config.load_balance_policy == "RR"
-    assert config.warnings == (f"--load_balance_policy={policy} is not built yet; RR is used",)
+@pytest.mark.parametrize("policy", ["RR", "LOAD", "CAR", "SLO_AWARE"])
+def test_the_policy_and_its_targets_are_taken_as_they_are(build, policy):
+    config = build(
+        f"--load_balance_policy={policy}",
+        "--target_ttft=300",
+        "--target_tpot=20",
+        "--xxh3_128bits_seed=7",
+    )
+    assert config.load_balance_policy == policy
+    assert (config.target_ttft_s, config.target_tpot_s, config.prefix_seed) == (0.3, 0.02, 7)
+    assert config.warnings == ()
 
 
 @pytest.mark.parametrize("policy", ["car", "", "RANDOM"])
 def test_an_unknown_policy_is_refused(refused, policy):
     (line,) = refused(f"--load_balance_policy={policy}")
-    assert line == f"--load_balance_policy={policy} is unknown. Use RR, CAR or SLO_AWARE."
+    assert (
+        line == f"--load_balance_policy={policy} is unknown. Use one of RR, LOAD, CAR, SLO_AWARE."
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,17 @@ from xllm_py.cluster.routing import (
     Candidate,
     ClusterView,
     Facts,
+    Route,
+    able,
     options,
     round_robin,
 )
 
 FACTS = Facts(num_prompt=10, max_tokens=10)
+
+
+def routed(view: ClusterView, model: str, facts: Facts, turns: tuple[int, int]) -> Route:
+    return round_robin(able(view, model, facts), turns)
 
 
 def candidate(
@@ -54,7 +60,7 @@ D1, D2, D3 = (candidate(f"d{n}", Role.DECODE) for n in (1, 2, 3))
 def places(cluster: ClusterView, count: int) -> list[tuple[str, str]]:
     found = []
     for turn in range(count):
-        route = round_robin(cluster, "m", FACTS, (turn, turn))
+        route = routed(cluster, "m", FACTS, (turn, turn))
         found.append((route.first.name, route.decode.name if route.decode else ""))
     return found
 
@@ -94,7 +100,7 @@ def test_default_instances_serve_when_there_is_no_pair() -> None:
 
 def test_a_lone_mix_instance_is_its_own_counterpart() -> None:
     mix = candidate("m1", Role.MIX, alive_s=0.0)
-    assert round_robin(view(mix), "m", FACTS, (0, 0)).first.name == "m1"
+    assert routed(view(mix), "m", FACTS, (0, 0)).first.name == "m1"
     assert options(view(mix, candidate("m2", Role.MIX))).mode == "degraded"
     assert options(view(mix, candidate("m2", Role.MIX), links="m1-m2")).mode == "pd"
     assert options(view(mix, D1)).mode == ""  # their link is on its way
@@ -104,24 +110,24 @@ def test_a_lone_instance_serves_once_its_counterpart_has_stayed_away() -> None:
     young = candidate("p9", Role.PREFILL, alive_s=LONE_AFTER_S - 0.1)
     assert options(view(young)).mode == ""
     old = candidate("p9", Role.PREFILL, alive_s=LONE_AFTER_S)
-    assert round_robin(view(old), "m", FACTS, (0, 0)).mode == "degraded"
+    assert routed(view(old), "m", FACTS, (0, 0)).mode == "degraded"
     assert options(view(candidate("d9", Role.DECODE, alive_s=60.0))).mode == "degraded"
     assert options(view(old, D1)).mode == ""
 
 
 def test_nothing_and_nothing_that_fits_are_told_apart() -> None:
     with pytest.raises(NoInstances) as caught:
-        round_robin(view(P1), "m", FACTS, (0, 0))
+        routed(view(P1), "m", FACTS, (0, 0))
     assert caught.value.retry_after_s
     with pytest.raises(NoCompatibleDecode):
-        round_robin(view(P1, D1, refused=("block size",)), "m", FACTS, (0, 0))
+        routed(view(P1, D1, refused=("block size",)), "m", FACTS, (0, 0))
 
 
 def test_another_model_is_not_served_by_these() -> None:
     cluster = view(P1, D1, links="p1-d1")
     with pytest.raises(NoInstances):
-        round_robin(cluster, "other", FACTS, (0, 0))
-    assert round_robin(cluster, "", FACTS, (0, 0)).mode == "pd"
+        routed(cluster, "other", FACTS, (0, 0))
+    assert routed(cluster, "", FACTS, (0, 0)).mode == "pd"
 
 
 def test_a_request_that_only_the_larger_decode_holds_goes_there() -> None:
@@ -130,12 +136,12 @@ def test_a_request_that_only_the_larger_decode_holds_goes_there() -> None:
     cluster = view(P1, small, large, links="p1-d1 p1-d2")
     assert set(places(cluster, 4)) == {("p1", "d2")}
     fits_exactly = Facts(num_prompt=30, max_tokens=3)
-    assert round_robin(cluster, "m", fits_exactly, (0, 0)).decode is large.card
+    assert routed(cluster, "m", fits_exactly, (0, 0)).decode is large.card
     with pytest.raises(ContextLengthExceeded, match="32 tokens"):
-        round_robin(cluster, "m", Facts(num_prompt=30, max_tokens=4), (0, 0))
+        routed(cluster, "m", Facts(num_prompt=30, max_tokens=4), (0, 0))
     alone = candidate("a", Role.DEFAULT, num_blocks=1, block_size=16)
     with pytest.raises(ContextLengthExceeded, match="16 tokens"):
-        round_robin(view(alone), "m", FACTS, (0, 0))
+        routed(view(alone), "m", FACTS, (0, 0))
 
 
 def test_several_choices_go_to_a_decode_instance_that_keeps_prompts() -> None:
@@ -143,7 +149,7 @@ def test_several_choices_go_to_a_decode_instance_that_keeps_prompts() -> None:
     cluster = view(P1, D1, keeps, D3, links="p1-d1 p1-d2 p1-d3")
     facts = Facts(num_prompt=10, max_tokens=10, best_of=2)
     for turn in range(4):
-        route = round_robin(cluster, "m", facts, (turn, turn))
+        route = routed(cluster, "m", facts, (turn, turn))
         assert route.decode is not None
         assert route.decode.name == "d2"
 
@@ -151,7 +157,7 @@ def test_several_choices_go_to_a_decode_instance_that_keeps_prompts() -> None:
 def test_several_choices_without_such_a_one_go_to_an_instance_that_does_everything() -> None:
     whole = candidate("x", Role.DEFAULT)
     facts = Facts(num_prompt=10, max_tokens=10, best_of=2)
-    route = round_robin(view(P1, D1, whole, links="p1-d1"), "m", facts, (0, 0))
+    route = routed(view(P1, D1, whole, links="p1-d1"), "m", facts, (0, 0))
     assert (route.first.name, route.decode) == ("x", None)
     with pytest.raises(BestOfRequiresPrefixCache, match="--enable_prefix_cache=true"):
-        round_robin(view(P1, D1, links="p1-d1"), "m", facts, (0, 0))
+        routed(view(P1, D1, links="p1-d1"), "m", facts, (0, 0))

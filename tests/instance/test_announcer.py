@@ -179,7 +179,7 @@ class Beating:
     def _client(self, address: str) -> FakeClient:
         return self.clients.setdefault(address, FakeClient(address))
 
-    def _beat(self, sequence: int) -> Heartbeat:
+    def _beat(self, sequence: int, cache_since: int) -> Heartbeat:
         return Heartbeat(
             name="host:1", incarnation="i", sequence=sequence, state="READY", role=Role.PREFILL
         )

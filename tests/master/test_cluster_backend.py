@@ -192,6 +192,21 @@ async def test_a_request_waits_for_an_instance_that_comes() -> None:
         assert reader.ids == [11]
 
 
+async def test_a_submission_whose_answer_is_lost_is_taken_once_its_tokens_come() -> None:
+    """It would be submitted again otherwise, be its answer complete."""
+    async with running_master(rpc_timeout_s=1.0) as master:
+        prefill, decode = await master.pair()
+        prefill.hang_on_submit = True
+        reader = master.read(submission())
+        await until("the submission", lambda: prefill.submissions)
+        await prefill.say(0, 11)
+        await until("its token", lambda: reader.ids == [11])
+        await decode.say(1, 12, "stop")
+        await reader.ended()
+        assert reader.error is None
+        assert len(prefill.submissions) == 1
+
+
 async def test_what_one_instance_has_no_room_for_goes_to_another() -> None:
     async with running_master() as master:
         one = await master.add("a", Role.DEFAULT)

@@ -61,6 +61,7 @@ class Script:
     local_decode: bool
     strategy: str = "fcfs"
     pull: bool = False  # D fetches, else P pushes
+    policy: str = "RR"
     asks: list[Ask]
     events: list[Event] = field(default_factory=list)
     weather: Weather = field(default_factory=Weather)
@@ -117,6 +118,7 @@ def script_of(seed: int) -> Script:
     if random.random() < 0.1:
         _poison(random, script)
     script.pull = Random(f"{seed} transfer").random() < 0.3
+    script.policy = Random(f"{seed} policy").choice(("RR", "LOAD", "CAR", "CAR", "SLO_AWARE"))
     return script
 
 

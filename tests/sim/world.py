@@ -292,6 +292,8 @@ class World:
             etcd=EtcdSlice(address=""),
             http=HttpSlice(max_concurrent_requests=100),
             decode_response_to_service=not self.script.relay,
+            load_balance_policy=self.script.policy,
+            target_ttft_s=30.0,  # nobody is refused
             log=LogSlice(),
             rpc_timeout_s=1.0,
             suspect_after_s=0.9,
@@ -309,6 +311,7 @@ class World:
             num_streams=lambda: 0,
         )
         parts.links._jitter.seed(self.random.random())
+        parts.router._random.seed(self.script.seed)
         await serve_master(
             parts.generations,
             host="127.0.0.1",

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import struct
+from array import array
 from collections.abc import Sequence
 
 import xxhash
 
 HASH_BYTES = 16
+_BIG_ENDIAN = array("I", [1]).tobytes()[0] == 0
 APPROXIMATE = (
     "approximate"  # in place of a numerics fingerprint: the kernels did not keep their promise
 )
 
 
 def _ids_bytes(ids: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(ids)}I", *ids)
+    words = array("I", ids)
+    if _BIG_ENDIAN:
+        words.byteswap()
+    return words.tobytes()
 
 
 def chain_root(*, key: bytes, model_fingerprint: str, seed: int = 1024) -> bytes:
@@ -40,9 +44,11 @@ def salted(root: bytes, salt: str) -> bytes:
 def block_hashes(root: bytes, ids: Sequence[int], block_size: int) -> list[bytes]:
     """One 16-byte hash per full block of `ids`, each chained to the one before."""
     hashes: list[bytes] = []
-    parent = root
-    for start in range(0, len(ids) - block_size + 1, block_size):
-        parent = next_hash(parent, ids[start : start + block_size])
+    parent, raw, size = root, memoryview(_ids_bytes(ids)), 4 * block_size
+    for start in range(0, len(raw) - size + 1, size):
+        parent = hashlib.blake2b(
+            raw[start : start + size], digest_size=HASH_BYTES, key=parent
+        ).digest()
         hashes.append(parent)
     return hashes
 

@@ -10,6 +10,7 @@ from xllm_py.base.errors import ModelLoadError, UsageError
 from xllm_py.cli import master_flags, rules
 from xllm_py.cli.entry import run_command
 from xllm_py.cli.flags import FlagCommand, Given, echo_given, one_line
+from xllm_py.cluster.policies import POLICIES
 from xllm_py.master.config import MasterConfig
 
 INTRO = (
@@ -54,6 +55,9 @@ def build(given: Given) -> MasterConfig:
             causes, "ENABLE_DECODE_RESPONSE_TO_SERVICE", True
         ),
         load_balance_policy=_policy(causes, values),
+        target_ttft_s=values["target_ttft"] / 1000,
+        target_tpot_s=values["target_tpot"] / 1000,
+        prefix_seed=values["xxh3_128bits_seed"],
         rpc_timeout_s=values["timeout_ms"] / 1000,
         connect_timeout_s=values["connect_timeout_ms"] / 1000,
         suspect_after_s=values["suspect_after_ms"] / 1000,
@@ -94,7 +98,8 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
         "max_attempts",
         "http_server_idle_timeout_s",
     )
-    rules.at_least(causes, values, 0, "http_server_max_concurrency", "target_ttft", "target_tpot")
+    rules.at_least(causes, values, 0, "http_server_max_concurrency")
+    rules.at_least(causes, values, 1, "target_ttft", "target_tpot")
     causes.need(
         values["gone_after_ms"] >= values["suspect_after_ms"],
         "--gone_after_ms must not lie below --suspect_after_ms. Raise it",
@@ -102,13 +107,12 @@ def _check_simple(causes: rules.Causes, values: Mapping[str, Any]) -> None:
 
 
 def _policy(causes: rules.Causes, values: Mapping[str, Any]) -> str:
-    """The policy in force."""
-    policy = values["load_balance_policy"]
-    known = policy in ("RR", "CAR", "SLO_AWARE")
-    causes.need(known, f"--load_balance_policy={policy} is unknown. Use RR, CAR or SLO_AWARE")
-    if known and policy != "RR":
-        causes.warn(f"--load_balance_policy={policy} is not built yet; RR is used")
-    return "RR"
+    policy = str(values["load_balance_policy"])
+    known = ", ".join(POLICIES)
+    causes.need(
+        policy in POLICIES, f"--load_balance_policy={policy} is unknown. Use one of {known}"
+    )
+    return policy
 
 
 def _run(given: Given) -> int:

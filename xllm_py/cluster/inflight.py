@@ -85,6 +85,12 @@ class ChoiceLog:
     finish_read: bool = False
     held: dict[int, Entry] = field(default_factory=dict)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something was not read yet."""
+        finished = bool(self.finish_reason) and not self.finish_read
+        return finished or self.num_read < len(self.ids)
+
     def is_closed(self) -> bool:
         """Whether it has its finish."""
         return bool(self.finish_reason)
@@ -144,6 +150,11 @@ class RequestLog:
         """What the next attempt need not say again. Several choices are said again from the start: they repeat what is here."""
         return tuple(self.choices[0].ids) if len(self.choices) == 1 else ()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether a reader would find something."""
+        return any(choice.has_news for choice in self.choices)
+
     def again(self, *, attempt: int, first: str, decode: str = "") -> None:
         """Another attempt takes it up where the log ends; of the last one nothing is taken any more."""
         self.attempt, self.first, self.decode = attempt, first, decode
@@ -157,9 +168,9 @@ class RequestLog:
         """Everything not read so far, and mark it as read."""
         news: list[News] = []
         for index, choice in enumerate(self.choices):
-            finished = bool(choice.finish_reason) and not choice.finish_read
-            if choice.num_read == len(choice.ids) and not finished:
+            if not choice.has_news:
                 continue
+            finished = bool(choice.finish_reason) and not choice.finish_read
             news.append(
                 News(
                     choice=index,

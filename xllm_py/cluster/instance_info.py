@@ -55,6 +55,7 @@ class Card:
     kv_dtype: str = ""
     block_size: int = 0
     num_blocks: int = 0
+    kv_token_bytes: int = 0
     layout_fingerprint: str = ""
     layout: str = ""
     tp_size: int = 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from xllm_py.base.errors import (
     BestOfRequiresPrefixCache,
@@ -67,23 +68,74 @@ class Route:
     first: Card
     decode: Card | None = None
     reason: str = ""
+    why: str = "turn"  # in a word, for metrics
+    num_to_compute: int = (
+        0  # tokens of the prompt that the first instance lacks, as far as is known
+    )
+    ttft_s: float = 0.0  # as predicted; 0: nothing was
+    tpot_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """What could serve now, best mode only. pairs: for each P its linked Ds."""
+    """What could serve now, best mode only. pairs: for each P its linked Ds. What is found by looking at all pairs is kept."""
 
     mode: str = ""  # empty: nothing can
     pairs: tuple[tuple[Candidate, tuple[Candidate, ...]], ...] = ()
     alone: tuple[Candidate, ...] = ()
 
-    @property
+    @cached_property
+    def giver_keys(self) -> tuple[str, ...]:
+        """Of every P."""
+        return tuple(giver.key for giver, _ in self.pairs)
+
+    @cached_property
+    def takers(self) -> tuple[Candidate, ...]:
+        """Every D, once."""
+        return tuple({each.key: each for _, decodes in self.pairs for each in decodes}.values())
+
+    @cached_property
+    def taker_keys(self) -> tuple[tuple[str, int], ...]:
+        """Of every D, with the tokens of a block of it."""
+        return tuple((each.key, each.card.block_size or 1) for each in self.takers)
+
+    @cached_property
+    def linked(self) -> dict[str, frozenset[str]]:
+        """For each P the incarnations of its Ds."""
+        return {giver.key: frozenset(each.key for each in takers) for giver, takers in self.pairs}
+
+    @cached_property
     def cards(self) -> tuple[Card, ...]:
         """Every instance of it, once."""
-        found = {candidate.key: candidate.card for candidate in self.alone}
-        for prefill, decodes in self.pairs:
-            found |= {candidate.key: candidate.card for candidate in (prefill, *decodes)}
-        return tuple(found.values())
+        everyone = (*self.alone, *(giver for giver, _ in self.pairs), *self.takers)
+        return tuple({each.key: each.card for each in everyone}.values())
+
+    @cached_property
+    def kinds(self) -> frozenset[tuple[str, int]]:
+        """Model fingerprints and block sizes: what block hashes depend on."""
+        return frozenset((card.model_fingerprint, card.block_size) for card in self.cards)
+
+    @cached_property
+    def suits_all(self) -> bool:
+        """Whether every D, or every instance that is alone, has a prefix cache and the same names of models."""
+        cards = [each.card for each in self.takers or self.alone]
+        return (
+            all(card.enable_prefix_cache for card in cards)
+            and len({card.served_names for card in self.cards}) == 1
+        )
+
+    @cached_property
+    def least_tokens(self) -> float:
+        """What the smallest cache of those that decode holds."""
+        sizes = [each.card.num_blocks * each.card.block_size for each in self.takers or self.alone]
+        return min((size for size in sizes if size), default=float("inf"))
+
+    def suits(self, model: str, facts: Facts) -> bool:
+        """Whether any of it will do, without a look at each."""
+        served = not model or model in self.cards[0].served_names
+        return (
+            served and self.suits_all and facts.num_prompt + facts.max_tokens <= self.least_tokens
+        )
 
 
 def options(view: ClusterView) -> Options:
@@ -135,8 +187,23 @@ def _ready_pairs(
     return whole or pairs
 
 
-def round_robin(view: ClusterView, model: str, facts: Facts, turns: tuple[int, int]) -> Route:
-    """The next P and the next D in turn. model "": any; turns: how many requests were placed so far, for P and for D.
+def round_robin(found: Options, turns: tuple[int, int]) -> Route:
+    """The next P and the next D in turn, of options that are not empty. turns: how many requests were placed so far, for P and for D."""
+    if found.mode != "pd":
+        first = found.alone[turns[0] % len(found.alone)]
+        reason = f"{found.mode}: instance {turns[0] % len(found.alone) + 1} of {len(found.alone)} in turn"
+        return Route(mode=found.mode, first=first.card, reason=reason)
+    prefill, decodes = found.pairs[turns[0] % len(found.pairs)]
+    decode = decodes[turns[1] % len(decodes)]
+    reason = (
+        f"pd: prefill {turns[0] % len(found.pairs) + 1} of {len(found.pairs)}, "
+        f"decode {turns[1] % len(decodes) + 1} of {len(decodes)} in turn"
+    )
+    return Route(mode="pd", first=prefill.card, decode=decode.card, reason=reason)
+
+
+def able(view: ClusterView, model: str, facts: Facts) -> Options:
+    """What could serve this request; never empty. model "": any.
 
     Raises NoInstances, NoCompatibleDecode, ContextLengthExceeded when no D could ever hold the request, or
     BestOfRequiresPrefixCache when it has several choices and no D keeps prompts.
@@ -148,26 +215,18 @@ def round_robin(view: ClusterView, model: str, facts: Facts, turns: tuple[int, i
     if facts.best_of > 1 and found.mode == "pd":
         found = _keeping_prompts(found, view)
     if found.mode != "pd":
-        able = tuple(each for each in found.alone if _holds(each.card, facts))
-        if not able:
+        alone = tuple(each for each in found.alone if _holds(each.card, facts))
+        if not alone:
             raise _too_long(tuple(each.card for each in found.alone), facts)
-        first = able[turns[0] % len(able)]
-        reason = f"{found.mode}: instance {turns[0] % len(able) + 1} of {len(able)} in turn"
-        return Route(mode=found.mode, first=first.card, reason=reason)
+        return Options(mode=found.mode, alone=alone)
     pairs = tuple(
-        (prefill, able)
+        (prefill, holding)
         for prefill, decodes in found.pairs
-        if (able := tuple(each for each in decodes if _holds(each.card, facts)))
+        if (holding := tuple(each for each in decodes if _holds(each.card, facts)))
     )
     if not pairs:
         raise _too_long(tuple(each.card for _, ds in found.pairs for each in ds), facts)
-    prefill, decodes = pairs[turns[0] % len(pairs)]
-    decode = decodes[turns[1] % len(decodes)]
-    reason = (
-        f"pd: prefill {turns[0] % len(pairs) + 1} of {len(pairs)}, "
-        f"decode {turns[1] % len(decodes) + 1} of {len(decodes)} in turn"
-    )
-    return Route(mode="pd", first=prefill.card, decode=decode.card, reason=reason)
+    return Options(mode="pd", pairs=pairs)
 
 
 def _keeping_prompts(found: Options, view: ClusterView) -> Options:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from xllm_py.base.hashing import HASH_BYTES
 from xllm_py.base.logprob import TokenLogprob
 from xllm_py.cluster.instance_info import Role
 from xllm_py.cluster.load import Load, Progress
+from xllm_py.cluster.prefix_index import MOST_TOLD, CacheNews
 from xllm_py.control.bounds import (
     MAX_ENTRIES,
     MAX_IDS,
@@ -230,6 +232,13 @@ def from_heartbeat(beat: cm.Heartbeat) -> pb.HeartbeatRequest:
             announced_s=progress.announced_s,
         ),
         links=links,
+        cache=pb.CacheNews(
+            since=beat.cache.since,
+            upto=beat.cache.upto,
+            reset=beat.cache.reset,
+            added=beat.cache.added,
+            removed=beat.cache.removed,
+        ),
     )
 
 
@@ -269,4 +278,18 @@ def to_heartbeat(message: pb.HeartbeatRequest) -> cm.Heartbeat:
             )
             for link in message.links
         ),
+        cache=_cache_news(message.cache),
+    )
+
+
+def _cache_news(message: pb.CacheNews) -> CacheNews:
+    for joined in (message.added, message.removed):
+        check(len(joined) % HASH_BYTES == 0, "hashes of another length")
+        check(len(joined) <= MOST_TOLD * HASH_BYTES, "too many hashes")
+    return CacheNews(
+        since=message.since,
+        upto=message.upto,
+        reset=message.reset,
+        added=message.added,
+        removed=message.removed,
     )

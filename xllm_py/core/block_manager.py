@@ -66,6 +66,7 @@ class BlockManager:
             OrderedDict()
         )  # cached blocks, the next to be evicted in front
         self.num_evicted = 0
+        self._changes: dict[bytes, bool] = {}  # hashes published or forgotten since the last look
 
     @property
     def num_free(self) -> int:
@@ -113,6 +114,7 @@ class BlockManager:
         block, _ = self._idle.popitem(last=False)
         digest, _ = self._published.pop(block)
         del self._by_hash[digest]
+        self._changes[digest] = False
         self._hold(block, Holding.FREE)
         self._free.append(block)
 
@@ -219,6 +221,13 @@ class BlockManager:
         if digest not in self._by_hash and block not in self._published:
             self._by_hash[digest] = block
             self._published[block] = (digest, tuple(ids))
+            self._changes[digest] = True
+
+    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Hashes that can be found now and could not at the last call, and the other way round; a few may have been both."""
+        changes, self._changes = self._changes, {}
+        there = [digest for digest, is_there in changes.items() if is_there]
+        return there, [digest for digest, is_there in changes.items() if not is_there]
 
     def flush(self) -> int:
         """Forget every cached block, none of those in use; returns how many became free."""

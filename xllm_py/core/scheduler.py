@@ -270,6 +270,10 @@ class Scheduler:
         """Forget the prefixes that nobody uses now; returns how many blocks became free."""
         return self._blocks.flush()
 
+    def take_cache_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Hashes of blocks that became findable, and of those that are no more, since the last call."""
+        return self._blocks.take_changes()
+
     def begin_drain(self) -> None:
         """Refuse new work from now on."""
         self.draining = True

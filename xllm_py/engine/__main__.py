@@ -20,6 +20,7 @@ from xllm_py.base.errors import PeerUnavailable, StartError
 from xllm_py.base.hashing import chain_root
 from xllm_py.core.config import EngineConfig
 from xllm_py.core.executor import Executor
+from xllm_py.core.kv_memory import PARTS
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.handoff_agent import HandoffAgent
 from xllm_py.engine.loop import EngineLoop
@@ -120,6 +121,7 @@ def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
         layout=f"layers={layout.num_layers} {layout.shape}",
         numerics_fingerprint=capacity.numerics_fingerprint,
         kv_endpoint=transport.endpoint if transport is not None else "",
+        kv_token_bytes=PARTS * layout.num_layers * layout.block_bytes // layout.block_size,
         summary=capacity.summary,
     )
 

@@ -207,6 +207,7 @@ class EngineLoop:
             return
         self._told_at = now
         counts = self._scheduler.ledger()
+        cached, evicted = self._scheduler.take_cache_changes()
         self._pipe.send(
             m.Progress(
                 steps=self._steps,
@@ -220,5 +221,7 @@ class EngineLoop:
                     for name in ("total", "free", "active", "cached", "staged", "quarantined")
                 },
                 prefix={name: counts[name] for name in PREFIX_COUNTS},
+                cached=cached,
+                evicted=evicted,
             )
         )

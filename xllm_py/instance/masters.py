@@ -32,13 +32,13 @@ class Masters:
         *,
         cluster_key: bytes,
         client: Callable[[str], MasterClient],
-        beat: Callable[[int], Heartbeat],
+        beat: Callable[[int, int], Heartbeat],
         interval_s: float,
         generations: Generations,
         on_unknown: Callable[[], None],
         tasks: TaskFamily,
     ) -> None:
-        """beat makes a heartbeat with a sequence number; on_unknown: a master has no card of ours, put it again."""
+        """beat makes a heartbeat with a sequence number and the cache's news from a number on; on_unknown: a master has no card of ours, put it again."""
         self._cluster_key = cluster_key
         self._client = client
         self._beat = beat
@@ -94,13 +94,14 @@ class Masters:
     async def _tell(self, key: str, address: str) -> None:
         """One master's heartbeats, until its record is gone and it does not answer."""
         client = self._client(address)
-        sequence = 0
+        sequence = cache_next = 0
         answered = True
         try:
             while True:
                 self._generations.open(Destination(address))
                 try:
-                    reply = await client.heartbeat(self._beat(sequence))
+                    reply = await client.heartbeat(self._beat(sequence, cache_next))
+                    cache_next = reply.cache_next
                     if not reply.known and sequence:
                         self._on_unknown()
                     answered = True

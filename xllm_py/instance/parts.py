@@ -17,6 +17,7 @@ from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Card, Role
 from xllm_py.cluster.load import Load, Progress
+from xllm_py.cluster.prefix_index import CacheLog
 from xllm_py.control.client import GenerationsStream, MasterClient
 from xllm_py.control.server import ControlServer, join_address, serve_instance
 from xllm_py.core.plan import Outputs
@@ -70,9 +71,11 @@ class Parts:
             on_cancels=lambda out: self._in_cluster().peers.on_cancels(out),
             on_verdicts=lambda verdicts: self._in_cluster().on_verdicts(verdicts),
             on_reservations_ended=self.outlets.on_reservations_ended,
-            on_progress=EngineMeasures(metrics, lambda: self.engine.progress).on_progress,
+            on_progress=self._on_progress,
         )
         self.engine = EngineLink(handlers=handlers, tasks=tasks, clock=clock)
+        self.cache_log = CacheLog()
+        self._measures = EngineMeasures(metrics, lambda: self.engine.progress)
         self.backend = LocalBackend(
             engine=self.engine,
             outlets=self.outlets,
@@ -115,6 +118,10 @@ class Parts:
             )
             for name in self.config.served_names
         )
+
+    def _on_progress(self, progress: m.Progress) -> None:
+        self._measures.on_progress(progress)
+        self.cache_log.note(progress.cached, progress.evicted)
 
     def num_busy(self) -> int:
         """Requests that still run or are not yet acknowledged."""
@@ -189,8 +196,8 @@ class Routed:
             if verdicts.kinds[index] == "landed":
                 self.parts.outlets.close(request_id, verdicts.attempts[index])
 
-    def beat(self, sequence: int) -> Heartbeat:
-        """One heartbeat."""
+    def beat(self, sequence: int, cache_since: int) -> Heartbeat:
+        """One heartbeat, with the news of the cache from a number on."""
         self.relay.expire()
         engine, now = self.parts.engine, self.parts.clock.now()
         busy = bool(engine.progress.waiting + engine.progress.running)
@@ -208,6 +215,7 @@ class Routed:
                 announced_s=engine.progress.announced_s,
             ),
             links=self.service.links(),
+            cache=self.parts.cache_log.news(cache_since),
         )
 
 
@@ -237,6 +245,7 @@ def make_card(parts: Parts, identity: Identity, control_port: int, state: str) -
         kv_dtype=ready.dtype,
         block_size=ready.block_size,
         num_blocks=ready.num_blocks,
+        kv_token_bytes=ready.kv_token_bytes,
         layout_fingerprint=ready.layout_fingerprint,
         layout=ready.layout,
         device_type=ready.device.partition(":")[0],
@@ -298,7 +307,7 @@ async def routed_parts(
         control=control,
         announcer=announcer,
         masters=_masters(
-            parts, identity, announcer, generations, lambda sequence: routed.beat(sequence)
+            parts, identity, announcer, generations, lambda *numbers: routed.beat(*numbers)
         ),
     )
     parts.routed = routed
@@ -357,7 +366,7 @@ def _masters(
     identity: Identity,
     announcer: Announcer,
     generations: Generations,
-    beat: Callable[[int], Heartbeat],
+    beat: Callable[[int, int], Heartbeat],
 ) -> Masters:
     cluster = parts.config.cluster
     return Masters(

@@ -14,6 +14,7 @@ from xllm_py.master.generations import Generations
 from xllm_py.master.instance_manager import InstanceManager, Member
 from xllm_py.master.journeys import Journeys
 from xllm_py.master.links import Links
+from xllm_py.master.router import Router
 from xllm_py.openai.exchange import Handler, Request
 
 _MOST_LISTED = 100
@@ -27,6 +28,7 @@ class AdminRoutes:
         *,
         manager: InstanceManager,
         links: Links,
+        router: Router,
         generations: Generations,
         journeys: Journeys,
         clock: Clock,
@@ -35,6 +37,7 @@ class AdminRoutes:
         """num_streams: open generations at the HTTP door."""
         self._manager = manager
         self._links = links
+        self._router = router
         self._generations = generations
         self._journeys = journeys
         self._clock = clock
@@ -69,6 +72,7 @@ class AdminRoutes:
             "load": {**dataclasses.asdict(load), "kv_usage": round(load.kv_usage, 4)},
             "progress": dataclasses.asdict(member.progress),
             "links": self._links.rows(member.card),
+            "policy": self._router.inputs(member.card.incarnation_id),
         }
 
     async def ledger(self, request: Request) -> tuple[int, object]:

@@ -77,7 +77,7 @@ class ClusterBackend:
         while True:
             news = opened.log.read()
             if news:
-                self._dispatcher.on_news(run)
+                self._dispatcher.on_news(run, sum(len(each.token_ids) for each in news))
                 return [
                     Delta(
                         choice=each.choice,

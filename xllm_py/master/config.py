@@ -23,6 +23,9 @@ class MasterConfig:
     http: HttpSlice
     decode_response_to_service: bool = True  # D streams to the master; False: through P
     load_balance_policy: str = "RR"
+    target_ttft_s: float = 1.0
+    target_tpot_s: float = 0.05
+    prefix_seed: int = 1024
     max_attempts: int = 3
     queue_timeout_s: float = 60.0
     rpc_timeout_s: float = 5.0

@@ -38,6 +38,7 @@ _log = log.get(__name__)
 _CANCEL_TRIES = 3
 _CANCEL_WAIT_S = 0.2
 _CLOSE_S = 1.0
+_PACED_TOKENS = 16  # of an answer between two looks at its pace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,10 @@ class Run:
     route: Route | None = None  # of the current attempt
     numerics: str = ""  # what the tokens so far were computed with, when it was one thing
     failed_at: float | None = None  # an attempt was lost then, and no token has come since
+    ahead: float = 0.0  # tokens to be computed before its first one, when it was placed
+    decodes: bool = False  # its first token is there
+    paced_at: float = 0.0  # when its pace was looked at last
+    num_paced: int = 0  # tokens since then
 
 
 class Dispatcher:
@@ -133,14 +138,28 @@ class Dispatcher:
         await self._prepare(run, error)
         await self.dispatch(run, cause=error.code)
 
-    def on_news(self, run: Run) -> None:
+    def on_news(self, run: Run, num_tokens: int) -> None:
         """Tokens came: the attempt is a good one."""
+        now = self._clock.now()
+        if run.decodes:
+            self._pace(run, num_tokens, now)
+            return
         run.attempts.on_taken()
         if run.failed_at is not None:
-            self._stalls.observe(self._clock.now() - run.failed_at)
+            self._stalls.observe(now - run.failed_at)
             run.failed_at = None
-        if run.route is not None and not run.numerics:
-            run.numerics = _numerics(run.route)
+        if run.route is not None:
+            run.numerics = run.numerics or _numerics(run.route)
+            seconds = now - run.record.submitted_at
+            self._router.on_first_token(run.submission.request_id, run.route, run.ahead, seconds)
+            run.decodes, run.paced_at, run.num_paced = True, now, 0
+
+    def _pace(self, run: Run, num_tokens: int, now: float) -> None:
+        """Once in a while tell the router how fast answers grow there."""
+        run.num_paced += num_tokens
+        if run.num_paced >= _PACED_TOKENS and run.route is not None:
+            self._router.on_pace(run.route, (now - run.paced_at) / run.num_paced)
+            run.paced_at, run.num_paced = now, 0
 
     def _failure(self, run: Run, error: RequestError) -> Failure:
         """What is known of the attempt that failed with this."""
@@ -184,10 +203,16 @@ class Dispatcher:
     def _place(self, run: Run) -> OpenRequest:
         """Choose instances and open the log, or go on with it. Raises as Router.place."""
         run.route = None
-        submission, attempts = run.submission, run.attempts
+        attempts = run.attempts
+        said = run.opened.log.generated_ids if run.opened is not None else ()
+        submission = dataclasses.replace(
+            run.submission, attempt=attempts.number, generated_ids=said
+        )
         route = run.route = self._router.place(
             submission, passed_over=attempts.passed_over, numerics=run.numerics
         )
+        run.ahead = self._router.on_placed(submission.request_id, route)
+        run.decodes = False
         run.record.route, run.record.attempt = route, attempts.number
         run.record.stamp(Moment.PLACED, self._clock.now())
         if run.opened is None:
@@ -220,6 +245,10 @@ class Dispatcher:
                     opened.news.clear()
                     if opened.log.error is not None:  # lost before the call returned
                         raise request_error(*opened.log.error)
+                    if (
+                        opened.log.has_news
+                    ):  # whoever has it speaks; the answer to the call tells nothing more
+                        return
                     await opened.news.wait()
         except TimeoutError as error:
             raise late() from error
@@ -253,12 +282,16 @@ class Dispatcher:
             self._generations.close(run.submission.request_id)
         if not finished:
             self._let_go(run, run.record.state)
+        elif run.route is not None:
+            self._router.on_gone(run.submission.request_id, run.route, decoding=run.decodes)
 
     def _let_go(self, run: Run, reason: str) -> None:
         """Whoever has the current attempt is to drop it."""
         route, run.route = run.route, None
         if route is None:
             return
+        self._router.on_gone(run.submission.request_id, route, decoding=run.decodes)
+        run.decodes = False
         for card in (route.first, route.decode):
             if card is not None:
                 work = self._cancel(card, run.submission.request_id, run.attempts.number, reason)

@@ -8,6 +8,7 @@ control.server.MasterHandlers.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -79,6 +80,9 @@ class Generations:
         self._exposed = metrics.seconds(
             "kv_transfer_exposed_seconds", "Part of it that no computation hid"
         )
+        self.on_beat: Callable[[Heartbeat], int] = lambda beat: (
+            0
+        )  # what is wanted of its cache's news
         self.on_handoff_lost: list[Callable[[str, str], None]] = []  # incarnations of P and D
         manager.on_lost.append(self._on_lost)
 
@@ -129,7 +133,10 @@ class Generations:
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
         """See MasterHandlers."""
-        return self._manager.on_heartbeat(beat)
+        reply = self._manager.on_heartbeat(beat)
+        if not reply.known:
+            return reply
+        return dataclasses.replace(reply, cache_next=self.on_beat(beat))
 
     async def get_instance_info(self, name: str) -> bytes:
         """See MasterHandlers."""

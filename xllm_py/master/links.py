@@ -71,6 +71,10 @@ class Links:
         self._tasks = tasks
         self._pairs: dict[tuple[str, str], Pair] = {}
         self._jitter = random.Random()
+        self.rates: dict[
+            tuple[str, str], float
+        ] = {}  # bytes/s of pairs that were measured, by incarnation
+        self.on_changed: list[Callable[[], None]] = []  # a pair can be used now, or cannot any more
         names = ["prefill", "decode"]
         self._gauge = metrics.gauge("pair_linked", "1 for a linked pair", names)
         self._round_trip = metrics.gauge(
@@ -84,6 +88,7 @@ class Links:
         wanted = _wanted(self._manager.members())
         for key in [key for key in self._pairs if key not in wanted]:
             self._end(self._pairs.pop(key))
+            self.rates.pop(key, None)
         for key, pair in wanted.items():
             if key not in self._pairs:
                 self._pairs[key] = pair
@@ -126,7 +131,12 @@ class Links:
             pair.state, pair.reason = PairState.DIFFERS, error.message
         except XllmError as error:
             pair.state, pair.reason = PairState.UNREACHABLE, error.message
+        if pair.health is not None and pair.health.bytes_per_s:
+            key = pair.prefill.card.incarnation_id, pair.decode.card.incarnation_id
+            self.rates[key] = pair.health.bytes_per_s
         if before != (pair.state, pair.reason):
+            for tell in self.on_changed:
+                tell()
             exact = pair.state is PairState.LINKED and not pair.reason
             (_log.info if exact else _log.warning)("pair " + pair.sentence())
         return pair.state is PairState.LINKED

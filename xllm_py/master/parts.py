@@ -21,7 +21,7 @@ from xllm_py.master.instance_manager import InstanceManager
 from xllm_py.master.journeys import Journeys
 from xllm_py.master.links import Links
 from xllm_py.master.peers import Peers
-from xllm_py.master.router import Router
+from xllm_py.master.router import Policy, Router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,28 @@ def announced(config: MasterConfig, port: int) -> str:
     return join_address(config.advertise_host, port)
 
 
+def _manager(
+    config: MasterConfig, identity: Identity, clock: Clock, metrics: Metrics
+) -> InstanceManager:
+    return InstanceManager(
+        cluster_key=identity.cluster_key,
+        clock=clock,
+        metrics=metrics,
+        patience=_patience(config),
+        forget_gone_after_s=config.forget_gone_after_s,
+    )
+
+
+def _policy(config: MasterConfig, identity: Identity) -> Policy:
+    return Policy(
+        name=config.load_balance_policy,
+        ttft_s=config.target_ttft_s,
+        tpot_s=config.target_tpot_s,
+        cluster_key=identity.cluster_key,
+        prefix_seed=config.prefix_seed,
+    )
+
+
 def _patience(config: MasterConfig) -> Patience:
     return Patience(suspect_after_s=config.suspect_after_s, gone_after_s=config.gone_after_s)
 
@@ -75,13 +97,7 @@ def assemble(
     num_streams: Callable[[], int],
 ) -> Parts:
     """Make and connect everything."""
-    manager = InstanceManager(
-        cluster_key=identity.cluster_key,
-        clock=clock,
-        metrics=metrics,
-        patience=_patience(config),
-        forget_gone_after_s=config.forget_gone_after_s,
-    )
+    manager = _manager(config, identity, clock, metrics)
     peers = Peers(
         cluster_key=identity.cluster_key,
         sender=identity.incarnation,
@@ -96,7 +112,8 @@ def assemble(
     generations = Generations(manager=manager, metrics=metrics)
     links = Links(manager=manager, peers=peers, tasks=tasks, metrics=metrics)
     generations.on_handoff_lost.append(links.doubt)
-    router = Router(manager=manager, links=links, metrics=metrics)
+    router = Router(manager=manager, links=links, metrics=metrics, policy=_policy(config, identity))
+    generations.on_beat = router.on_heartbeat
     journeys = Journeys()
     dispatcher = Dispatcher(
         router=router,
@@ -119,6 +136,7 @@ def assemble(
         routes=AdminRoutes(
             manager=manager,
             links=links,
+            router=router,
             generations=generations,
             journeys=journeys,
             clock=clock,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from xllm_py.cluster.instance_info import Role
 from xllm_py.cluster.load import Load, Progress
+from xllm_py.cluster.prefix_index import NO_NEWS, CacheNews
 from xllm_py.core.plan import Outputs
 from xllm_py.wire.messages import Verdicts
 
@@ -111,10 +112,14 @@ class Heartbeat:
     load: Load = field(default_factory=Load)
     progress: Progress = field(default_factory=Progress)
     links: tuple[LinkState, ...] = ()
+    cache: CacheNews = NO_NEWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatReply:
-    """known is False when the master has no card of this incarnation: put it again."""
+    """known is False when the master has no card of this incarnation: put it again. cache_next: the number of the change of the prefix cache
+    that it wants to hear from, 0: nothing.
+    """
 
     known: bool
+    cache_next: int = 0

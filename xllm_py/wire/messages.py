@@ -122,6 +122,7 @@ class Ready:
     layout: str  # the same for people
     numerics_fingerprint: str
     kv_endpoint: str  # host:port of the KV listener; empty without one
+    kv_token_bytes: int = 0
     summary: tuple[str, ...] = ()
 
 
@@ -197,6 +198,10 @@ class Progress:
     running: int = 0
     blocks: dict[str, int] = field(default_factory=dict)  # the ledger's block counts
     prefix: dict[str, int] = field(default_factory=dict)  # what the prefix cache has counted
+    cached: list[bytes] = field(
+        default_factory=list
+    )  # hashes of blocks that became findable since the last one
+    evicted: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -470,7 +470,7 @@ class LinkState(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., incarnation: _Optional[str] = ..., linked: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("name", "incarnation", "sequence", "state", "role", "load", "progress", "links")
+    __slots__ = ("name", "incarnation", "sequence", "state", "role", "load", "progress", "links", "cache")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -479,6 +479,7 @@ class HeartbeatRequest(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
     sequence: int
@@ -487,13 +488,30 @@ class HeartbeatRequest(_message.Message):
     load: Load
     progress: Progress
     links: _containers.RepeatedCompositeFieldContainer[LinkState]
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., state: _Optional[str] = ..., role: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkState, _Mapping]]] = ...) -> None: ...
+    cache: CacheNews
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., state: _Optional[str] = ..., role: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkState, _Mapping]]] = ..., cache: _Optional[_Union[CacheNews, _Mapping]] = ...) -> None: ...
+
+class CacheNews(_message.Message):
+    __slots__ = ("since", "upto", "reset", "added", "removed")
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UPTO_FIELD_NUMBER: _ClassVar[int]
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    since: int
+    upto: int
+    reset: bool
+    added: bytes
+    removed: bytes
+    def __init__(self, since: _Optional[int] = ..., upto: _Optional[int] = ..., reset: bool = ..., added: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("known",)
+    __slots__ = ("known", "cache_next")
     KNOWN_FIELD_NUMBER: _ClassVar[int]
+    CACHE_NEXT_FIELD_NUMBER: _ClassVar[int]
     known: bool
-    def __init__(self, known: bool = ...) -> None: ...
+    cache_next: int
+    def __init__(self, known: bool = ..., cache_next: _Optional[int] = ...) -> None: ...
 
 class GetInstanceInfoRequest(_message.Message):
     __slots__ = ("name",)
