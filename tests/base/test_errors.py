@@ -22,7 +22,9 @@ TABLE: list[tuple[int, str, tuple[str, ...]]] = [
     (404, "not_found_error", ("model_not_found", "unknown_route", "request_not_found")),
     (405, "invalid_request_error", ("method_not_allowed",)),
     (408, "timeout_error", ("request_read_timeout",)),
+    (409, "invalid_request_error", ("idempotency_conflict",)),
     (413, "invalid_request_error", ("body_too_large",)),
+    (416, "invalid_request_error", ("position_beyond_end",)),
     (414, "invalid_request_error", ("uri_too_long",)),
     (415, "invalid_request_error", ("unsupported_media_type",)),
     (

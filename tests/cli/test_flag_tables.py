@@ -80,10 +80,8 @@ def test_what_is_without_effect_yet_is_known():
     def idle(table: list[Flag]) -> set[str]:
         return {flag.name for flag in table if flag.idle and flag.priority == "A"}
 
-    shared = {"max_queue_size"}
-    assert idle(master_flags.TABLE) == shared
-    both_sides = {"enable_deterministic", "handoff_hold_s", "hccn_conf"}
-    assert idle(xllm_flags.TABLE) == {*shared, *both_sides}
+    assert idle(master_flags.TABLE) == set()
+    assert idle(xllm_flags.TABLE) == {"enable_deterministic", "handoff_hold_s", "hccn_conf"}
 
 
 def test_the_same_flag_means_the_same_in_both_programs():

@@ -85,6 +85,7 @@ def test_when_one_is_killed_every_request_goes_on_with_its_next_life(
     killed.kill()
     killed.start()
     assert tuple(text_of(pending) for pending in pendings) == whole
+    cluster.wait_ready(killed)
     all_let_go(master, prefill, decode)
     serves_in_pairs(master)
 
@@ -99,6 +100,7 @@ def test_when_either_is_killed_in_the_handoff_the_answer_still_comes(
         killed.kill()
     killed.start()
     assert text_of(pending) == text_of(Pending(master, pending.body))
+    cluster.wait_ready(killed)
     all_let_go(master, prefill, decode)
     serves_in_pairs(master)
 

@@ -39,10 +39,15 @@ def test_prompts_go_to_where_they_are_cached(tiny_model: Path, tmp_path: Path) -
         both = record["prefill_instance"], record["decode_instance"]
         wait_for("the news of both", lambda: known_blocks(master, *both) >= len(PROMPT) // 16)
 
-        same, again, cached = ask(master, PROMPT)
-        assert same == text
-        assert again["prefill_instance"] == again["decode_instance"] == record["decode_instance"]
-        assert cached >= len(PROMPT) - 16
+        def served_by_decode_alone() -> bool:
+            same, again, cached = ask(master, PROMPT)
+            assert same == text
+            assert cached >= len(PROMPT) - 16
+            alone = again["prefill_instance"] == again["decode_instance"]
+            return alone and again["decode_instance"] == record["decode_instance"]
+
+        # where that is cheaper, and on a busy machine it may not seem so at first
+        wait_for("the decode instance to serve it alone", served_by_decode_alone)
 
         longer = PROMPT + [7] * 100  # too long a tail for D alone: P has the beginning too
         _, record_longer, cached = ask(master, longer)

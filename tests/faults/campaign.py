@@ -2,7 +2,7 @@
 
     python -m tests.faults.campaign [--trials 60] [--seed 0] [--row "D-1..4 kill D"] [--report FILE]
 
-One etcd, one master, 2 P and 2 D with a small random model. Each trial begins some clients, lets something befall the cluster, and then
+One etcd, two masters, 2 P and 2 D with a small random model; clients with Idempotency-Keys at either master. Each trial begins some clients, lets something befall the cluster, and then
 looks: every answer is there once, equal to the answer without faults; every block, grant and request is let go of; nobody died but whom we
 killed. At the end one JSON line with stalls of those affected and the gaps of bystanders.
 """
@@ -48,7 +48,9 @@ class Campaign:
         model = make_checkpoint(folder / "tiny", seed=7, layers=6, with_tokenizer=True)
         self.cluster = Cluster(folder, model, etcd_port=self.registry.port)
         # a busy machine keeps processes waiting for longer than the defaults bear
-        self.master = self.cluster.start_master("--suspect_after_ms=700", "--gone_after_ms=1200")
+        patience = ("--suspect_after_ms=700", "--gone_after_ms=1200")
+        self.masters = [self.cluster.start_master(*patience) for _ in range(2)]
+        self.master = self.masters[0]
         self.instances = {
             name: self.cluster.start_instance(name, role, "--block_size=16", "--drain_timeout_s=20")
             for names, role in ((self.prefills, "PREFILL"), (self.decodes, "DECODE"))
@@ -67,7 +69,7 @@ class Campaign:
         self.cluster.wait_ready()
         self.wait_whole()
         for number, ask in enumerate(self.pool):
-            client = Client(self.master.port, number, *ask)
+            client = Client([self.master.port], number, *ask)
             if not client.join(TIMEOUT_S) or client.seen.wrong:
                 raise Wrong(f"request {number} without any fault: {client.seen.wrong}")
             self.right.append(client.seen)
@@ -80,10 +82,14 @@ class Campaign:
     def wait_whole(self) -> None:
         """Every instance serves, and every pair is linked."""
 
+        for master in self.masters:
+            self._wait_whole(master)
+
+    def _wait_whole(self, master: Daemon) -> None:
         def whole() -> bool:
             for daemon in self.instances.values():
                 daemon.check_lives()
-            rows = self._rows()
+            rows = self._rows(master)
             linked = sum(
                 link["state"] == "linked"
                 for row in rows
@@ -95,9 +101,13 @@ class Campaign:
 
         wait_for("the whole cluster", whole, 60)
 
-    def _rows(self) -> list[dict[str, Any]]:
-        status, body = self.master.request("GET", "/admin/instances")
-        assert status == 200, body
+    def _rows(self, master: Daemon) -> list[dict[str, Any]]:
+        try:
+            status, body = master.request("GET", "/admin/instances")
+        except OSError:
+            return []
+        if status != 200:
+            return []
         rows: list[dict[str, Any]] = body["instances"]
         return rows
 
@@ -122,14 +132,16 @@ class Campaign:
             mend()
         self._judge()
         self._measure()
-        self.master.check_lives()
         self._wait_quiet()
 
     def _start_clients(self, within_s: float) -> None:
         self.clients = []
         for _ in range(CLIENTS):
             number = self.random.randrange(len(self.pool))
-            self.clients.append(Client(self.master.port, number, *self.pool[number]))
+            ports = [master.port for master in self.masters]
+            self.random.shuffle(ports)
+            key = f"{id(self)} {time.monotonic()}"  # two masters make the same answer of it
+            self.clients.append(Client(ports, number, *self.pool[number], key=key))
             time.sleep(self.random.uniform(0, within_s / CLIENTS))
 
     def _judge(self) -> None:
@@ -150,27 +162,40 @@ class Campaign:
         for client in self.clients:
             if client.left or not client.seen.request_id:
                 continue
-            status, record = self.master.request("GET", f"/debug/requests/{client.seen.request_id}")
-            attempt = record["attempt"] if status == 200 else 1
+            attempt = self._attempt(client)
             self.attempts[attempt] += 1
-            if attempt > 1:
+            if attempt != 1:
                 self.stalls.append(client.longest_gap())
             else:
                 self.bystander_gaps += client.gaps()
+
+    def _attempt(self, client: Client) -> int:
+        """The last one of its request; 0 when a master was lost in between."""
+        (master,) = [each for each in self.masters if each.port == client.port]
+        path = f"/debug/requests/{client.seen.request_id}"
+        status, record = master.request("GET", path)
+        return int(record["attempt"]) if status == 200 else 0
 
     def _wait_quiet(self) -> None:
         """Everything is let go of, by those who live."""
 
         def quiet() -> bool:
-            if self.master.ledger()["open_requests"]:
-                return False
-            return all(self._idle(daemon) for daemon in self.instances.values())
+            masters = all(self._forgot(master) for master in self.masters)
+            return masters and all(self._idle(daemon) for daemon in self.instances.values())
 
         try:
             wait_for("everything to be let go of", quiet, QUIET_S)
         except AssertionError as error:
             ledgers = {name: self._ledger(daemon) for name, daemon in self.instances.items()}
-            raise Wrong(f"{error}: master {self.master.ledger()}, {ledgers}") from None
+            told = [self._ledger(master) for master in self.masters]
+            raise Wrong(f"{error}: masters {told}, {ledgers}") from None
+
+    def _forgot(self, master: Daemon) -> bool:
+        try:
+            return not master.ledger()["open_requests"]
+        except (OSError, AssertionError):
+            master.check_lives()
+            return False
 
     def _idle(self, daemon: Daemon) -> bool:
         try:

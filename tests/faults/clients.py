@@ -20,6 +20,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 TIMEOUT_S = 60.0
+CUT = "the stream ended without [DONE]"
 
 
 def _completion(prompt: list[int], **fields: Any) -> tuple[str, dict[str, Any]]:
@@ -123,25 +124,55 @@ class Seen:
 
 
 class Client:
-    """Asks in a thread of its own, and notes when each event came."""
+    """Asks in a thread of its own, and notes when each event came. With a key it goes on at another master when one is lost: behind the last event, or
+    from the beginning where several choices interleave.
+    """
 
-    def __init__(self, port: int, number: int, path: str, body: dict[str, Any]) -> None:
+    def __init__(
+        self, ports: list[int], number: int, path: str, body: dict[str, Any], key: str = ""
+    ) -> None:
         self.number = number
         self.seen = Seen()
         self.times: list[float] = []
         self.left = False
+        self.port = ports[0]
+        self._ports = ports
+        self._key = key
+        self._last_id = ""
         self._streams = bool(body.get("stream"))
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
-        self._connection.connect()
-        self._socket: socket.socket = self._connection.sock
+        self._one_choice = body.get("n", 1) == 1
         self._ask = (path, json.dumps(body).encode())
+        self._connect(ports[0])
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
+    def _connect(self, port: int) -> None:
+        self.port = port
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+        self._connection.connect()
+        self._socket: socket.socket = self._connection.sock
+
     def _run(self) -> None:
+        if self._ask_once() or not self._key or self.left:
+            return
+        for port in self._ports[1:]:
+            self.seen.wrong = ""
+            if not (self._streams and self._one_choice):
+                self.seen, self._last_id = Seen(), ""
+            self._connect(port)
+            if self._ask_once():
+                return
+
+    def _ask_once(self) -> bool:
+        """Whether the answer ended, with an error or well."""
         path, raw = self._ask
+        headers = {"content-type": "application/json"}
+        if self._key:
+            headers["idempotency-key"] = self._key
+        if self._last_id:
+            headers["last-event-id"] = self._last_id
         try:
-            self._connection.request("POST", path, raw, {"content-type": "application/json"})
+            self._connection.request("POST", path, raw, headers)
             response = self._connection.getresponse()
             if self._streams and response.status == 200:
                 self._read_stream(response)
@@ -150,12 +181,16 @@ class Client:
                 self.times.append(time.monotonic())
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.seen.wrong = self.seen.wrong or f"{type(error).__name__}: {error}"
+            return False
         finally:
             self._connection.close()
+        return self.seen.wrong != CUT
 
     def _read_stream(self, response: http.client.HTTPResponse) -> None:
         done = False
         for line in response:
+            if line.startswith(b"id: "):
+                self._last_id = line[4:].strip().decode()
             if not line.startswith(b"data: "):
                 continue
             if done:
@@ -166,7 +201,7 @@ class Client:
             if not done:
                 self.seen.take(json.loads(data))
         if not done and not self.seen.wrong:
-            self.seen.wrong = "the stream ended without [DONE]"
+            self.seen.wrong = CUT
 
     @property
     def over(self) -> bool:

@@ -113,13 +113,42 @@ def stop_engine(campaign: Campaign, random: Random) -> Mend:
 
 def stop_master(campaign: Campaign, random: Random) -> Mend:
     """G-3, as far as one master goes: nobody is judged for its sleep."""
-    return _frozen(campaign.master, random, (0.3, 1.5), "both")
+    return _frozen(random.choice(campaign.masters), random, (0.3, 1.5), "both")
+
+
+def kill_master(campaign: Campaign, random: Random) -> Mend:
+    """M-1: its clients go on at the other one."""
+    victim = random.choice(campaign.masters)
+    victim.process.kill()
+    victim.process.wait()
+
+    def mend() -> None:
+        victim.start()
+        campaign.cluster.wait_ready(victim)
+
+    return mend
 
 
 def drain(campaign: Campaign, random: Random) -> Mend:
     """M-4: SIGTERM to an instance; it must end with 0."""
     daemon = campaign.instances[random.choice((*campaign.prefills, *campaign.decodes))]
     daemon.process.send_signal(signal.SIGTERM)
+    return _left(daemon)
+
+
+def drain_by_hand(campaign: Campaign, random: Random) -> Mend:
+    """M-4 by POST /admin/instances/{name}/drain: to move what runs, or to finish it."""
+    daemon = campaign.instances[random.choice((*campaign.prefills, *campaign.decodes))]
+    path = f"/admin/instances/127.0.0.1:{daemon.port}/drain"
+    status, told = campaign.master.request(
+        "POST", path, {"mode": random.choice(("move", "finish"))}
+    )
+    assert status == 202, told
+    return _left(daemon)
+
+
+def _left(daemon: Daemon) -> Mend:
+    """It must end in order."""
 
     def mend() -> None:
         assert daemon.process.wait(40) == 0, daemon.tail()
@@ -173,7 +202,7 @@ def lease_revoked(campaign: Campaign, random: Random) -> Mend:
 
 def compaction(campaign: Campaign, random: Random) -> Mend:
     """E-5: at head while the master, who watches, stands still."""
-    process = psutil.Process(campaign.master.process.pid)
+    process = psutil.Process(random.choice(campaign.masters).process.pid)
     process.suspend()
     try:
         campaign.registry.ctl("put", "/other", str(random.random()))
@@ -204,7 +233,9 @@ ROWS: dict[str, Fault] = {
     "G-2 stop P": stop_p,
     "G-3 stop the master": stop_master,
     "G-4 stop an engine": stop_engine,
+    "M-1 kill a master": kill_master,
     "M-4 drain an instance": drain,
+    "M-4 drain by hand": drain_by_hand,
     "E-1 etcd away": etcd_away,
     "E-2 etcd away, kill D": etcd_away_and_kill_d,
     "E-3 lease revoked": lease_revoked,

@@ -72,6 +72,10 @@ MethodNotAllowed = _leaf("MethodNotAllowed", 405, _BAD[0], "method_not_allowed",
 RequestReadTimeout = _leaf(
     "RequestReadTimeout", 408, "timeout_error", "request_read_timeout", "DEADLINE_EXCEEDED"
 )
+IdempotencyConflict = _leaf(
+    "IdempotencyConflict", 409, _BAD[0], "idempotency_conflict", "ALREADY_EXISTS"
+)
+PositionBeyondEnd = _leaf("PositionBeyondEnd", 416, _BAD[0], "position_beyond_end", "OUT_OF_RANGE")
 BodyTooLarge = _leaf("BodyTooLarge", 413, _BAD[0], "body_too_large", "OUT_OF_RANGE")
 UriTooLong = _leaf("UriTooLong", 414, _BAD[0], "uri_too_long", "OUT_OF_RANGE")
 UnsupportedMediaType = _leaf(

@@ -30,7 +30,7 @@ def service() -> list[Flag]:
             "end-to-end limit of a request; a client may only shorten it",
         ),
         a("drain_timeout_s", "double", 30.0, "how long running requests may go on after SIGTERM"),
-        a("max_queue_size", "int32", 1024, "requests waiting; over it 429", idle=True),
+        a("max_queue_size", "int32", 1024, "requests waiting; over it 429"),
         a("max_body_bytes", "int32", 1 << 20, "request body; over it 413"),
         a("max_best_of", "int32", 8, "upper bound of n and best_of"),
         b("max_logprobs", "int32", 20, "upper bound of top logprobs"),

@@ -259,7 +259,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
             mix_batch=values["enable_mix_batch"],
             zero_evict=values["use_zero_evict"],
             max_tokens_per_chunk=values["max_tokens_per_batch"] if chunk == -1 else chunk,
-            max_queue=values["request_queue_size"],
+            max_queue=min(values["request_queue_size"], values["max_queue_size"]),
             priority_strategy=values["priority_strategy"],
             online_preempts_offline=values["enable_online_preempt_offline"],
             prefill_usage_threshold=values["prefill_scheduling_memory_usage_threshold"],

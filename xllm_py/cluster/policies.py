@@ -29,6 +29,7 @@ SHORT_TAIL = 64  # tokens that D computes itself rather than have them sent
 _BEST = 6  # of each side, whose pairs are compared
 _HORIZON = 64  # tokens of an answer whose pace counts
 _FULL_S = 1.0  # what a D without room for the prompt costs
+_HANDOFF_S = 0.02  # what a handoff costs beside the transfer
 _BYTES_PER_S = 1e9  # of a pair that was not measured yet
 _HOPELESS = 0.05  # chance below which a target is not met
 
@@ -77,7 +78,7 @@ def _best_pair(policy: str, found: Options, facts: Facts, known: Known) -> Route
                 best = (hope, cost, giver, taker)
     assert best is not None  # every giver has a linked taker
     alone = _holder(found, facts, known)
-    if alone is not None and alone[0] <= best[1]:
+    if alone is not None and alone[0] <= best[1] + _HANDOFF_S:
         return _holder_route(policy, found.takers[alone[1]], facts, known)
     return _pair_route(policy, found.pairs[best[2]][0], found.takers[best[3]], facts, known)
 

@@ -194,8 +194,13 @@ class ControlService:
         self._engine.abort(list(request_ids), list(attempts))
 
     async def drain(self, mode: str, timeout_s: float) -> int:
-        """Take no new work from now on, and end when empty, as on SIGTERM; the number of open requests. Mode and time are not read yet."""
-        await self._drain(timeout_s)
+        """Take no new work from now on, and end when empty, as on SIGTERM; the number of open requests.
+
+        mode: `finish` lets them run for timeout_s; `move` ends at once, so that masters go on with them elsewhere.
+        """
+        if mode not in ("finish", "move"):
+            raise UnsupportedValue(f"drain mode {mode!r} is unknown; use finish or move")
+        await self._drain(timeout_s if mode == "finish" else 0.0)
         return self._outlets.num_open
 
     async def describe(self) -> dict[str, Any]:

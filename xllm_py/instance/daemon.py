@@ -61,6 +61,7 @@ class Instance:
             extra_routes=routes.table(),
         )
         self._closers = contextlib.AsyncExitStack()
+        self._drain_timeout_s = config.http.drain_timeout_s
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._starting: asyncio.Task[object] | None = None
@@ -147,7 +148,8 @@ class Instance:
             self._starting.cancel()
 
     async def _drain_by_call(self, timeout_s: float) -> None:
-        """A master or an operator asks for it: as on SIGTERM, the process ends when it is empty."""
+        """A master or an operator asks for it: as on SIGTERM, the process ends when it is empty, or after so long."""
+        self._drain_timeout_s = timeout_s
         self._stop.set()
 
     async def serve(self) -> int:
@@ -168,7 +170,7 @@ class Instance:
 
     async def _drain(self) -> None:
         """No new work; until everything has ended, or drain_timeout_s."""
-        parts, limit_s = self._parts, self._config.http.drain_timeout_s
+        parts, limit_s = self._parts, self._drain_timeout_s
         self._health.draining = True
         self._app.begin_drain()
         with contextlib.suppress(EngineDown, PeerUnavailable):

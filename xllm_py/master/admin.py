@@ -1,23 +1,26 @@
-"""The master's own HTTP routes: /admin/instances, /debug/ledger, /debug/requests and one of them. Read only."""
+"""The master's own HTTP routes: /admin/instances and the draining of one, /debug/ledger, /debug/requests and one of them."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 
 from xllm_py.base import process
-from xllm_py.base.clock import Clock
-from xllm_py.base.errors import RequestNotFound
+from xllm_py.base.errors import InstanceLost, InvalidValue, PeerUnavailable, RequestNotFound
 from xllm_py.master.generations import Generations
 from xllm_py.master.instance_manager import InstanceManager, Member
 from xllm_py.master.journeys import Journeys
 from xllm_py.master.links import Links
+from xllm_py.master.peers import Peers
 from xllm_py.master.router import Router
 from xllm_py.openai.exchange import Handler, Request
 
 _MOST_LISTED = 100
+_DRAIN_S = 30.0
+_MOST_DRAIN_S = 3600.0
 
 
 class AdminRoutes:
@@ -31,22 +34,23 @@ class AdminRoutes:
         router: Router,
         generations: Generations,
         journeys: Journeys,
-        clock: Clock,
-        num_streams: Callable[[], int],
+        peers: Peers,
+        counts: Callable[[], dict[str, int]],
     ) -> None:
-        """num_streams: open generations at the HTTP door."""
+        """counts: more of what is 0 when idle."""
         self._manager = manager
         self._links = links
         self._router = router
         self._generations = generations
         self._journeys = journeys
-        self._clock = clock
-        self._num_streams = num_streams
+        self._peers = peers
+        self._counts = counts
 
     def table(self) -> dict[tuple[str, str], Handler]:
         """(method, pattern) -> handler; App serves those under /debug/ only when it is told to."""
         return {
             ("GET", "/admin/instances"): self.instances,
+            ("POST", "/admin/instances/{name}/drain"): self.drain,
             ("GET", "/debug/ledger"): self.ledger,
             ("GET", "/debug/requests"): self.requests,
             ("GET", "/debug/requests/{id}"): self.request,
@@ -54,7 +58,7 @@ class AdminRoutes:
 
     async def instances(self, request: Request) -> tuple[int, object]:
         """Every instance: card, state, load, links with reasons."""
-        now = self._clock.now()
+        now = self._manager.now()
         return 200, {"instances": [self._row(member, now) for member in self._manager.members()]}
 
     def _row(self, member: Member, now: float) -> dict[str, object]:
@@ -75,12 +79,25 @@ class AdminRoutes:
             "policy": self._router.inputs(member.card.incarnation_id),
         }
 
+    async def drain(self, request: Request) -> tuple[int, object]:
+        """Have an instance leave: {"mode": "finish" or "move", "timeout_s": how long what runs may go on}. It ends when it is empty."""
+        mode, timeout_s = _drain_order(request.body)
+        name = request.params["name"]
+        member = next((each for each in self._manager.members() if each.card.name == name), None)
+        if member is None:
+            raise RequestNotFound("no instance of this name is known; see /admin/instances")
+        try:
+            count = await self._peers.of(member.card).drain(mode, timeout_s)
+        except PeerUnavailable as error:
+            raise InstanceLost("the instance does not answer") from error
+        return 202, {"name": name, "mode": mode, "open_requests": count}
+
     async def ledger(self, request: Request) -> tuple[int, object]:
         """Counts that are 0 when idle, and what the process holds."""
         held = process.held()
         return 200, {
             **self._generations.ledger(),
-            "streams": self._num_streams(),
+            **self._counts(),
             "instance_streams": self._generations.num_streams,
             "tasks": len(asyncio.all_tasks()),
             "file_handles": held.file_handles,
@@ -98,3 +115,19 @@ class AdminRoutes:
         if record is None:
             raise RequestNotFound("no such request is remembered; the last 1000 of 10 minutes are")
         return 200, record.row()
+
+
+def _drain_order(body: bytes) -> tuple[str, float]:
+    """Mode and seconds; an empty body asks to finish within 30 s. Raises InvalidValue."""
+    try:
+        asked = json.loads(body or b"{}")
+        mode, timeout_s = asked.get("mode", "finish"), float(asked.get("timeout_s", _DRAIN_S))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise InvalidValue(
+            'the body is not {"mode": "finish" or "move", "timeout_s": seconds}'
+        ) from error
+    if mode not in ("finish", "move"):
+        raise InvalidValue("mode is finish or move", param="mode")
+    if not 0 <= timeout_s <= _MOST_DRAIN_S:
+        raise InvalidValue(f"timeout_s lies in 0 to {_MOST_DRAIN_S:g}", param="timeout_s")
+    return mode, timeout_s

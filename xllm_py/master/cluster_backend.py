@@ -43,7 +43,7 @@ class ClusterBackend:
         run = None
         try:
             run = self._dispatcher.begin(submission, record, received)
-            opened = await self._dispatcher.dispatch(run)
+            opened = await self._dispatcher.start(run)
             while num_going_on:
                 for delta in await self._next(run, opened):
                     num_going_on -= bool(delta.finish_reason)

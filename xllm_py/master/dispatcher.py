@@ -33,6 +33,7 @@ from xllm_py.master.generations import Generations, OpenRequest
 from xllm_py.master.journeys import Record
 from xllm_py.master.peers import Peers
 from xllm_py.master.router import Router
+from xllm_py.master.waiting_room import WaitingRoom
 
 _log = log.get(__name__)
 _CANCEL_TRIES = 3
@@ -49,6 +50,7 @@ class Terms:
     relay: bool = False  # D's tokens come through P
     max_attempts: int = 3  # that may be lost
     queue_timeout_s: float = 60.0  # how long room is waited for
+    max_queue_size: int = 1024  # requests held back
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +93,13 @@ class Dispatcher:
         self._clock = clock
         self._terms = terms
         self._quarantine = Quarantine()
+        self._room = WaitingRoom(
+            most_waiting=terms.max_queue_size,
+            patience_s=terms.queue_timeout_s,
+            soonest_s=router.soonest_s,
+            clock=clock,
+            metrics=metrics,
+        )
         self._cancels: set[asyncio.Task[None]] = set()
         self._attempts = metrics.counter("attempts", "Attempts by what caused them", ["cause"])
         self._stalls = metrics.seconds(
@@ -114,10 +123,20 @@ class Dispatcher:
             fingerprint=fingerprint,
         )
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests held back, for the ledger."""
+        return len(self._room)
+
     # ---- one attempt, and the next ----
 
+    async def start(self, run: Run) -> OpenRequest:
+        """When it is its turn, until an instance has it. Raises the RequestError that the client is to see."""
+        await self._room.pass_through(run.submission, run.deadline)
+        return await self.dispatch(run)
+
     async def dispatch(self, run: Run, cause: str = "new") -> OpenRequest:
-        """Until an instance has it. Raises the RequestError that the client is to see."""
+        """As `start`, without waiting for a turn."""
         while True:
             try:
                 opened = self._place(run)

@@ -28,12 +28,18 @@ class Front:
 
     def table(self) -> dict[tuple[str, str], Handler]:
         """The admin routes, refused until `open`."""
-        paths = ("/admin/instances", "/debug/ledger", "/debug/requests", "/debug/requests/{id}")
-        return {("GET", path): self._late(path) for path in paths}
+        routes = (
+            ("GET", "/admin/instances"),
+            ("POST", "/admin/instances/{name}/drain"),
+            ("GET", "/debug/ledger"),
+            ("GET", "/debug/requests"),
+            ("GET", "/debug/requests/{id}"),
+        )
+        return {route: self._late(route) for route in routes}
 
-    def _late(self, path: str) -> Handler:
+    def _late(self, route: tuple[str, str]) -> Handler:
         async def handle(request: Request) -> tuple[int, object]:
-            handler = self._routes.get(("GET", path))
+            handler = self._routes.get(route)
             if handler is None:
                 raise NoInstances("the master is still starting")
             return await handler(request)

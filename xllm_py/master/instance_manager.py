@@ -266,6 +266,10 @@ class InstanceManager:
 
     # ---- what others ask ----
 
+    def now(self) -> float:
+        """On the clock that all moments of members are of."""
+        return self._clock.now()
+
     def members(self) -> list[Member]:
         """All, by name."""
         return sorted(self._members.values(), key=lambda member: member.card.name)

@@ -84,6 +84,7 @@ def _terms(config: MasterConfig, identity: Identity) -> Terms:
         relay=not config.decode_response_to_service,
         max_attempts=config.max_attempts,
         queue_timeout_s=config.queue_timeout_s,
+        max_queue_size=config.http.max_queue_size,
     )
 
 
@@ -139,7 +140,7 @@ def assemble(
             router=router,
             generations=generations,
             journeys=journeys,
-            clock=clock,
-            num_streams=num_streams,
+            peers=peers,
+            counts=lambda: {"streams": num_streams(), "queued": dispatcher.num_waiting},
         ),
     )

@@ -185,6 +185,14 @@ class Router:
             )
         return root
 
+    def soonest_s(self, model: str) -> float:
+        """When, predicted, the freest instance that a request for this model may go to gets to it; infinite: there is none."""
+        found = self._standing_options()
+        if found is None or (model and model not in found.cards[0].served_names):
+            return float("inf")
+        keys = found.giver_keys or [each.key for each in found.alone]
+        return min(self._costs[key].ahead_s for key in keys)
+
     # ---- what became of it ----
 
     def on_heartbeat(self, beat: Heartbeat) -> int:

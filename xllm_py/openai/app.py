@@ -32,9 +32,10 @@ from xllm_py.base.tasks import TaskFamily
 from xllm_py.openai.backend import Backend
 from xllm_py.openai.chat_template import ChatTemplate
 from xllm_py.openai.exchange import Exchange, Handler, HeaderList, Message, Plain, Receive, Send
-from xllm_py.openai.generation import Generation
+from xllm_py.openai.generation import Generation, Outlet
 from xllm_py.openai.host_check import check_host
-from xllm_py.openai.intake import Intake
+from xllm_py.openai.intake import Intake, Order
+from xllm_py.openai.kept import Kept, KeptAnswers, TokenByToken, place_after
 from xllm_py.openai.key_check import KeyRing
 from xllm_py.openai.measures import Measures
 from xllm_py.openai.plain_routes import PlainRoutes
@@ -74,6 +75,7 @@ class App:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._kept = KeptAnswers(clock)
         self._keys = KeyRing(settings.api_keys)
         self._measures = Measures(metrics, lambda: len(self._open))
         self._intake = Intake(
@@ -98,6 +100,7 @@ class App:
         routes: dict[tuple[str, str], Answerer] = {
             ("POST", "/v1/completions"): functools.partial(self._generate, chat=False),
             ("POST", "/v1/chat/completions"): functools.partial(self._generate, chat=True),
+            ("GET", "/v1/streams/{id}"): self._resume,
         }
         for (method, path), handler in plain.items():
             if path.startswith("/debug/") and not self.settings.debug_endpoints:
@@ -141,6 +144,7 @@ class App:
             asked = self._clock.now()
             await asyncio.sleep(_LAG_PERIOD_S)
             self._measures.loop_lag(max(0.0, self._clock.now() - asked - _LAG_PERIOD_S))
+            self._kept.sweep()
 
     # --- one request
 
@@ -205,25 +209,89 @@ class App:
             timeout_s = self._timeout_s(exchange)
             async with self._deadline(timeout_s):
                 data = await self._read(exchange)
+                key = exchange.headers.get("idempotency-key")
                 async with exchange.attended(self._tasks, self.settings.keepalive_s):
+                    if key is not None:
+                        await self._generate_kept(exchange, key, data, chat=chat)
+                        return
                     left_s = timeout_s - (self._clock.now() - exchange.arrived)
                     take = self._intake.chat if chat else self._intake.completion
                     order = await take(data, left_s, self._tenant(exchange))
                     if order.label is not None and "x-request-id" not in exchange.headers:
                         exchange.label = ids.label_or_new(order.label, "req")
-                    generation = Generation(
-                        exchange,
-                        order,
-                        vocabulary=self._tokenizer,
-                        measures=self._measures,
-                        clock=self._clock,
-                        do=self._intake.do,
-                    )
-                    await generation.run(self._backend, self._tasks)
+                    await self._generation(exchange, order).run(self._backend, self._tasks)
         finally:
-            self._open.discard(exchange)
-            if not self._open:
-                self._idle.set()
+            self._close_exchange(exchange)
+
+    def _generation(self, outlet: Outlet, order: Order) -> Generation:
+        return Generation(
+            outlet,
+            order,
+            vocabulary=self._tokenizer,
+            measures=self._measures,
+            clock=self._clock,
+            do=self._intake.do,
+        )
+
+    # --- answers that outlive their connection
+
+    async def _generate_kept(
+        self, exchange: Exchange, key: str, data: bytes, *, chat: bool
+    ) -> None:
+        """Follow the answer of this key, behind a Last-Event-ID when there is one; begin it when it is new."""
+        after = place_after(exchange.headers.get("last-event-id"), None)
+        kept, fresh = self._kept.open(self._tenant(exchange), key, exchange.path, data)
+        if fresh:
+            work = self._produce(kept, data, self._timeout_s(exchange), chat=chat)
+            kept.task = self._tasks.start(work, name="kept answer")
+            kept.task.add_done_callback(lambda _: self._on_produced(kept))
+        await self._follow(exchange, kept, after)
+
+    async def _produce(self, kept: Kept, data: bytes, timeout_s: float, *, chat: bool) -> None:
+        try:
+            async with self._deadline(timeout_s):
+                take = self._intake.chat if chat else self._intake.completion
+                order = await take(data, timeout_s, kept.tenant, kept.identity)
+                kept.request_id = order.response_id
+                generation = self._generation(kept, order)
+                await generation.run(TokenByToken(self._backend), self._tasks)
+        except RequestError as error:
+            self._kept.drop(kept)
+            kept.fail(error)
+
+    def _on_produced(self, kept: Kept) -> None:
+        """Whatever ended it, its readers hear of it."""
+        if not kept.done:
+            self._kept.drop(kept)
+            kept.fail(InternalServerError("the answer was given up; send the request again"))
+
+    async def _follow(self, exchange: Exchange, kept: Kept, after: tuple[int, int] | None) -> None:
+        self._kept.seat(kept, 1)
+        try:
+            await kept.follow(exchange, after)
+        finally:
+            self._kept.seat(kept, -1)
+
+    async def _resume(self, exchange: Exchange, params: dict[str, str]) -> None:
+        """GET /v1/streams/{id}: the rest of an answer whose connection was lost."""
+        query = exchange.request(params).query
+        after = place_after(exchange.headers.get("last-event-id"), query.get("starting_after"))
+        kept = self._kept.find(self._tenant(exchange), params["id"])
+        self._open.add(exchange)
+        self._idle.clear()
+        try:
+            async with (
+                self._deadline(self.settings.request_timeout_s),
+                exchange.attended(self._tasks, self.settings.keepalive_s),
+            ):
+                await self._follow(exchange, kept, after)
+        finally:
+            self._close_exchange(exchange)
+
+    def _close_exchange(self, exchange: Exchange) -> None:
+        self._open.discard(exchange)
+        if not self._open:
+            self._idle.set()
 
     def _tenant(self, exchange: Exchange) -> str:
         return self._keys.holder(exchange.headers.get("authorization")) or ""

@@ -6,7 +6,8 @@ leaving, the deadline), the backend's generators are closed before it returns.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -17,7 +18,6 @@ from xllm_py.openai import logprobs, sse
 from xllm_py.openai.backend import Backend
 from xllm_py.openai.choices import Choices, Piece
 from xllm_py.openai.detokenizer import Vocabulary
-from xllm_py.openai.exchange import Exchange
 from xllm_py.openai.intake import Order
 from xllm_py.openai.logprobs import Scored
 from xllm_py.openai.measures import Measures
@@ -31,12 +31,29 @@ _ON_LOOP_LOGPROBS = 500  # writing so many takes about a millisecond
 Do = Callable[[bool, Callable[[], bytes]], Awaitable[bytes]]
 
 
+class Outlet(Protocol):
+    """Where an answer goes: Exchange, to a client; kept.Kept, to whoever follows it."""
+
+    arrived: float
+    arrived_wall: int
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """A piece of an event stream."""
+        ...
+
+    async def respond(
+        self, status: int, body: bytes, *, headers: Iterable[tuple[bytes, bytes]] = ()
+    ) -> None:
+        """A whole answer at once, as JSON."""
+        ...
+
+
 class Generation:
     """One order on its way to its client."""
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: Outlet,
         order: Order,
         *,
         vocabulary: Vocabulary,

@@ -71,6 +71,15 @@ class Order:
         return self.shown.best_of
 
 
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Who asks, for how long, and what seeds the request gets that it does not bring."""
+
+    tenant: str
+    timeout_s: float
+    draw_seed: Callable[[], int]
+
+
 class Intake:
     """Holds what a request is checked against. `close` ends its threads."""
 
@@ -97,10 +106,13 @@ class Intake:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._grammars.close()
 
-    async def completion(self, data: bytes, timeout_s: float, tenant: str = "") -> Order:
+    async def completion(
+        self, data: bytes, timeout_s: float, tenant: str = "", identity: bytes = b""
+    ) -> Order:
         """The order of a /v1/completions body; raises RequestError leaves of status 400, 404 or 503.
 
-        tenant: the id of the caller's API key; cached prefixes are not shared between tenants.
+        tenant: the id of the caller's API key; cached prefixes are not shared between tenants. identity: what seeds that the client does not
+        send come from; empty: chance.
         """
         body = await self.read(data, CompletionBody)
         model = self._checked_model(body)
@@ -113,10 +125,13 @@ class Intake:
         prompts += await self.encode(texts, special=special, param="prompt")
         if body.echo and not texts:
             texts = await self._decode(prompts, skip=body.skip_special_tokens is not False)
-        order = self._order(body, model, prompts, timeout_s, tenant, grammar)
+        caller = _Caller(tenant, timeout_s, _seeds_of(identity) if identity else self._draw_seed)
+        order = self._order(body, model, prompts, caller, grammar)
         return replace(order, prompt_texts=tuple(texts)) if body.echo else order
 
-    async def chat(self, data: bytes, timeout_s: float, tenant: str = "") -> Order:
+    async def chat(
+        self, data: bytes, timeout_s: float, tenant: str = "", identity: bytes = b""
+    ) -> Order:
         """The order of a /v1/chat/completions body; raises as `completion` does."""
         body = await self.read(data, ChatBody)
         model = self._checked_model(body)
@@ -134,7 +149,8 @@ class Intake:
         text = await self.do(True, lambda: template.render(messages, variables))
         special = body.add_special_tokens is True
         prompts = await self.encode([text], special=special, param="messages")
-        return self._order(body, model, prompts, timeout_s, tenant, grammar)
+        caller = _Caller(tenant, timeout_s, _seeds_of(identity) if identity else self._draw_seed)
+        return self._order(body, model, prompts, caller, grammar)
 
     async def read(self, data: bytes, kind: type[B]) -> B:
         """Parse one body; fields nobody knows are dropped, counted and logged by name."""
@@ -206,8 +222,7 @@ class Intake:
         body: Common,
         model: ServedModel,
         prompts: Sequence[tuple[int, ...]],
-        timeout_s: float,
-        tenant: str,
+        caller: _Caller,
         grammar: str,
     ) -> Order:
         chat = isinstance(body, ChatBody)
@@ -234,11 +249,11 @@ class Intake:
                         model,
                         wanted,
                         num_prompt=len(prompt),
-                        seed=self._draw_seed() if body.seed is None else body.seed,
+                        seed=caller.draw_seed() if body.seed is None else body.seed,
                         grammar=grammar,
                     ),
-                    timeout_s=timeout_s,
-                    cache_salt=_salt(tenant, body.cache_salt),
+                    timeout_s=caller.timeout_s,
+                    cache_salt=_salt(caller.tenant, body.cache_salt),
                     **hurry,
                 )
                 for index, prompt in enumerate(prompts)
@@ -249,6 +264,12 @@ class Intake:
 def _salt(tenant: str, salt: str | None) -> str:
     """Who may share cached prefixes: nobody but this tenant, and of it only those who name the same salt."""
     return f"{tenant}\0{salt or ''}" if tenant or salt else ""
+
+
+def _seeds_of(identity: bytes) -> Callable[[], int]:
+    """The same ones in a row wherever this request is served."""
+    generator = random.Random(identity)
+    return lambda: generator.getrandbits(63)
 
 
 def _seeds(base: int) -> Callable[[], int]:
