@@ -92,7 +92,7 @@ class Daemons:
         self.running.append(daemon)
         return daemon
 
-    def start_master(self) -> Daemon:
+    def start_master(self, *more: str) -> Daemon:
         """A master that serves the registry as well; returns at once."""
         port, self.etcd_port = free_port(), free_port()
         flags = [
@@ -101,6 +101,7 @@ class Daemons:
             f"--http_server_port={port}",
             f"--rpc_server_port={free_port()}",
             f"--tokenizer_path={self.model}",
+            *more,
         ]
         return self._start("master", "xllm_py.cli.xllm_master", port, flags)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tests.e2e.cluster import Daemon, running, wait_for
@@ -16,6 +17,14 @@ def ask(master: Daemon, prompt: list[int], **fields: object) -> tuple[str, dict[
     assert status == 200, answer
     details = answer["usage"]["prompt_tokens_details"] or {}
     return answer["choices"][0]["text"], newest(master), details.get("cached_tokens", 0)
+
+
+def why(master: Daemon, prompt: list[int]) -> str:
+    """As the answer's header says it."""
+    raw = json.dumps(body(prompt)).encode()
+    answer = master.exchange("POST", "/v1/completions", raw, {"x-xllm-explain": "1"})
+    assert answer.status == 200
+    return answer.headers["x-xllm-route"]
 
 
 def known_blocks(master: Daemon, *names: object) -> int:
@@ -54,6 +63,7 @@ def test_prompts_go_to_where_they_are_cached(tiny_model: Path, tmp_path: Path) -
         assert record_longer["prefill_instance"] == record["prefill_instance"]
         assert cached == len(PROMPT)
 
+        assert "CAR: " in why(master, longer)
         _, _, cached = ask(master, PROMPT, cache_salt="other")
         assert cached == 0  # nobody else's
 

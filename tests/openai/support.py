@@ -149,6 +149,9 @@ class EchoBackend:
     def models(self) -> tuple[ServedModel, ...]:
         return self.served
 
+    def explain(self, request_id: str) -> str:
+        return f"echo of {request_id}"
+
     def ready(self) -> Readiness:
         return self.state
 

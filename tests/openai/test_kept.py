@@ -144,6 +144,22 @@ async def test_another_body_under_the_same_key_is_a_conflict(make) -> None:
     check_error(await post(door, "x" * 256).done(), 400, "invalid_value", "idempotency-key")
 
 
+@pytest.mark.parametrize("kept", [{}, {"idempotency-key": "k"}])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_asks_is_told_why_a_request_is_served_where_it_is(make, kept, stream) -> None:
+    door = make()
+    for asked in ({}, {"x-xllm-explain": "1"}):
+        body = {**BODY, "stream": stream}
+        call = door.call("POST", "/v1/completions", body, headers={**kept, **asked})
+        answer = await call.done()
+        told = answer.headers.get("x-xllm-route", "")
+        assert told == (f"echo of {_id(answer, stream)}" if asked else "")
+
+
+def _id(answer: object, stream: bool) -> str:
+    return id_of(answer) if stream else str(answer.json()["id"])  # type: ignore[attr-defined]
+
+
 # ---- the table alone ----
 
 

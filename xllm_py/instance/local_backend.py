@@ -84,6 +84,10 @@ class LocalBackend:
         """As the daemon sees it."""
         return self._ready()
 
+    def explain(self, request_id: str) -> str:
+        """There is one place only."""
+        return ""
+
 
 def _coalesce(deltas: list[Delta]) -> list[Delta]:
     """Join neighbours of one choice, so that a slow consumer gets fewer, larger pieces."""

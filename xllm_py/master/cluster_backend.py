@@ -70,6 +70,15 @@ class ClusterBackend:
         """As the router sees it."""
         return self._router.ready()
 
+    def explain(self, request_id: str) -> str:
+        """Names and the policy's reason, of the attempt that runs."""
+        record = self._journeys.get(request_id)
+        if record is None or record.route is None:
+            return ""
+        route = record.route
+        names = route.first.name + (f" -> {route.decode.name}" if route.decode else "")
+        return f"attempt {record.attempt}: {names} ({route.reason})"
+
     # ---- one request ----
 
     async def _next(self, run: Run, opened: OpenRequest) -> list[Delta]:

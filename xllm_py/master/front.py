@@ -56,6 +56,10 @@ class Front:
         """See Backend."""
         return self._backend.models() if self._backend is not None else ()
 
+    def explain(self, request_id: str) -> str:
+        """See Backend."""
+        return self._backend.explain(request_id) if self._backend is not None else ""
+
     def ready(self) -> Readiness:
         """See Backend."""
         if self._backend is None:

@@ -86,6 +86,8 @@ class Record:
             "mode": self.route.mode if self.route else "",
             "prefill_instance": self.route.first.name if self.route else None,
             "decode_instance": decode.name if decode else None,
+            "reason": self.route.reason if self.route else "",
+            "predicted_ttft_ms": round(1000 * self.route.ttft_s, 3) if self.route else 0.0,
             "moments": self._ordered(),
             "transfer": self._moved(),
         }

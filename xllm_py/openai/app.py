@@ -219,6 +219,7 @@ class App:
                     order = await take(data, left_s, self._tenant(exchange))
                     if order.label is not None and "x-request-id" not in exchange.headers:
                         exchange.label = ids.label_or_new(order.label, "req")
+                    exchange.explain = lambda: self._backend.explain(order.response_id)
                     await self._generation(exchange, order).run(self._backend, self._tasks)
         finally:
             self._close_exchange(exchange)
@@ -266,6 +267,7 @@ class App:
             kept.fail(InternalServerError("the answer was given up; send the request again"))
 
     async def _follow(self, exchange: Exchange, kept: Kept, after: tuple[int, int] | None) -> None:
+        exchange.explain = lambda: self._backend.explain(kept.request_id)
         self._kept.seat(kept, 1)
         try:
             await kept.follow(exchange, after)

@@ -73,3 +73,7 @@ class Backend(Protocol):
     def ready(self) -> Readiness:
         """Whether a request would be served now."""
         ...
+
+    def explain(self, request_id: str) -> str:
+        """Why a request is served where it is, as one line of ASCII; empty when there was nothing to decide."""
+        ...

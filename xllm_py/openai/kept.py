@@ -235,6 +235,10 @@ class TokenByToken:
         """See Backend."""
         return self._backend.ready()
 
+    def explain(self, request_id: str) -> str:
+        """See Backend."""
+        return self._backend.explain(request_id)
+
 
 def _singles(delta: Delta) -> Iterable[Delta]:
     last = len(delta.token_ids) - 1
