@@ -264,9 +264,8 @@ class Dispatcher:
                     opened.news.clear()
                     if opened.log.error is not None:  # lost before the call returned
                         raise request_error(*opened.log.error)
-                    if (
-                        opened.log.has_news
-                    ):  # whoever has it speaks; the answer to the call tells nothing more
+                    # whoever has it speaks: the answer to the call tells nothing more
+                    if opened.log.has_news:
                         return
                     await opened.news.wait()
         except TimeoutError as error:

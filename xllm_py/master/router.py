@@ -226,10 +226,12 @@ class Router:
         self.costs(_decoder(route)).observe_token(seconds)
 
     def on_gone(self, request_id: str, route: Route, *, decoding: bool) -> None:
-        """The attempt is over, before its first token or after."""
-        self.costs(route.first.incarnation_id).dequeue(request_id)
-        if decoding:
-            self.costs(_decoder(route)).decode(-1)
+        """The attempt is over, before its first token or after; of an instance that was forgotten meanwhile nothing is kept."""
+        first, decoder = route.first.incarnation_id, _decoder(route)
+        if first in self._costs:
+            self._costs[first].dequeue(request_id)
+        if decoding and decoder in self._costs:
+            self._costs[decoder].decode(-1)
 
     def _forget(self, incarnation: str) -> None:
         self._index.forget(incarnation)
