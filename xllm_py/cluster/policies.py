@@ -39,9 +39,8 @@ class Known:
     """What the policies know beside the cluster's view."""
 
     costs: Mapping[str, Costs]  # by incarnation
-    held: Mapping[str, int] = field(
-        default_factory=dict
-    )  # incarnation -> leading tokens of the prompt in its cache
+    # incarnation -> leading tokens of the prompt in its cache
+    held: Mapping[str, int] = field(default_factory=dict)
     rates: Mapping[tuple[str, str], float] = field(default_factory=dict)  # linked pair -> bytes/s
     draw: Callable[[int], int] = lambda n: 0
     ttft_s: float = 1.0  # targets
@@ -83,9 +82,8 @@ def _best_pair(policy: str, found: Options, facts: Facts, known: Known) -> Route
     return _pair_route(policy, found.pairs[best[2]][0], found.takers[best[3]], facts, known)
 
 
-_Ranked = list[
-    tuple[float, float, int]
-]  # less chance, in tenths: what is nearly certain is judged by cost; seconds; place in the options
+# less chance, in tenths, so that what is nearly certain is judged by cost; seconds; place in the options
+_Ranked = list[tuple[float, float, int]]
 
 
 def _givers(found: Options, facts: Facts, known: Known, *, by_chance: bool) -> _Ranked:
