@@ -147,25 +147,24 @@ async def hold_open(url: str, count: int, resident: Any) -> float:
     body = {
         "model": "tiny",
         "prompt": [1, 2, 3],
-        "max_tokens": 50,
+        "max_tokens": 12,
         "stream": True,
         "ignore_eos": True,
     }
     raw = encode(url, "/v1/completions", body)
     host, _, port = url.removeprefix("http://").partition(":")
     before = resident()
-    writers = []
-    for begin in range(0, count, 100):
+    streams = []
+    for begin in range(0, count, 200):
         opened = await asyncio.gather(
-            *(asyncio.open_connection(host, int(port)) for _ in range(min(100, count - begin)))
+            *(asyncio.open_connection(host, int(port)) for _ in range(min(200, count - begin)))
         )
         for _, writer in opened:
             writer.write(raw)
-            writers.append(writer)
-        await asyncio.gather(*(reader.readuntil(b"data: ") for reader, _ in opened))
-    await asyncio.sleep(1.0)
+        streams += opened
+    await asyncio.gather(*(reader.readuntil(b"data: ") for reader, _ in streams))
     used = (resident() - before) / count
-    for writer in writers:
+    for _, writer in streams:
         writer.close()
     return float(used)
 
@@ -190,7 +189,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder) / "model", "tiny")
+        model = write_model(Path(folder) / "tiny", "tiny")
         for part, step_s in (("short", 0.0), ("streams", STEP_S), ("idle", 3.0)):
             if part not in options.part:
                 continue

@@ -12,6 +12,7 @@ BLOCK_SIZE = 4
 PREFILLS = ("p1", "p2")
 DECODES = ("d1", "d2")
 NAMES = (*PREFILLS, *DECODES)
+MASTERS = ("master", "master2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class Script:
     strategy: str = "fcfs"
     pull: bool = False  # D fetches, else P pushes
     policy: str = "RR"
+    num_masters: int = 1
     asks: list[Ask]
     events: list[Event] = field(default_factory=list)
     weather: Weather = field(default_factory=Weather)
@@ -119,7 +121,17 @@ def script_of(seed: int) -> Script:
         _poison(random, script)
     script.pull = Random(f"{seed} transfer").random() < 0.3
     script.policy = Random(f"{seed} policy").choice(("RR", "LOAD", "CAR", "CAR", "SLO_AWARE"))
+    _masters(Random(f"{seed} masters"), script)
     return script
+
+
+def _masters(random: Random, script: Script) -> None:
+    """A second one in some, which may die."""
+    if random.random() < 0.25:
+        script.num_masters = 2
+        if random.random() < 0.4:
+            at = random.uniform(0, 0.15)
+            script.events.append(Event(at=at, kind="kill master", who="master2"))
 
 
 def _classes(random: Random, script: Script) -> None:

@@ -1,4 +1,4 @@
-"""A whole cluster in one thread: registry, master, two prefill and two decode instances, and the clients of one script.
+"""A whole cluster in one thread: registry, one or two masters, two prefill and two decode instances, and the clients of one script.
 
 Everything of the product between the HTTP door and the KV sockets is the real thing; in memory are the registry, gRPC's channels
 (grpc_memory), the KV transport, and the socketpair to each engine (engine).
@@ -17,7 +17,7 @@ from tests.sim.engine import Engine, Kv
 from tests.sim.grpc_memory import Network, Weather
 from tests.sim.metrics import Tally
 from tests.sim.oracle import sampling_of
-from tests.sim.script import BLOCK_SIZE, DECODES, NAMES, PREFILLS, Ask, Event, Script
+from tests.sim.script import BLOCK_SIZE, DECODES, MASTERS, NAMES, PREFILLS, Ask, Event, Script
 from tests.sim.virtual import PROCESS, Process, VirtualLoop
 from xllm_py.base.errors import RequestError
 from xllm_py.base.tasks import TaskFamily
@@ -207,6 +207,81 @@ class Instance:
         return {name: count for name, count in things.items() if count}
 
 
+class Master:
+    """One master: the process that clients ask."""
+
+    def __init__(self, world: World, name: str, port: int) -> None:
+        self.name = name
+        self.process = Process(name, port, world.network)
+        self.tasks = TaskFamily(name)
+        self.registry = ProcessRegistry(world.store)
+        self.parts: master_parts.Parts
+        self._world = world
+
+    async def start(self) -> None:
+        """As master/daemon does it, without HTTP."""
+        world, script = self._world, self._world.script
+        config = MasterConfig(
+            tokenizer_path="",
+            etcd=EtcdSlice(address=""),
+            http=HttpSlice(max_concurrent_requests=100),
+            decode_response_to_service=not script.relay,
+            load_balance_policy=script.policy,
+            target_ttft_s=30.0,  # nobody is refused
+            log=LogSlice(),
+            rpc_timeout_s=1.0,
+            suspect_after_s=0.9,
+            gone_after_s=1.8,
+        )
+        identity = master_parts.Identity(
+            incarnation=f"{self.name}.1", cluster_key=KEY, rpc_address=self.process.address
+        )
+        self.parts = parts = master_parts.assemble(
+            config,
+            identity,
+            clock=world.loop.clock,
+            metrics=world.tally.as_metrics(),
+            tasks=self.tasks,
+            num_streams=lambda: 0,
+        )
+        parts.links._jitter.seed(world.random.random())
+        parts.router._random.seed(script.seed)
+        await serve_master(
+            parts.generations,
+            host="127.0.0.1",
+            port=0,
+            may_move=False,
+            cluster_key=KEY,
+            incarnation=identity.incarnation,
+        )
+        registry = self.registry
+        await parts.manager.begin(registry)
+        self.tasks.start(parts.manager.follow(registry), name="registry", vital=True)
+        self.tasks.start(parts.manager.keep_time(), name="clock", vital=True)
+        record = ServiceRecord(
+            name=self.name,
+            rpc_address=identity.rpc_address,
+            http_address="",
+            incarnation_id=identity.incarnation,
+        )
+        lease = await registry.lease(3)
+        await lease.put(keys.service(identity.rpc_address), service_to_json(record, KEY))
+
+    def die(self) -> None:
+        """kill -9: its clients lose their connections."""
+        world = self._world
+        if self.process.alive:
+            world.network.bury(self.process)
+            world.ending += self.process.end_tasks()
+            world.loop.call_later(LEASE_S, self.registry.lapse)
+
+    def open_things(self) -> dict[str, int]:
+        """What must be nothing when all is quiet."""
+        if not self.process.alive:
+            return {}
+        return {name: count for name, count in self.parts.generations.ledger().items() if count}
+
+
 @dataclasses.dataclass(kw_only=True)
 class Told:
     """What one client has seen."""
@@ -239,9 +314,10 @@ class World:
         self.lives = dict.fromkeys(NAMES, 0)
         self.instances: dict[str, Instance] = {}
         self.all_instances: list[Instance] = []
-        self.process = Process("master", 7000, self.network)
-        self.tasks = TaskFamily("master")
-        self.parts: master_parts.Parts
+        self.masters = {
+            name: Master(self, name, 7001 - number)
+            for number, name in enumerate(MASTERS[: script.num_masters], start=1)
+        }
         self.told = [Told(ask=ask) for ask in script.asks]
 
     def trace(self, *words: Any) -> None:
@@ -267,15 +343,18 @@ class World:
     # ---- the cluster's life ----
 
     async def start(self) -> None:
-        """Master and instances, until every pair is linked."""
-        await self._begin(self._start_master(), self.process)
+        """Masters and instances, until every pair is linked at each."""
+        for master in self.masters.values():
+            await self._begin(master.start(), master.process)
         for name in NAMES:
             self.give_birth(name)
         end = self.loop.time() + START_S
-        while len(self.parts.links.linked()) < len(PREFILLS) * len(DECODES):
-            if self.loop.time() >= end:
-                raise Wrong(f"the cluster does not find itself: {self.parts.links.unlinked()}")
-            await asyncio.sleep(0.005)
+        for master in self.masters.values():
+            links = master.parts.links
+            while len(links.linked()) < len(PREFILLS) * len(DECODES):
+                if self.loop.time() >= end:
+                    raise Wrong(f"the cluster does not find itself: {links.unlinked()}")
+                await asyncio.sleep(0.005)
 
     def _begin(self, work: Any, process: Process) -> asyncio.Task[Any]:
         task = self.loop.create_task(work, context=process.context)
@@ -285,53 +364,6 @@ class World:
     def _on_begun(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and task.exception() is not None:
             self.loop.failures.append(repr(task.exception()))
-
-    async def _start_master(self) -> None:
-        config = MasterConfig(
-            tokenizer_path="",
-            etcd=EtcdSlice(address=""),
-            http=HttpSlice(max_concurrent_requests=100),
-            decode_response_to_service=not self.script.relay,
-            load_balance_policy=self.script.policy,
-            target_ttft_s=30.0,  # nobody is refused
-            log=LogSlice(),
-            rpc_timeout_s=1.0,
-            suspect_after_s=0.9,
-            gone_after_s=1.8,
-        )
-        identity = master_parts.Identity(
-            incarnation="master.1", cluster_key=KEY, rpc_address=self.process.address
-        )
-        self.parts = parts = master_parts.assemble(
-            config,
-            identity,
-            clock=self.loop.clock,
-            metrics=self.tally.as_metrics(),
-            tasks=self.tasks,
-            num_streams=lambda: 0,
-        )
-        parts.links._jitter.seed(self.random.random())
-        parts.router._random.seed(self.script.seed)
-        await serve_master(
-            parts.generations,
-            host="127.0.0.1",
-            port=0,
-            may_move=False,
-            cluster_key=KEY,
-            incarnation=identity.incarnation,
-        )
-        registry = ProcessRegistry(self.store)
-        await parts.manager.begin(registry)
-        self.tasks.start(parts.manager.follow(registry), name="registry", vital=True)
-        self.tasks.start(parts.manager.keep_time(), name="clock", vital=True)
-        record = ServiceRecord(
-            name="master",
-            rpc_address=identity.rpc_address,
-            http_address="",
-            incarnation_id=identity.incarnation,
-        )
-        lease = await registry.lease(3)
-        await lease.put(keys.service(identity.rpc_address), service_to_json(record, KEY))
 
     def give_birth(self, name: str) -> None:
         """A new life of an instance."""
@@ -352,12 +384,18 @@ class World:
             link.faults = self._kv_faults(link.giver.incarnation, link.taker.incarnation)
         for event in self.script.events:
             self.loop.call_later(event.at, self._befall, event)
-        return [self._begin(self._client(told), self.process) for told in self.told]
+        return [self._begin(self._client(told), self._asked(told).process) for told in self.told]
+
+    def _asked(self, told: Told) -> Master:
+        """The master of a client."""
+        return self.masters[MASTERS[int(told.ask.name[1:]) % len(self.masters)]]
 
     def _befall(self, event: Event) -> None:
         self.trace(event.kind, event.who, event.other)
         instance = self.instances.get(event.who)
         match event.kind:
+            case "kill master":
+                self.masters[event.who].die()
             case "kill":
                 assert instance is not None
                 instance.die()
@@ -389,6 +427,13 @@ class World:
     # ---- the clients ----
 
     async def _client(self, told: Told) -> None:
+        try:
+            await self._ask(told)
+        except asyncio.CancelledError:  # its master died
+            told.left, told.ends = True, 1
+            raise
+
+    async def _ask(self, told: Told) -> None:
         ask = told.ask
         await asyncio.sleep(ask.at)
         reading = self.loop.create_task(self._read(told))
@@ -413,7 +458,8 @@ class World:
             offline=ask.offline,
         )
         try:
-            async with contextlib.aclosing(self.parts.backend.generate(submission)) as source:
+            backend = self._asked(told).parts.backend
+            async with contextlib.aclosing(backend.generate(submission)) as source:
                 async for delta in source:
                     self._hear(told, delta)
         except RequestError as error:
@@ -440,16 +486,19 @@ class World:
             for name, instance in self.instances.items()
             if (things := instance.open_things())
         }
-        ledger = {name: count for name, count in self.parts.generations.ledger().items() if count}
-        if ledger:
-            found["master"] = ledger
+        found |= {
+            name: things
+            for name, master in self.masters.items()
+            if (things := master.open_things())
+        }
         return found
 
     async def close(self) -> None:
         """End every process."""
         for instance in self.all_instances:
             instance.die()
-        self.ending += self.process.end_tasks()
+        for master in self.masters.values():
+            master.die()
         current = asyncio.current_task()
         ending = [task for task in self.ending if task is not current]
         if ending:

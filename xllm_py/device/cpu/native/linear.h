@@ -12,6 +12,7 @@ enum After { PLAIN = 0, ADD = 1, GATE = 2 };
 
 template <class T>
 struct Linear {
+  static_assert(T::PER * sizeof(typename T::B) == 4, "a step of a column is a word");
   static constexpr long DEPTH = 512 / sizeof(typename T::B);  // of k at once: such a piece of a panel stays in the L1 cache
 
   static long steps_of(long k) { return (k + T::PER - 1) / T::PER; }
@@ -29,20 +30,28 @@ struct Linear {
     return column < half ? row : n / 2 + row;
   }
 
-  // weight [n][k] -> packed [panels][steps][PANEL][PER]
+  // weight [n][k] -> packed [panels][steps][PANEL][PER]. A step of a column is four bytes in every type, so words are moved; a few columns at a
+  // time, so that what is read and what is written stay in the cache.
   static void pack(const typename T::B* weight, typename T::B* packed, long n, long k, bool gated,
                    int threads) {
     long panels = panels_of(n, gated), steps = steps_of(k);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long panel = 0; panel < panels; panel++) {
-      typename T::B* to = packed + panel * steps * PANEL * T::PER;
-      for (long column = 0; column < PANEL; column++) {
-        long row = row_of(panel, column, n, gated);
-        for (long i = 0; i < steps * T::PER; i++) {
-          long at = (i / T::PER * PANEL + column) * T::PER + i % T::PER;
-          to[at] = row < 0 || i >= k ? 0 : weight[row * k + i];
-        }
-      }
+      uint32_t* to = (uint32_t*)(packed + panel * steps * PANEL * T::PER);
+      for (long begin = 0; begin < PANEL; begin += 16)
+        for (long first = 0; first < steps; first += 64)
+          for (long column = begin; column < std::min<long>(begin + 16, PANEL); column++) {
+            const long row = row_of(panel, column, n, gated);
+            const typename T::B* from = weight + std::max(row, 0L) * k;
+            const long end = std::min(first + 64, steps), whole = row < 0 ? first : std::min(end, k / T::PER);
+            for (long step = first; step < whole; step++)
+              std::memcpy(to + step * PANEL + column, from + step * T::PER, 4);
+            for (long step = std::max(first, whole); step < end; step++) {
+              uint32_t word = 0;  // past the end, and in a column without a row
+              if (row >= 0) std::memcpy(&word, from + step * T::PER, (k - step * T::PER) * sizeof(typename T::B));
+              to[step * PANEL + column] = word;
+            }
+          }
     }
   }
 
