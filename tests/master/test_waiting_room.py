@@ -11,6 +11,7 @@ from tests.master.support import running_master, submission, until
 from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import DeadlineExceeded, QueueFull, QueueTimeout
 from xllm_py.base.metrics import Metrics
+from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Role
 from xllm_py.core.request import Submission
 from xllm_py.master.waiting_room import HELD_S, WaitingRoom
@@ -29,6 +30,7 @@ class Busy:
             most_waiting=most_waiting,
             patience_s=patience_s,
             soonest_s=lambda model: 0.0 if self.free else HELD_S + 1,
+            tasks=TaskFamily("room"),
             clock=self.clock,
             metrics=Metrics(),
         )

@@ -8,6 +8,7 @@ seconds. Owned by master/dispatcher.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 RAISED_S = 10.0  # a request that has waited so long counts as of the next higher priority
@@ -23,6 +24,7 @@ class Ticket:
     tokens: int  # of its prompt
     level: int  # priority, 1 first; offline ones stand further back
     since: float
+    model: str = ""
 
 
 def level_of(priority: int, *, offline: bool) -> int:
@@ -62,12 +64,15 @@ class Door:
         if ticket in self._waiting:
             self._remove(ticket)
 
-    def take(self, now: float) -> Ticket | None:
-        """The next one; it is let through. None: nobody waits."""
-        if not self._waiting:
+    def take(
+        self, now: float, may: Callable[[Ticket], bool] = lambda ticket: True
+    ) -> Ticket | None:
+        """The next one of those that may; it is let through. None: nobody is."""
+        able = [each for each in self._waiting if may(each)]
+        if not able:
             return None
         chosen = min(
-            self._waiting,
+            able,
             key=lambda each: (
                 each.level - int((now - each.since) / RAISED_S),
                 self._served[each.tenant],

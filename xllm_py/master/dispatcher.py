@@ -97,6 +97,7 @@ class Dispatcher:
             most_waiting=terms.max_queue_size,
             patience_s=terms.queue_timeout_s,
             soonest_s=router.soonest_s,
+            tasks=tasks,
             clock=clock,
             metrics=metrics,
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import DeadlineExceeded, QueueFull, QueueTimeout
 from xllm_py.base.metrics import Metrics
+from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.door import Door, Ticket, level_of
 from xllm_py.core.request import Submission
 
@@ -29,6 +30,7 @@ class WaitingRoom:
         most_waiting: int,
         patience_s: float,
         soonest_s: Callable[[str], float],
+        tasks: TaskFamily,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -36,9 +38,13 @@ class WaitingRoom:
         self._door = Door(most_waiting=most_waiting, most_tokens=MOST_TOKENS)
         self._patience_s = patience_s
         self._soonest_s = soonest_s
+        self._tasks = tasks
         self._clock = clock
         self._bells: dict[Ticket, asyncio.Event] = {}
-        self._num_passing = 0  # let through, and not placed yet: who looks meanwhile sees an instance that is free no more
+        self._looking: asyncio.Task[None] | None = None  # while anybody waits
+        self._num_passing = (
+            0  # let through, and not placed yet: nobody else is, until the instance is free no more
+        )
         metrics.gauge("requests_queued", "Held back by the master").set_function(
             lambda: float(len(self))
         )
@@ -48,58 +54,52 @@ class WaitingRoom:
 
     async def pass_through(self, submission: Submission, deadline: float) -> None:
         """Return when it is this request's turn. Raises QueueFull at once, QueueTimeout or DeadlineExceeded later."""
-        if not len(self._door) and self._is_free(submission.model):
+        if not self._bells and self._is_free(submission.model):
             return
-        tokens = len(submission.prompt_ids)
+        tokens, now = len(submission.prompt_ids), self._clock.now()
         if not self._door.has_room(tokens):
             raise QueueFull(
                 f"{len(self._door)} requests wait already; try again later", retry_after_s=_RETRY_S
             )
-        now = self._clock.now()
         ticket = Ticket(
             tenant=submission.cache_salt.partition("\0")[0],
             tokens=tokens,
             level=level_of(submission.priority, offline=submission.offline),
             since=now,
+            model=submission.model,
         )
         self._door.enter(ticket)
         bell = self._bells[ticket] = asyncio.Event()
+        if self._looking is None or self._looking.done():
+            self._looking = self._tasks.start(self._look(), name="waiting room")
         try:
-            await self._wait(
-                submission.model, bell, min(deadline, now + self._patience_s), deadline
-            )
+            async with asyncio.timeout(min(deadline - now, self._patience_s)):
+                await bell.wait()
+        except TimeoutError as error:
+            if deadline - now <= self._patience_s:
+                raise DeadlineExceeded(
+                    "the request's deadline passed while it waited for its turn"
+                ) from error
+            raise QueueTimeout(
+                f"no instance had time for the request within {self._patience_s:g} s",
+                retry_after_s=_RETRY_S,
+            ) from error
         finally:
             self._door.leave(ticket)
-            self._bells.pop(ticket, None)
+            del self._bells[ticket]
             self._num_passing -= bell.is_set()
 
-    async def _wait(self, model: str, bell: asyncio.Event, until: float, deadline: float) -> None:
-        while not bell.is_set():
-            now = self._clock.now()
-            if now >= until:
-                if until == deadline:
-                    raise DeadlineExceeded(
-                        "the request's deadline passed while it waited for its turn"
-                    )
-                raise QueueTimeout(
-                    f"no instance had time for the request within {self._patience_s:g} s",
-                    retry_after_s=_RETRY_S,
-                )
-            if not self._num_passing and self._is_free(model):
-                self._let_one_through(now)
-                continue
-            try:
-                async with asyncio.timeout(_LOOK_S):
-                    await bell.wait()
-            except TimeoutError:
-                continue
-
-    def _let_one_through(self, now: float) -> None:
-        """Not always the one who found that there is time."""
-        chosen = self._door.take(now)
-        if chosen is not None:
-            self._bells[chosen].set()
-            self._num_passing += 1
+    async def _look(self) -> None:
+        """Let one after the other through as instances get free, until nobody waits."""
+        while self._bells:
+            chosen = None
+            if not self._num_passing:
+                now = self._clock.now()
+                chosen = self._door.take(now, lambda ticket: self._is_free(ticket.model))
+            if chosen is not None:
+                self._bells[chosen].set()
+                self._num_passing += 1
+            await asyncio.sleep(_LOOK_S if chosen is None else 0)
 
     def _is_free(self, model: str) -> bool:
         soonest_s = self._soonest_s(model)
