@@ -30,7 +30,8 @@ if [ $# -eq 0 ]; then
     mypy
     lint-imports --no-logo
     # a worker that dies is not replaced: xdist can wait for the new one for ever
-    set -- -n 2 --dist loadfile --max-worker-restart=0
+    # files in their order: by number of tests, the longest ones would come last
+    set -- -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 fi
 # a hang must end as a failure that names what hung: each test after 120 s (setup.cfg), all together after 40 minutes
 PYTHONFAULTHANDLER=1 exec timeout --signal=ABRT --kill-after=30 2400 pytest -q "$@"
