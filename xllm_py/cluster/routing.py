@@ -116,13 +116,14 @@ class Options:
         return frozenset((card.model_fingerprint, card.block_size) for card in self.cards)
 
     @cached_property
-    def suits_all(self) -> bool:
-        """Whether every D, or every instance that is alone, has a prefix cache and the same names of models."""
-        cards = [each.card for each in self.takers or self.alone]
-        return (
-            all(card.enable_prefix_cache for card in cards)
-            and len({card.served_names for card in self.cards}) == 1
-        )
+    def all_keep_prompts(self) -> bool:
+        """Whether every D has a prefix cache, which several choices of one prompt need."""
+        return all(each.card.enable_prefix_cache for each in self.takers)
+
+    @cached_property
+    def same_names(self) -> bool:
+        """Whether all serve the same models."""
+        return len({card.served_names for card in self.cards}) == 1
 
     @cached_property
     def least_tokens(self) -> float:
@@ -132,10 +133,9 @@ class Options:
 
     def suits(self, model: str, facts: Facts) -> bool:
         """Whether any of it will do, without a look at each."""
-        served = not model or model in self.cards[0].served_names
-        return (
-            served and self.suits_all and facts.num_prompt + facts.max_tokens <= self.least_tokens
-        )
+        served = self.same_names and (not model or model in self.cards[0].served_names)
+        kept = facts.best_of == 1 or self.all_keep_prompts
+        return served and kept and facts.num_prompt + facts.max_tokens <= self.least_tokens
 
 
 def options(view: ClusterView) -> Options:

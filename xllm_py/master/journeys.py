@@ -88,6 +88,7 @@ class Record:
             "decode_instance": decode.name if decode else None,
             "reason": self.route.reason if self.route else "",
             "predicted_ttft_ms": round(1000 * self.route.ttft_s, 3) if self.route else 0.0,
+            "predicted_tpot_ms": round(1000 * self.route.tpot_s, 3) if self.route else 0.0,
             "moments": self._ordered(),
             "transfer": self._moved(),
         }

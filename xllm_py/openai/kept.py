@@ -27,7 +27,7 @@ from xllm_py.base.errors import (
 )
 from xllm_py.core.request import Submission
 from xllm_py.openai.backend import Backend, Delta, Readiness, ServedModel
-from xllm_py.openai.exchange import JSON, Exchange
+from xllm_py.openai.exchange import Exchange
 
 KEEP_S = 60.0
 MOST_KEPT = 1000
@@ -73,12 +73,7 @@ class Kept:
         self.ring()
 
     async def respond(
-        self,
-        status: int,
-        body: bytes,
-        *,
-        content_type: bytes = JSON,
-        headers: Iterable[tuple[bytes, bytes]] = (),
+        self, status: int, body: bytes, *, headers: Iterable[tuple[bytes, bytes]] = ()
     ) -> None:
         """A whole answer."""
         self.whole, self.done = (status, body, tuple(headers)), True
