@@ -219,18 +219,19 @@ class Generations:
             strict=True,
         )
         for request_id, attempt, kind, reason, num_bytes, seconds, exposed in columns:
-            self._inflight.on_verdict(request_id, attempt, incarnation, kind)
+            # of an earlier attempt it is counted, and says nothing of the pair that has the request now
+            current = self._inflight.on_verdict(request_id, attempt, incarnation, kind)
             self._handoffs.labels(result=kind).inc()
             if kind == "landed":
                 self._moved.labels(direction="out").inc(num_bytes)
                 self._seconds.observe(seconds)
                 self._exposed.observe(exposed)
-                if request_id in self._open:
+                if current:
                     moved = Transfer(num_bytes=num_bytes, seconds=seconds, exposed_s=exposed)
                     self._open[request_id].record.transfer = moved
             else:
                 _log.info("handoff", request=request_id, result=kind, reason=reason)
-                if kind == "lost" and request_id in self._open:
+                if kind == "lost" and current:
                     for tell in self.on_handoff_lost:
                         tell(incarnation, self._open[request_id].log.decode)
 
