@@ -310,8 +310,10 @@ async def test_a_refusal_for_want_of_room_is_the_clients_error_once_patience_end
 
 
 @pytest.mark.parametrize("error", [StaleIncarnation("another life"), InvalidApiKey("key")])
-async def test_a_submission_that_does_not_arrive_is_an_error_at_once(error: Exception) -> None:
-    async with running_master() as master:
+async def test_a_submission_that_does_not_arrive_is_an_error_once_patience_ends(
+    error: Exception,
+) -> None:
+    async with running_master(queue_timeout_s=0.3) as master:
         prefill, _ = await master.pair()
         prefill.submit_error = error
         reader = master.read(submission())

@@ -13,6 +13,7 @@ FOUND = {
     191605: "relayed, the master loses D and cancels at P: D, which had said everything, waited for words on it for ever",
     221876: "the same",
     158383: "slow weather: a Submit that takes more than its second is an error of its own",
+    20256: "a decode instance that was dead and not known to be gone was tried again, and counted as another loss",
     799: "the reply to a Submit was lost and its answer complete: a second attempt went on behind the end of it",
 }
 

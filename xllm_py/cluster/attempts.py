@@ -59,6 +59,8 @@ class Attempts:
     num_lost: int = 0
     # incarnations that lost it or had no room; forgotten at a pause, when nobody else is left: one that comes back is better than none
     passed_over: frozenset[str] = frozenset()
+    _lost_by: frozenset[str] = frozenset()  # incarnations that lost it once
+    _spoke: bool = False  # tokens came of the current attempt
     deadly: bool = False  # it is suspected of killing instances
     _died_at: float | None = None  # the last instance that computed it and died
     _waits_since: float | None = None
@@ -74,7 +76,8 @@ class Attempts:
         self._died_at = now
 
     def on_taken(self) -> None:
-        """An instance has it."""
+        """An instance has it, and said tokens of it."""
+        self._spoke = True
         self._waits_since, self._pause_s, self._refusal = None, FIRST_PAUSE_S, None
 
     def on_failed(self, failure: Failure, now: float) -> Again | GiveUp:
@@ -84,7 +87,12 @@ class Attempts:
                 "request_quarantined",
                 "two instances died while they computed this request; it is not tried again",
             )
+        spoke, self._spoke = self._spoke, False
         if failure.code in LOST:
+            if failure.at_fault and failure.at_fault <= self._lost_by and not spoke:
+                # it was tried again for want of others, and has not come back yet: no news, and not another loss
+                return self._on_no_room(failure, now)
+            self._lost_by |= failure.at_fault
             self.num_lost += 1
             self.passed_over |= failure.at_fault
             if self.num_lost >= self.most:
