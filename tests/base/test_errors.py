@@ -25,6 +25,7 @@ TABLE: list[tuple[int, str, tuple[str, ...]]] = [
     (409, "invalid_request_error", ("idempotency_conflict",)),
     (413, "invalid_request_error", ("body_too_large",)),
     (416, "invalid_request_error", ("position_beyond_end",)),
+    (409, "invalid_request_error", ("role_needed",)),
     (414, "invalid_request_error", ("uri_too_long",)),
     (415, "invalid_request_error", ("unsupported_media_type",)),
     (
@@ -39,7 +40,14 @@ TABLE: list[tuple[int, str, tuple[str, ...]]] = [
     (
         503,
         "service_unavailable",
-        ("no_instances", "no_compatible_decode", "draining", "instance_lost", "engine_down"),
+        (
+            "no_instances",
+            "no_compatible_decode",
+            "not_leader",
+            "draining",
+            "instance_lost",
+            "engine_down",
+        ),
     ),
     (504, "timeout_error", ("deadline_exceeded",)),
 ]

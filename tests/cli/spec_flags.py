@@ -75,6 +75,7 @@ enable_online_preempt_offline bool true B
 request_queue_size int32 100000 B
 enable_disagg_pd bool false A
 instance_role string DEFAULT A
+enable_flexible_role bool false A
 disagg_pd_port int32 7777 A
 transfer_listen_port int32 26000 A
 kv_cache_transfer_mode string PUSH A

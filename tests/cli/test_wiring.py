@@ -26,7 +26,8 @@ from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Card, Role, card_from_json, card_to_json
 from xllm_py.instance import daemon as instance_daemon
-from xllm_py.instance.parts import Identity, Parts, make_card
+from xllm_py.instance.card import Identity
+from xllm_py.instance.parts import Parts
 from xllm_py.master import daemon as master_daemon
 from xllm_py.openai.backend import ServedModel
 
@@ -197,7 +198,7 @@ def test_an_instance_puts_the_defaults_into_its_card(tmp_path):
     config = say("xllm", f"--model={tmp_path / 'tiny'}").config
     parts = Parts(config, clock=RealClock(), tasks=TaskFamily("card"), metrics=Metrics())
     identity = Identity(incarnation="i", cluster_key=KEY, http_port=1)
-    card = make_card(parts, identity, 2, "READY")
+    card = parts.card(identity, 2, "READY")
     assert card.sampling_defaults == {"temperature": 0.0}
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from tests.registry.real_etcd import RealEtcd, real_etcd
 from xllm_py.base.clock import RealClock
+from xllm_py.base.errors import RegistryUnavailable
 from xllm_py.core.service_config import EtcdSlice
 from xllm_py.registry import open_registry
-from xllm_py.registry.base import Entry, Registry
+from xllm_py.registry.base import Entry, Put, Registry
 from xllm_py.registry.embedded import serve_embedded
 from xllm_py.registry.etcd import EtcdRegistry
 from xllm_py.registry.etcd_stubs import rpc_pb2
@@ -63,17 +64,42 @@ async def next_of(
 
 async def test_a_put_value_is_read_back_and_deleted(registry: Registry) -> None:
     assert await registry.get("a") is None
-    assert await registry.put("a", b"1")
+    await registry.put("a", b"1")
     assert await registry.get("a") == b"1"
     assert await registry.delete("a")
     assert not await registry.delete("a")
     assert await registry.get("a") is None
 
 
-async def test_create_only_keeps_the_first_value(registry: Registry) -> None:
-    assert await registry.put("key", b"first", create_only=True)
-    assert not await registry.put("key", b"second", create_only=True)
+async def test_a_swap_that_wants_a_key_absent_keeps_the_first_value(registry: Registry) -> None:
+    assert await registry.swap({"key": 0}, [Put(key="key", value=b"first")])
+    assert not await registry.swap({"key": 0}, [Put(key="key", value=b"second")])
     assert await registry.get("key") == b"first"
+
+
+async def test_a_swap_writes_all_or_nothing_and_only_over_what_was_seen(registry: Registry) -> None:
+    await registry.put("term", b"1")
+    ((seen, *_), _) = await registry.entries("term")
+    lease = await registry.lease(60)
+    puts = [Put(key="master", value=b"a", lease=lease.id), Put(key="term", value=b"2")]
+    assert await registry.swap({"master": 0, "term": seen.revision}, puts)
+    assert not await registry.swap({"master": 0, "term": seen.revision}, puts)
+    late = [Put(key="other", value=b"x"), Put(key="term", value=b"3")]
+    assert not await registry.swap({"term": seen.revision}, late)
+    assert await registry.get("other") is None
+    assert await registry.get("term") == b"2"
+    assert lease.left_s > 0
+    await lease.revoke()
+    assert await registry.get("master") is None
+    assert await registry.get("term") == b"2"
+
+
+async def test_a_swap_under_a_lease_that_is_gone_writes_nothing(registry: Registry) -> None:
+    lease = await registry.lease(60)
+    await lease.revoke()
+    with pytest.raises(RegistryUnavailable):
+        await registry.swap({}, [Put(key="master", value=b"a", lease=lease.id)])
+    assert await registry.get("master") is None
 
 
 async def test_a_list_has_the_prefix_only(registry: Registry) -> None:

@@ -235,13 +235,15 @@ class Cluster:
         self.daemons.append(daemon)
         return daemon
 
-    def start_master(self, *flags: str, env: dict[str, str] | None = None) -> Daemon:
+    def start_master(
+        self, *flags: str, name: str = "master", env: dict[str, str] | None = None
+    ) -> Daemon:
         """A master; it serves an embedded registry unless `etcd_port` was set."""
         embedded = not self.etcd_port
         self.etcd_port = self.etcd_port or free_port()
         port = free_port()
         return self.start(
-            "master",
+            name,
             "cli.xllm_master",
             f"--etcd_addr=127.0.0.1:{self.etcd_port}",
             *(["--embedded_etcd=true"] if embedded else []),

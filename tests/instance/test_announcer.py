@@ -171,7 +171,7 @@ class Beating:
             beat=self._beat,
             interval_s=0.005,
             generations=generations,
-            on_unknown=self._on_unknown,
+            on_reply=self._on_reply,
             tasks=house.tasks,
         )
         house.tasks.start(self.masters.follow(house.registry), name="follow")
@@ -184,7 +184,9 @@ class Beating:
             name="host:1", incarnation="i", sequence=sequence, state="READY", role=Role.PREFILL
         )
 
-    def _on_unknown(self) -> None:
+    def _on_reply(self, reply: HeartbeatReply, sequence: int) -> None:
+        if reply.known or not sequence:
+            return
         self.num_unknown += 1
         if self.num_unknown == 1:
             self.num_beats_when_unknown = len(self.clients["one:1"].beats)

@@ -14,6 +14,7 @@ from xllm_py.base.clock import RealClock
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster import keys
+from xllm_py.cluster.duties import Fence
 from xllm_py.cluster.instance_info import Card, Role, card_key, card_to_json
 from xllm_py.control.client import GenerationsStream, MasterClient
 from xllm_py.control.server import ControlServer, require_free, serve_instance, serve_master
@@ -88,6 +89,7 @@ class FakeInstance:
         self.health = LinkHealth(works=True, round_trip_s=0.001, bytes_per_s=2e9)
         self.hang_on_submit = False
         self.beating = True
+        self.fence = Fence()
         self._sequence = 0
         self._tasks = TaskFamily(name)
         self._server: ControlServer | None = None
@@ -143,10 +145,13 @@ class FakeInstance:
                     sequence=sequence,
                     state=self.card.state,
                     role=self.card.role,
+                    term=self.fence.term,
+                    duty=self.fence.duty,
                 )
                 with contextlib.suppress(Exception):
                     reply: HeartbeatReply = await client.heartbeat(beat)
                     self.known.append(reply.known)
+                    self.fence.hear(reply.term, reply.duty)
             sequence += 1
             await asyncio.sleep(0.05)
 
@@ -320,6 +325,15 @@ class RunningMaster:
         await instance.start(beating=beating)
         await until(f"{name} to be known", lambda: self.state(instance))
         return instance
+
+    async def be_elected(self) -> None:
+        """Stand, and give duties from now on."""
+        lease = await self.registry.lease(3)
+        election = self.parts.election
+        self.tasks.start(election.follow(self.registry), name="masters")
+        self.tasks.start(election.stand(self.registry, lease, 3), name="election")
+        await until("the election", lambda: election.leads)
+        self.tasks.start(self.parts.roles.keep(), name="roles")
 
     async def pair(self) -> tuple[FakeInstance, FakeInstance]:
         """One P and one D, linked."""

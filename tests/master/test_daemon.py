@@ -132,7 +132,9 @@ def test_it_starts_without_torch_says_why_it_waits_and_stops_in_order(
     status, body = daemon.get("/ready")
     assert (status, body["reasons"]) == (503, ["no_instances"])
     assert daemon.get("/v1/models")[1]["data"] == []
-    assert daemon.get("/admin/instances") == (200, {"instances": []})
+    status, body = daemon.get("/admin/instances")
+    assert (status, body["instances"]) == (200, [])
+    wait_for("its election", lambda: daemon.get("/admin/instances")[1]["election"]["leads"])
     assert daemon.get("/debug/requests/none")[0] == 404
     ledger = daemon.get("/debug/ledger")[1]
     assert [ledger[name] for name in ("open_requests", "attempts", "log_tokens", "streams")] == [

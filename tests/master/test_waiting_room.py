@@ -121,7 +121,7 @@ async def test_a_master_holds_back_what_its_instances_have_no_time_for() -> None
         costs = master.parts.router.costs(alone.incarnation)
         costs.enqueue("something large", 1_000_000)
         reader = master.read(submission())
-        await until("it to wait", lambda: master.parts.backend._dispatcher.num_waiting == 1)
+        await until("it to wait", lambda: master.parts.backend._dispatcher.counts()["queued"] == 1)
         assert alone.submissions == []
         costs.dequeue("something large")
         await until("the submission", lambda: alone.submissions)

@@ -93,7 +93,8 @@ class TestRealEtcd:
                 etcd.thaw()
 
             async def put_again() -> bool:
-                return await registry.put("XLLM:x", b"2")
+                await registry.put("XLLM:x", b"2")
+                return True
 
             await until("a put", put_again)
             seen: list[bytes | None] = []

@@ -29,6 +29,7 @@ from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
 from xllm_py.core.request import Submission
 from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
 from xllm_py.instance import parts as instance_parts
+from xllm_py.instance.card import Identity
 from xllm_py.instance.config import AddressSlice, ClusterSlice, InstanceConfig
 from xllm_py.master import parts as master_parts
 from xllm_py.master.config import MasterConfig
@@ -154,7 +155,7 @@ class Instance:
         parts.engine._pipe = pipe  # what EngineLink.start does after its exec
         self.tasks.start(parts.engine._listen(pipe), name="engine-events", vital=True)
         parts.on_engine_ready(ready)
-        identity = instance_parts.Identity(
+        identity = Identity(
             incarnation=self.incarnation, cluster_key=KEY, http_port=self.config.addresses.port
         )
         self.routed = routed = await instance_parts.routed_parts(

@@ -75,6 +75,7 @@ RequestReadTimeout = _leaf(
 IdempotencyConflict = _leaf(
     "IdempotencyConflict", 409, _BAD[0], "idempotency_conflict", "ALREADY_EXISTS"
 )
+RoleNeeded = _leaf("RoleNeeded", 409, _BAD[0], "role_needed", "FAILED_PRECONDITION")
 PositionBeyondEnd = _leaf("PositionBeyondEnd", 416, _BAD[0], "position_beyond_end", "OUT_OF_RANGE")
 BodyTooLarge = _leaf("BodyTooLarge", 413, _BAD[0], "body_too_large", "OUT_OF_RANGE")
 UriTooLong = _leaf("UriTooLong", 414, _BAD[0], "uri_too_long", "OUT_OF_RANGE")
@@ -98,6 +99,7 @@ RouteNotImplemented = _leaf(
 )
 NoInstances = _leaf("NoInstances", 503, _DOWN[0], "no_instances", _DOWN[1])
 NoCompatibleDecode = _leaf("NoCompatibleDecode", 503, _DOWN[0], "no_compatible_decode", _DOWN[1])
+NotLeader = _leaf("NotLeader", 503, _DOWN[0], "not_leader", _DOWN[1])
 Draining = _leaf("Draining", 503, _DOWN[0], "draining", _DOWN[1])
 InstanceLost = _leaf("InstanceLost", 503, _DOWN[0], "instance_lost", _DOWN[1])
 EngineDown = _leaf("EngineDown", 503, _DOWN[0], "engine_down", _DOWN[1])

@@ -66,6 +66,7 @@ def build(given: Given) -> InstanceConfig:
         tls=tls,
         role=role,
         enable_disagg_pd=values["enable_disagg_pd"],
+        flexible=_is_flexible(causes, values, role),
         routed=routed,
         etcd=etcd,
         cluster_key=rules.security(causes, values, host, has_peers=routed),
@@ -183,6 +184,15 @@ def _role(causes: rules.Causes, values: Mapping[str, Any]) -> Role:
             role is Role.DEFAULT, f"--instance_role={word} needs --enable_disagg_pd=true. Pass it"
         )
     return role
+
+
+def _is_flexible(causes: rules.Causes, values: Mapping[str, Any], role: Role) -> bool:
+    wanted = values["enable_flexible_role"]
+    causes.need(
+        not wanted or role in (Role.PREFILL, Role.DECODE),
+        f"--enable_flexible_role is of a PREFILL or DECODE instance, not of {role.name}. Leave it out",
+    )
+    return bool(wanted)
 
 
 def _is_routed(causes: rules.Causes, given: Given) -> bool:

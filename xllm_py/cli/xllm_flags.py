@@ -156,6 +156,12 @@ _CLUSTER = in_group(
         "prefill and decode on different instances; needs etcd_addr and a role",
     ),
     a("instance_role", "string", "DEFAULT", "DEFAULT, PREFILL, DECODE or MIX"),
+    a(
+        "enable_flexible_role",
+        "bool",
+        False,
+        "a PREFILL or DECODE instance that may be given the other half, or both, as load asks for; MIX always may",
+    ),
     a("disagg_pd_port", "int32", 7777, "gRPC control port"),
     a("transfer_listen_port", "int32", 26000, "KV port; local rank i listens on this + i"),
     a(

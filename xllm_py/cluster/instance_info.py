@@ -68,6 +68,7 @@ class Card:
         "PUSH"  # of what it gives: it pushes, or the decode instance fetches (PULL)
     )
     numerics_fingerprint: str = ""
+    flexible: bool = False  # PREFILL or DECODE, and the elected master may give it the other half
 
     @property
     def role(self) -> Role:

@@ -5,6 +5,8 @@
     degraded  a lone P or D serves whole requests, because its counterpart is not there at all; so do MIX instances of which
               no two are linked yet
 
+Who may do either does what its duty says (cluster/duties), unless nobody is linked who would.
+
 The router (master/router.py) holds the counters and gives the view; ties break by name. A lone instance waits a while for
 its counterpart before it serves alone, so that a starting cluster is not taken for a broken one.
 """
@@ -22,6 +24,7 @@ from xllm_py.base.errors import (
     NoInstances,
     RequestError,
 )
+from xllm_py.cluster.duties import Duty, Half, abilities, halves, movable
 from xllm_py.cluster.instance_info import Card, Role
 
 LONE_AFTER_S = 10.0
@@ -35,6 +38,7 @@ class Candidate:
     card: Card
     ready: bool  # False: only slow, taken when nobody is ready
     alive_s: float  # since it first became ready
+    duty: Duty | None = None
 
     @property
     def key(self) -> str:
@@ -141,11 +145,14 @@ class Options:
 def options(view: ClusterView) -> Options:
     """The best mode the cluster can serve in. A slow instance counts only where none is ready."""
     everyone = sorted(view.candidates, key=lambda candidate: candidate.card.name)
-    prefills = _of(everyone, Role.PREFILL, Role.MIX)
-    decodes = _of(everyone, Role.DECODE, Role.MIX)
-    pairs = tuple(
-        (prefill, linked) for prefill in prefills if (linked := _linked(prefill, decodes, view))
+    pairs = _pairs(
+        tuple(each for each in everyone if Half.PREFILL in halves(each.card, each.duty)),
+        tuple(each for each in everyone if Half.DECODE in halves(each.card, each.duty)),
+        view,
     )
+    prefills = tuple(each for each in everyone if Half.PREFILL in abilities(each.card))
+    decodes = tuple(each for each in everyone if Half.DECODE in abilities(each.card))
+    pairs = pairs or _pairs(prefills, decodes, view)
     if pairs:
         return Options(mode="pd", pairs=_ready_pairs(pairs))
     alone = _of(everyone, Role.DEFAULT)
@@ -155,11 +162,20 @@ def options(view: ClusterView) -> Options:
     return Options(mode="degraded", alone=_ready_first(lone)) if lone else Options()
 
 
+def _pairs(
+    prefills: Sequence[Candidate], decodes: Sequence[Candidate], view: ClusterView
+) -> tuple[tuple[Candidate, tuple[Candidate, ...]], ...]:
+    """For each P its linked Ds, of those that have any."""
+    return tuple(
+        (prefill, linked) for prefill in prefills if (linked := _linked(prefill, decodes, view))
+    )
+
+
 def _lone(prefills: tuple[Candidate, ...], decodes: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     """Those without a counterpart for a while now. MIX instances that are among themselves need none and do not wait."""
     if not prefills or not decodes:
         return tuple(each for each in prefills or decodes if each.alive_s >= LONE_AFTER_S)
-    mixed = all(each.card.role is Role.MIX for each in (*prefills, *decodes))
+    mixed = all(movable(each.card) for each in (*prefills, *decodes))
     return prefills if mixed else ()
 
 

@@ -260,7 +260,7 @@ class MasterClient:
         """Say how we are."""
         message = convert_streams.from_heartbeat(beat)
         reply = await self._caller.unary("Heartbeat", message, pb.HeartbeatReply, self._timeout_s)
-        return HeartbeatReply(known=reply.known, cache_next=reply.cache_next)
+        return convert_streams.to_heartbeat_reply(reply)
 
     async def get_instance_info(self, name: str) -> bytes:
         """An instance's card as it was signed. Raises RequestNotFound."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from xllm_py.base.hashing import HASH_BYTES
 from xllm_py.base.logprob import TokenLogprob
+from xllm_py.cluster.duties import Duty
 from xllm_py.cluster.instance_info import Role
 from xllm_py.cluster.load import Load, Progress
 from xllm_py.cluster.prefix_index import MOST_TOLD, CacheNews
@@ -239,6 +240,8 @@ def from_heartbeat(beat: cm.Heartbeat) -> pb.HeartbeatRequest:
             added=beat.cache.added,
             removed=beat.cache.removed,
         ),
+        term=beat.term,
+        duty=_from_duty(beat.duty),
     )
 
 
@@ -279,6 +282,51 @@ def to_heartbeat(message: pb.HeartbeatRequest) -> cm.Heartbeat:
             for link in message.links
         ),
         cache=_cache_news(message.cache),
+        term=message.term,
+        duty=_to_duty(message.duty) if message.HasField("duty") else None,
+    )
+
+
+def from_heartbeat_reply(reply: cm.HeartbeatReply) -> pb.HeartbeatReply:
+    """To protobuf."""
+    return pb.HeartbeatReply(
+        known=reply.known,
+        cache_next=reply.cache_next,
+        term=reply.term,
+        duty=_from_duty(reply.duty),
+    )
+
+
+def to_heartbeat_reply(message: pb.HeartbeatReply) -> cm.HeartbeatReply:
+    """From protobuf."""
+    return cm.HeartbeatReply(
+        known=message.known,
+        cache_next=message.cache_next,
+        term=message.term,
+        duty=_to_duty(message.duty) if message.HasField("duty") else None,
+    )
+
+
+def _from_duty(duty: Duty | None) -> pb.Duty | None:
+    if duty is None:
+        return None
+    return pb.Duty(
+        role=duty.role.value,
+        term=duty.term,
+        epoch=duty.epoch,
+        settled=duty.settled,
+        by_hand=duty.by_hand,
+    )
+
+
+def _to_duty(message: pb.Duty) -> Duty:
+    check(message.role in {role.value for role in Role}, f"duty {message.role}")
+    return Duty(
+        role=Role(message.role),
+        term=message.term,
+        epoch=message.epoch,
+        settled=message.settled,
+        by_hand=message.by_hand,
     )
 
 

@@ -322,7 +322,7 @@ def _instance_table(guard: _Guard, to: InstanceHandlers) -> dict[str, MethodHand
 def _master_table(guard: _Guard, to: MasterHandlers) -> dict[str, MethodHandler]:
     async def heartbeat(message: pb.HeartbeatRequest) -> Message:
         reply = await to.heartbeat(convert_streams.to_heartbeat(message))
-        return pb.HeartbeatReply(known=reply.known, cache_next=reply.cache_next)
+        return convert_streams.from_heartbeat_reply(reply)
 
     async def get_instance_info(message: pb.GetInstanceInfoRequest) -> Message:
         return pb.GetInstanceInfoReply(card_json=await to.get_instance_info(message.name))

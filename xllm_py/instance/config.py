@@ -27,6 +27,7 @@ class ClusterSlice:
 
     role: Role = Role.DEFAULT
     enable_disagg_pd: bool = False
+    flexible: bool = False  # the elected master may give it the other half of the work
     routed: bool = False  # registers and takes work from masters
     etcd: EtcdSlice
     cluster_key: bytes = b""  # from the key file; empty: the key in etcd

@@ -21,9 +21,10 @@ from xllm_py.base.metrics import Metrics
 from xllm_py.base.notify import feed_watchdog, notify
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.control.server import require_free
+from xllm_py.instance.card import Identity
 from xllm_py.instance.config import InstanceConfig
 from xllm_py.instance.health import Health
-from xllm_py.instance.parts import Identity, Parts, Routed, routed_parts
+from xllm_py.instance.parts import Parts, Routed, routed_parts
 from xllm_py.instance.routes import InstanceRoutes
 from xllm_py.openai.app import App
 from xllm_py.openai.chat_template import ChatTemplate, load_chat_template
@@ -90,7 +91,12 @@ class Instance:
         if registry is not None and not key:
             key = await cluster_key_of(registry)
             self._tasks.start(keep_cluster_key(registry, key), name="cluster key")
-        identity = Identity(incarnation=ids.incarnation_id(), cluster_key=key, http_port=http.port)
+        identity = Identity(
+            incarnation=ids.incarnation_id(),
+            cluster_key=key,
+            http_port=http.port,
+            started_ms=int(self._clock.wall() * 1000),
+        )
         self._closers.push_async_callback(self._parts.engine.close)
         notify("STATUS=loading the model")
         ready = await self._parts.engine.start(

@@ -18,7 +18,7 @@ from xllm_py.control.client import MasterClient
 from xllm_py.instance.generations import Generations
 from xllm_py.instance.outlets import Destination
 from xllm_py.registry.base import Entry, Registry
-from xllm_py.wire.control_messages import Heartbeat
+from xllm_py.wire.control_messages import Heartbeat, HeartbeatReply
 
 _RETRY_S = 1.0
 _log = log.get(__name__)
@@ -35,16 +35,18 @@ class Masters:
         beat: Callable[[int, int], Heartbeat],
         interval_s: float,
         generations: Generations,
-        on_unknown: Callable[[], None],
+        on_reply: Callable[[HeartbeatReply, int], None],
         tasks: TaskFamily,
     ) -> None:
-        """beat makes a heartbeat with a sequence number and the cache's news from a number on; on_unknown: a master has no card of ours, put it again."""
+        """beat makes a heartbeat with a sequence number and the cache's news from a number on; on_reply: a master answered the
+        one of this number.
+        """
         self._cluster_key = cluster_key
         self._client = client
         self._beat = beat
         self._interval_s = interval_s
         self._generations = generations
-        self._on_unknown = on_unknown
+        self._on_reply = on_reply
         self._tasks = tasks
         self._beating: dict[str, asyncio.Task[None]] = {}  # key in the registry -> its heartbeat
         self._addresses: dict[str, str] = {}
@@ -102,8 +104,7 @@ class Masters:
                 try:
                     reply = await client.heartbeat(self._beat(sequence, cache_next))
                     cache_next = reply.cache_next
-                    if not reply.known and sequence:
-                        self._on_unknown()
+                    self._on_reply(reply, sequence)
                     answered = True
                 except XllmError as error:
                     if answered:

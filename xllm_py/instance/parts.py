@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from xllm_py import __version__
+from xllm_py.base import log
 from xllm_py.base.clock import Clock
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
+from xllm_py.cluster.duties import Fence
 from xllm_py.cluster.instance_info import Card, Role
 from xllm_py.cluster.load import Load, Progress
 from xllm_py.cluster.prefix_index import CacheLog
@@ -23,6 +24,7 @@ from xllm_py.control.server import ControlServer, join_address, serve_instance
 from xllm_py.core.plan import Outputs
 from xllm_py.core.request import Submission
 from xllm_py.instance.announcer import Announcer
+from xllm_py.instance.card import Identity, make_card
 from xllm_py.instance.config import InstanceConfig
 from xllm_py.instance.control_service import ControlService
 from xllm_py.instance.engine_link import EngineHandlers, EngineLink
@@ -37,16 +39,9 @@ from xllm_py.instance.relay import Relay
 from xllm_py.openai.backend import Readiness, ServedModel
 from xllm_py.registry.base import Registry
 from xllm_py.wire import messages as m
-from xllm_py.wire.control_messages import Heartbeat
+from xllm_py.wire.control_messages import Heartbeat, HeartbeatReply
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """This life of the instance."""
-
-    incarnation: str
-    cluster_key: bytes
-    http_port: int  # the real one
+_log = log.get(__name__)
 
 
 class Parts:
@@ -123,6 +118,12 @@ class Parts:
         self._measures.on_progress(progress)
         self.cache_log.note(progress.cached, progress.evicted)
 
+    def card(self, identity: Identity, control_port: int, state: str) -> Card:
+        """What we say of ourselves in this state."""
+        return make_card(
+            self.config, self.engine_ready, identity, control_port=control_port, state=state
+        )
+
     def num_busy(self) -> int:
         """Requests that still run or are not yet acknowledged."""
         told = self.routed.generations.num_unacknowledged if self.routed is not None else 0
@@ -171,11 +172,12 @@ class Routed:
     announcer: Announcer
     masters: Masters
     state: str = "JOINING"
+    fence: Fence = field(default_factory=Fence)
 
     def card(self, state: str) -> Card:
         """What we say of ourselves, from now on in this state."""
         self.state = state
-        return make_card(self.parts, self.identity, self.control.port, state)
+        return self.parts.card(self.identity, self.control.port, state)
 
     def on_verdicts(self, verdicts: m.Verdicts) -> None:
         """How handoffs ended: to the masters; a landed request has left us."""
@@ -195,6 +197,13 @@ class Routed:
             self.generations.send_verdicts(destination, one)
             if verdicts.kinds[index] == "landed":
                 self.parts.outlets.close(request_id, verdicts.attempts[index])
+
+    def on_reply(self, reply: HeartbeatReply, sequence: int) -> None:
+        """A master answered the heartbeat of this number."""
+        if not reply.known and sequence:
+            self.announcer.put_again()
+        if self.fence.hear(reply.term, reply.duty):
+            _log.info("duty", duty=self.fence.duty)
 
     def beat(self, sequence: int, cache_since: int) -> Heartbeat:
         """One heartbeat, with the news of the cache from a number on."""
@@ -216,45 +225,9 @@ class Routed:
             ),
             links=self.service.links(),
             cache=self.parts.cache_log.news(cache_since),
+            term=self.fence.term,
+            duty=self.fence.duty,
         )
-
-
-def make_card(parts: Parts, identity: Identity, control_port: int, state: str) -> Card:
-    """SPEC 4.2."""
-    config, ready = parts.config, parts.engine_ready
-    host = config.addresses.advertise_host
-    kv_port = int(ready.kv_endpoint.rpartition(":")[2] or 0)
-    return Card(
-        name=join_address(host, identity.http_port),
-        rpc_address=join_address(host, control_port),
-        type=config.cluster.role.value,
-        incarnation_id=identity.incarnation,
-        register_ts_ms=int(parts.clock.wall() * 1000),
-        addrs=(join_address(host, kv_port),) if kv_port else (),
-        ports=(kv_port,) if kv_port else (),
-        http_address=join_address(host, identity.http_port),
-        version=__version__,
-        state=state,
-        model=config.served_names[0],
-        served_names=config.served_names,
-        max_model_len=ready.max_model_len,
-        vocab_size=ready.vocab_size,
-        sampling_defaults=dict(config.sampling_defaults),
-        model_fingerprint=ready.model_fingerprint,
-        dtype=ready.dtype,
-        kv_dtype=ready.dtype,
-        block_size=ready.block_size,
-        num_blocks=ready.num_blocks,
-        kv_token_bytes=ready.kv_token_bytes,
-        layout_fingerprint=ready.layout_fingerprint,
-        layout=ready.layout,
-        device_type=ready.device.partition(":")[0],
-        enable_prefix_cache=config.engine.cache.enable_prefix_cache,
-        enable_chunked_prefill=config.engine.scheduler.enable_chunked_prefill,
-        max_seqs=config.engine.scheduler.max_seqs_per_batch,
-        numerics_fingerprint=ready.numerics_fingerprint,
-        kv_cache_transfer_mode="PULL" if config.engine.scheduler.kv_pull else "PUSH",
-    )
 
 
 async def routed_parts(
@@ -289,7 +262,7 @@ async def routed_parts(
         outlets=parts.outlets,
         generations=generations,
         relay=relay,
-        card=lambda: make_card(parts, identity, control.port, "READY"),
+        card=lambda: parts.card(identity, control.port, "READY"),
         cluster_key=key,
         takes_handoffs=config.cluster.role is not Role.DEFAULT,
         tasks=parts.tasks,
@@ -307,7 +280,11 @@ async def routed_parts(
         control=control,
         announcer=announcer,
         masters=_masters(
-            parts, identity, announcer, generations, lambda *numbers: routed.beat(*numbers)
+            parts,
+            identity,
+            generations,
+            beat=lambda *numbers: routed.beat(*numbers),
+            on_reply=lambda *said: routed.on_reply(*said),
         ),
     )
     parts.routed = routed
@@ -364,9 +341,10 @@ def _peers(
 def _masters(
     parts: Parts,
     identity: Identity,
-    announcer: Announcer,
     generations: Generations,
+    *,
     beat: Callable[[int, int], Heartbeat],
+    on_reply: Callable[[HeartbeatReply, int], None],
 ) -> Masters:
     cluster = parts.config.cluster
     return Masters(
@@ -381,7 +359,7 @@ def _masters(
         beat=beat,
         interval_s=cluster.heart_beat_interval_s,
         generations=generations,
-        on_unknown=announcer.put_again,
+        on_reply=on_reply,
         tasks=parts.tasks,
     )
 
@@ -390,7 +368,7 @@ async def _describe(parts: Parts, identity: Identity) -> dict[str, Any]:
     routed = parts.routed
     return {
         "card": dataclasses.asdict(
-            make_card(parts, identity, routed.control.port if routed else 0, "READY")
+            parts.card(identity, routed.control.port if routed else 0, "READY")
         ),
         "state": routed.state if routed else "JOINING",
         "load": dataclasses.asdict(parts.load()),

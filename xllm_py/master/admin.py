@@ -1,4 +1,4 @@
-"""The master's own HTTP routes: /admin/instances and the draining of one, /debug/ledger, /debug/requests and one of them."""
+"""The master's own HTTP routes: /admin/instances, the draining of one and its role, /debug/ledger, /debug/requests and one of them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from collections.abc import Callable
 
 from xllm_py.base import process
 from xllm_py.base.errors import InstanceLost, InvalidValue, PeerUnavailable, RequestNotFound
-from xllm_py.master.generations import Generations
+from xllm_py.cluster.duties import Duty
+from xllm_py.cluster.instance_info import Role
 from xllm_py.master.instance_manager import InstanceManager, Member
 from xllm_py.master.journeys import Journeys
 from xllm_py.master.links import Links
 from xllm_py.master.peers import Peers
+from xllm_py.master.roles import Roles
 from xllm_py.master.router import Router
 from xllm_py.openai.exchange import Handler, Request
 
 _MOST_LISTED = 100
 _DRAIN_S = 30.0
 _MOST_DRAIN_S = 3600.0
+ROUTES = (
+    ("GET", "/admin/instances"),
+    ("POST", "/admin/instances/{name}/drain"),
+    ("POST", "/admin/instances/{name}/role"),
+    ("GET", "/debug/ledger"),
+    ("GET", "/debug/requests"),
+    ("GET", "/debug/requests/{id}"),
+)
 
 
 class AdminRoutes:
@@ -32,34 +42,37 @@ class AdminRoutes:
         manager: InstanceManager,
         links: Links,
         router: Router,
-        generations: Generations,
         journeys: Journeys,
         peers: Peers,
+        roles: Roles,
         counts: Callable[[], dict[str, int]],
     ) -> None:
-        """counts: more of what is 0 when idle."""
+        """counts: what is 0 when idle, and the open streams of instances."""
         self._manager = manager
         self._links = links
         self._router = router
-        self._generations = generations
         self._journeys = journeys
         self._peers = peers
+        self._roles = roles
         self._counts = counts
 
     def table(self) -> dict[tuple[str, str], Handler]:
         """(method, pattern) -> handler; App serves those under /debug/ only when it is told to."""
-        return {
-            ("GET", "/admin/instances"): self.instances,
-            ("POST", "/admin/instances/{name}/drain"): self.drain,
-            ("GET", "/debug/ledger"): self.ledger,
-            ("GET", "/debug/requests"): self.requests,
-            ("GET", "/debug/requests/{id}"): self.request,
-        }
+        handlers = (
+            self.instances,
+            self.drain,
+            self.role,
+            self.ledger,
+            self.requests,
+            self.request,
+        )
+        return dict(zip(ROUTES, handlers, strict=True))
 
     async def instances(self, request: Request) -> tuple[int, object]:
-        """Every instance: card, state, load, links with reasons."""
+        """Every instance: card, state, load, duty, links with reasons; and which master is elected."""
         now = self._manager.now()
-        return 200, {"instances": [self._row(member, now) for member in self._manager.members()]}
+        rows = [self._row(member, now) for member in self._manager.members()]
+        return 200, {"instances": rows, "election": self._roles.election_row()}
 
     def _row(self, member: Member, now: float) -> dict[str, object]:
         view, load = member.view, member.load
@@ -67,6 +80,7 @@ class AdminRoutes:
         return {
             "name": member.card.name,
             "role": member.card.role.name,
+            "duty": _duty_row(member.duty),
             "state": view.state.value,
             "reason": view.reason,
             "since_s": round(now - view.since, 3),
@@ -92,13 +106,16 @@ class AdminRoutes:
             raise InstanceLost("the instance does not answer") from error
         return 202, {"name": name, "mode": mode, "open_requests": count}
 
+    async def role(self, request: Request) -> tuple[int, object]:
+        """Give an instance that may do either its duty: {"role": "PREFILL", "DECODE" or "MIX"}; "auto": leave it to the cluster again."""
+        duty = self._roles.set_by_hand(request.params["name"], _role_order(request.body))
+        return 202, {"name": request.params["name"], "duty": _duty_row(duty)}
+
     async def ledger(self, request: Request) -> tuple[int, object]:
         """Counts that are 0 when idle, and what the process holds."""
         held = process.held()
         return 200, {
-            **self._generations.ledger(),
             **self._counts(),
-            "instance_streams": self._generations.num_streams,
             "tasks": len(asyncio.all_tasks()),
             "file_handles": held.file_handles,
             "resident_bytes": held.resident_bytes,
@@ -115,6 +132,24 @@ class AdminRoutes:
         if record is None:
             raise RequestNotFound("no such request is remembered; the last 1000 of 10 minutes are")
         return 200, record.row()
+
+
+def _duty_row(duty: Duty | None) -> dict[str, object] | None:
+    """As it is shown; None: none was given."""
+    return {**dataclasses.asdict(duty), "role": duty.role.name} if duty is not None else None
+
+
+def _role_order(body: bytes) -> Role | None:
+    """The role that is asked for; None: auto. Raises InvalidValue."""
+    try:
+        word = json.loads(body)["role"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidValue('the body is not {"role": "PREFILL"}') from error
+    if word == "auto":
+        return None
+    if word not in ("PREFILL", "DECODE", "MIX"):
+        raise InvalidValue("role is PREFILL, DECODE, MIX or auto", param="role")
+    return Role[word]
 
 
 def _drain_order(body: bytes) -> tuple[str, float]:

@@ -30,7 +30,7 @@ from xllm_py.openai.server import HttpServer, serve_http
 from xllm_py.openai.settings import HttpSettings
 from xllm_py.openai.tokenizer import Tokenizer, load_tokenizer
 from xllm_py.registry import open_registry
-from xllm_py.registry.base import Registry
+from xllm_py.registry.base import Lease, Registry
 from xllm_py.registry.cluster_key import cluster_key_of, keep_cluster_key
 
 _log = log.get(__name__)
@@ -101,7 +101,11 @@ class Master:
         await parts.manager.begin(registry)
         self._tasks.start(parts.manager.follow(registry), name="registry", vital=True)
         self._tasks.start(parts.manager.keep_time(), name="clock", vital=True)
-        await self._announce(registry, identity, http)
+        lease = await self._announce(registry, identity, http)
+        self._tasks.start(parts.election.follow(registry), name="masters", vital=True)
+        standing = parts.election.stand(registry, lease, config.etcd.ttl_s)
+        self._tasks.start(standing, name="election", vital=True)
+        self._tasks.start(parts.roles.keep(), name="roles", vital=True)
         self._front.open(parts.backend, parts.routes)
         self._starting = None
         notify("READY=1")
@@ -148,8 +152,8 @@ class Master:
         self._closers.push_async_callback(rpc.close)
         return rpc
 
-    async def _announce(self, registry: Registry, identity: Identity, http: HttpServer) -> None:
-        """Our own record, so that instances find us."""
+    async def _announce(self, registry: Registry, identity: Identity, http: HttpServer) -> Lease:
+        """Our own record, so that instances find us; the lease it stands under."""
         lease = await registry.lease(self._config.etcd.ttl_s)
         self._closers.push_async_callback(lease.revoke)
         http_address = announced(self._config, http.port)
@@ -162,6 +166,7 @@ class Master:
         )
         raw = service_to_json(record, identity.cluster_key)
         await lease.put(keys.service(identity.rpc_address), raw)
+        return lease
 
     @property
     def stopping(self) -> bool:

@@ -124,10 +124,14 @@ class Dispatcher:
             fingerprint=fingerprint,
         )
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests held back, for the ledger."""
-        return len(self._room)
+    def counts(self) -> dict[str, int]:
+        """For the ledger: 0 when idle, save for the streams of instances."""
+        generations = self._generations
+        return {
+            **generations.ledger(),
+            "queued": len(self._room),
+            "instance_streams": generations.num_streams,
+        }
 
     # ---- one attempt, and the next ----
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 
 from xllm_py.base.errors import NoInstances
 from xllm_py.core.request import Submission
-from xllm_py.master.admin import AdminRoutes
+from xllm_py.master.admin import ROUTES, AdminRoutes
 from xllm_py.openai.backend import Backend, Delta, Readiness, ServedModel
 from xllm_py.openai.exchange import Handler, Request
 
@@ -28,14 +28,7 @@ class Front:
 
     def table(self) -> dict[tuple[str, str], Handler]:
         """The admin routes, refused until `open`."""
-        routes = (
-            ("GET", "/admin/instances"),
-            ("POST", "/admin/instances/{name}/drain"),
-            ("GET", "/debug/ledger"),
-            ("GET", "/debug/requests"),
-            ("GET", "/debug/requests/{id}"),
-        )
-        return {route: self._late(route) for route in routes}
+        return {route: self._late(route) for route in ROUTES}
 
     def _late(self, route: tuple[str, str]) -> Handler:
         async def handle(request: Request) -> tuple[int, object]:

@@ -83,6 +83,9 @@ class Generations:
         self.on_beat: Callable[[Heartbeat], int] = lambda beat: (
             0
         )  # what is wanted of its cache's news
+        self.order: Callable[[HeartbeatReply, str], HeartbeatReply] = lambda reply, incarnation: (
+            reply
+        )  # what the elected master adds to the answer
         self.on_handoff_lost: list[Callable[[str, str], None]] = []  # incarnations of P and D
         manager.on_lost.append(self._on_lost)
 
@@ -136,7 +139,8 @@ class Generations:
         reply = self._manager.on_heartbeat(beat)
         if not reply.known:
             return reply
-        return dataclasses.replace(reply, cache_next=self.on_beat(beat))
+        reply = dataclasses.replace(reply, cache_next=self.on_beat(beat))
+        return self.order(reply, beat.incarnation)
 
     async def get_instance_info(self, name: str) -> bytes:
         """See MasterHandlers."""

@@ -15,6 +15,7 @@ from xllm_py.base.clock import Clock
 from xllm_py.base.errors import ProtocolViolation, RequestNotFound
 from xllm_py.base.metrics import Metrics
 from xllm_py.cluster import keys
+from xllm_py.cluster.duties import Duty
 from xllm_py.cluster.instance_info import Card, card_from_json, card_key
 from xllm_py.cluster.load import Load, Progress
 from xllm_py.cluster.membership import (
@@ -55,6 +56,7 @@ class Member:
     load: Load = field(default_factory=Load)
     progress: Progress = field(default_factory=Progress)
     links: tuple[LinkState, ...] = ()
+    duty: Duty | None = None  # as it has it
     sequence: int = -1
     ready_at: float | None = None  # when it first became ready
 
@@ -80,6 +82,7 @@ class InstanceManager:
         self._ticked_at: float | None = None  # None: nobody keeps time yet
         self._registry: Registry | None = None
         self._listed: tuple[Sequence[Entry], int] = ((), 0)
+        self.highest_term = 0  # of an elected master, that any instance told of
         self.on_changed: list[Callable[[], None]] = []
         self.on_lost: list[Callable[[Card, str, bool], None]] = []  # card, why, whether it died
         self.on_forgotten: list[Callable[[Card], None]] = []
@@ -162,6 +165,10 @@ class InstanceManager:
             return
         member.sequence = beat.sequence
         member.load, member.progress, member.links = beat.load, beat.progress, beat.links
+        self.highest_term = max(self.highest_term, beat.term)
+        if beat.duty != member.duty:
+            member.duty = beat.duty
+            self._tell_changed()
         draining = beat.state == InstanceState.DRAINING.value
         self._step(member, Heard(draining=draining, stalled=_is_stalled(beat)))
 
@@ -286,6 +293,7 @@ class InstanceManager:
                 card=member.card,
                 ready=member.view.state is InstanceState.READY,
                 alive_s=now - member.ready_at,
+                duty=member.duty,
             )
             for member in self._members.values()
             if member.ready_at is not None and may_serve(member.view)

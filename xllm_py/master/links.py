@@ -19,7 +19,8 @@ from xllm_py.base import log
 from xllm_py.base.errors import LayoutMismatch, XllmError
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.tasks import TaskFamily
-from xllm_py.cluster.instance_info import Card, Role, inexact
+from xllm_py.cluster.duties import Half, abilities
+from xllm_py.cluster.instance_info import Card, inexact
 from xllm_py.cluster.membership import InstanceState
 from xllm_py.master.instance_manager import InstanceManager, Member
 from xllm_py.master.peers import Peers
@@ -215,8 +216,8 @@ class Links:
 
 def _wanted(members: list[Member]) -> dict[tuple[str, str], Pair]:
     able = [member for member in members if member.view.state in _LINKABLE]
-    givers = [member for member in able if member.card.role in (Role.PREFILL, Role.MIX)]
-    takers = [member for member in able if member.card.role in (Role.DECODE, Role.MIX)]
+    givers = [member for member in able if Half.PREFILL in abilities(member.card)]
+    takers = [member for member in able if Half.DECODE in abilities(member.card)]
     return {
         (p.card.incarnation_id, d.card.incarnation_id): Pair(prefill=p, decode=d)
         for p in givers

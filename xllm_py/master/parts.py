@@ -16,11 +16,13 @@ from xllm_py.master.admin import AdminRoutes
 from xllm_py.master.cluster_backend import ClusterBackend
 from xllm_py.master.config import MasterConfig
 from xllm_py.master.dispatcher import Dispatcher, Terms
+from xllm_py.master.election import Election
 from xllm_py.master.generations import Generations
 from xllm_py.master.instance_manager import InstanceManager
 from xllm_py.master.journeys import Journeys
 from xllm_py.master.links import Links
 from xllm_py.master.peers import Peers
+from xllm_py.master.roles import Roles
 from xllm_py.master.router import Policy, Router
 
 
@@ -44,6 +46,8 @@ class Parts:
     generations: Generations
     journeys: Journeys
     backend: ClusterBackend
+    election: Election
+    roles: Roles
     routes: AdminRoutes
 
 
@@ -78,6 +82,24 @@ def _patience(config: MasterConfig) -> Patience:
     return Patience(suspect_after_s=config.suspect_after_s, gone_after_s=config.gone_after_s)
 
 
+def _peers(config: MasterConfig, identity: Identity) -> Peers:
+    return Peers(
+        cluster_key=identity.cluster_key,
+        sender=identity.incarnation,
+        timeout_s=config.rpc_timeout_s,
+        channels=Channels(connect_timeout_s=config.connect_timeout_s, tls=config.tls),
+    )
+
+
+def _election(identity: Identity, manager: InstanceManager, metrics: Metrics) -> Election:
+    return Election(
+        address=identity.rpc_address,
+        cluster_key=identity.cluster_key,
+        seen_by_instances=lambda: manager.highest_term,
+        metrics=metrics,
+    )
+
+
 def _terms(config: MasterConfig, identity: Identity) -> Terms:
     return Terms(
         address=identity.rpc_address,
@@ -99,12 +121,7 @@ def assemble(
 ) -> Parts:
     """Make and connect everything."""
     manager = _manager(config, identity, clock, metrics)
-    peers = Peers(
-        cluster_key=identity.cluster_key,
-        sender=identity.incarnation,
-        timeout_s=config.rpc_timeout_s,
-        channels=Channels(connect_timeout_s=config.connect_timeout_s, tls=config.tls),
-    )
+    peers = _peers(config, identity)
 
     def forget(card: Card) -> None:
         tasks.start(peers.forget(card), name=f"forget {card.name}")
@@ -115,6 +132,9 @@ def assemble(
     generations.on_handoff_lost.append(links.doubt)
     router = Router(manager=manager, links=links, metrics=metrics, policy=_policy(config, identity))
     generations.on_beat = router.on_heartbeat
+    election = _election(identity, manager, metrics)
+    roles = Roles(manager=manager, router=router, election=election, metrics=metrics)
+    generations.order = roles.order
     journeys = Journeys()
     dispatcher = Dispatcher(
         router=router,
@@ -134,13 +154,18 @@ def assemble(
         generations=generations,
         journeys=journeys,
         backend=backend,
+        election=election,
+        roles=roles,
         routes=AdminRoutes(
             manager=manager,
             links=links,
             router=router,
-            generations=generations,
             journeys=journeys,
             peers=peers,
-            counts=lambda: {"streams": num_streams(), "queued": dispatcher.num_waiting},
+            roles=roles,
+            counts=lambda: {
+                **dispatcher.counts(),
+                "streams": num_streams(),
+            },
         ),
     )

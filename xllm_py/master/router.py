@@ -161,6 +161,16 @@ class Router:
         """Of one life of an instance."""
         return self._costs[incarnation]
 
+    def pressures(self, incarnation: str) -> tuple[float, float]:
+        """How much an instance has to do, of prompts and of answers, where 1 is all that it should have.
+
+        Prompts: the wait for those before, as a share of the wanted time to first token. Answers: what is used of the KV memory, or what
+        others add to the time of a token as a share of the wanted one, whichever is more.
+        """
+        costs, policy = self._costs[incarnation], self._policy
+        wait = costs.tokens_ahead * costs.prompt_token_s / policy.ttft_s
+        return wait, max(costs.kv_usage, costs.rows * costs.token.b / policy.tpot_s)
+
     def _held(self, found: Options, submission: Submission) -> dict[str, int]:
         """Leading tokens of the prompt, and of what was said already, that each instance has."""
         held: dict[str, int] = {}

@@ -7,7 +7,7 @@ tests/conformance/test_registry.py, run against memory, embedded and a real etcd
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,16 @@ class Entry:
 class Lease(Protocol):
     """A lease that keeps itself alive, and comes back with everything put under it when it was lost."""
 
+    @property
+    def id(self) -> int:
+        """The registry's name for it; another one after it was lost."""
+        ...
+
+    @property
+    def left_s(self) -> float:
+        """How long it surely lives on, counted from when the last renewal was sent; 0 or less: it may be gone."""
+        ...
+
     async def put(self, key: str, value: bytes) -> None:
         """Put under the lease, and again whenever the lease had to be granted anew."""
         ...
@@ -31,6 +41,15 @@ class Lease(Protocol):
     async def revoke(self) -> None:
         """Delete everything under it and stop; never raises, the lease ends by itself at the latest."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Put:
+    """A key to be written, under a lease as it is named now (Lease.id), 0: under none."""
+
+    key: str
+    value: bytes
+    lease: int = 0
 
 
 class Registry(Protocol):
@@ -45,8 +64,15 @@ class Registry(Protocol):
         """A new lease, renewed every third of its time to live."""
         ...
 
-    async def put(self, key: str, value: bytes, *, create_only: bool = False) -> bool:
-        """Put without a lease. create_only: False when the key was there already, and nothing was changed."""
+    async def put(self, key: str, value: bytes) -> None:
+        """Put without a lease."""
+        ...
+
+    async def swap(self, seen: Mapping[str, int], puts: Sequence[Put]) -> bool:
+        """All puts at once if every key of `seen` was last changed at that revision, 0: is absent; else nothing, and False.
+
+        Raises RegistryUnavailable also when a lease is gone.
+        """
         ...
 
     async def get(self, key: str) -> bytes | None:

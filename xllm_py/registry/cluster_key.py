@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from xllm_py.base import log
 from xllm_py.base.errors import RegistryUnavailable
 from xllm_py.cluster import keys
-from xllm_py.registry.base import Entry, Registry
+from xllm_py.registry.base import Entry, Put, Registry
 
 _KEY_BYTES = 32
 _RETRY_S = 1.0
@@ -23,7 +23,7 @@ _log = log.get(__name__)
 async def cluster_key_of(registry: Registry) -> bytes:
     """32 bytes. Raises RegistryUnavailable."""
     made = secrets.token_bytes(_KEY_BYTES).hex().encode()
-    await registry.put(keys.CLUSTER_KEY, made, create_only=True)
+    await _create(registry, made)
     text = await registry.get(keys.CLUSTER_KEY) or b""
     try:
         key = bytes.fromhex(text.decode("ascii"))
@@ -32,6 +32,11 @@ async def cluster_key_of(registry: Registry) -> bytes:
     if len(key) != _KEY_BYTES:
         raise RegistryUnavailable(f"{keys.CLUSTER_KEY} in etcd is not 32 bytes; delete it")
     return key
+
+
+async def _create(registry: Registry, value: bytes) -> None:
+    """Put it unless there is one."""
+    await registry.swap({keys.CLUSTER_KEY: 0}, [Put(key=keys.CLUSTER_KEY, value=value)])
 
 
 async def keep_cluster_key(registry: Registry, key: bytes) -> None:
@@ -45,7 +50,7 @@ async def keep_cluster_key(registry: Registry, key: bytes) -> None:
 async def _put_and_list(registry: Registry, key: bytes) -> tuple[Sequence[Entry], int]:
     while True:
         try:
-            await registry.put(keys.CLUSTER_KEY, key.hex().encode(), create_only=True)
+            await _create(registry, key.hex().encode())
             known, revision = await registry.entries(keys.CLUSTER_KEY)
         except RegistryUnavailable:
             await asyncio.sleep(_RETRY_S)

@@ -67,9 +67,13 @@ class Kv(rpc_pb2_grpc.KVServicer):
 
     async def Put(self, request: Any, context: Context) -> Any:  # noqa: N802
         """Put, under a lease if one is named."""
-        if request.lease and request.lease not in self._store.leases:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "etcdserver: requested lease not found")
+        await self._check_leases([request], context)
         return self._put(request)
+
+    async def _check_leases(self, puts: list[Any], context: Context) -> None:
+        """Before anything is written."""
+        if any(put.lease and put.lease not in self._store.leases for put in puts):
+            await context.abort(grpc.StatusCode.NOT_FOUND, "etcdserver: requested lease not found")
 
     def _put(self, request: Any) -> Any:
         before = self._store.records.get(request.key)
@@ -93,13 +97,18 @@ class Kv(rpc_pb2_grpc.KVServicer):
 
     async def Txn(self, request: Any, context: Context) -> Any:  # noqa: N802
         """Compare, then one of two lists of operations."""
+        self._store.expire()
+        chosen = request.success if self._all_hold(request) else request.failure
+        await self._check_leases([op.request_put for op in chosen], context)
         return self._txn(request)
 
     def _txn(self, request: Any) -> Any:
-        self._store.expire()
-        good = all(self._holds(compare) for compare in request.compare)
+        good = self._all_hold(request)
         responses = [self._operate(op) for op in (request.success if good else request.failure)]
         return rpc_pb2.TxnResponse(header=_header(self._store), succeeded=good, responses=responses)
+
+    def _all_hold(self, request: Any) -> bool:
+        return all(self._holds(compare) for compare in request.compare)
 
     def _operate(self, op: Any) -> Any:
         kind = op.WhichOneof("request")

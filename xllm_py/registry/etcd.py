@@ -8,7 +8,7 @@ registry/etcd_watch. A namespace is put before every key here and taken off agai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -19,7 +19,7 @@ from xllm_py.base.errors import RegistryUnavailable
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.core.service_config import EtcdSlice
 from xllm_py.registry import etcd_sync
-from xllm_py.registry.base import Entry, Lease
+from xllm_py.registry.base import Entry, Lease, Put
 from xllm_py.registry.etcd_lease import EtcdLease
 from xllm_py.registry.etcd_stubs import rpc_pb2, rpc_pb2_grpc
 from xllm_py.registry.etcd_watch import EtcdWatch
@@ -161,23 +161,31 @@ class EtcdRegistry:
         self._tasks.start(lease.keep(), name="lease")
         return lease
 
-    async def put(self, key: str, value: bytes, *, create_only: bool = False) -> bool:
+    async def put(self, key: str, value: bytes) -> None:
         """See Registry."""
-        put = rpc_pb2.PutRequest(key=self.key(key), value=value)
-        if not create_only:
-            await self.call(self.kv.Put, put)
-            return True
-        absent = rpc_pb2.Compare(
-            key=put.key,
-            target=rpc_pb2.Compare.CREATE,
-            result=rpc_pb2.Compare.EQUAL,
-            create_revision=0,
-        )
-        operation = rpc_pb2.RequestOp(request_put=put)
-        answer = await self.call(
-            self.kv.Txn, rpc_pb2.TxnRequest(compare=[absent], success=[operation])
-        )
-        return bool(answer.succeeded)
+        await self.call(self.kv.Put, rpc_pb2.PutRequest(key=self.key(key), value=value))
+
+    async def swap(self, seen: Mapping[str, int], puts: Sequence[Put]) -> bool:
+        """See Registry."""
+        compare = [
+            rpc_pb2.Compare(
+                key=self.key(key),
+                target=rpc_pb2.Compare.MOD,
+                result=rpc_pb2.Compare.EQUAL,
+                mod_revision=revision,
+            )
+            for key, revision in seen.items()
+        ]
+        success = [
+            rpc_pb2.RequestOp(
+                request_put=rpc_pb2.PutRequest(
+                    key=self.key(put.key), value=put.value, lease=put.lease
+                )
+            )
+            for put in puts
+        ]
+        request = rpc_pb2.TxnRequest(compare=compare, success=success)
+        return bool((await self.call(self.kv.Txn, request)).succeeded)
 
     async def get(self, key: str) -> bytes | None:
         """See Registry."""

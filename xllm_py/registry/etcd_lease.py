@@ -42,6 +42,16 @@ class EtcdLease:
             asyncio.Lock()
         )  # a renewal under way and a revocation are done one after the other
 
+    @property
+    def id(self) -> int:
+        """See Lease."""
+        return self._id
+
+    @property
+    def left_s(self) -> float:
+        """See Lease."""
+        return 0.0 if self._ended else self._valid_until - self._clock.now()
+
     async def grant(self) -> None:
         """A new lease with everything put under it. Raises RegistryUnavailable."""
         sent = self._clock.now()

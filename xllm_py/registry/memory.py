@@ -6,12 +6,12 @@ The store is plain synchronous state on a Clock; whoever wants to wait for chang
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import RegistryUnavailable
-from xllm_py.registry.base import Entry, Lease
+from xllm_py.registry.base import Entry, Lease, Put
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +132,12 @@ class MemoryLease:
     def __init__(self, store: Store, lease: int) -> None:
         self._store = store
         self._lease = lease
+        self.left_s = float("inf")  # a test sets it
+
+    @property
+    def id(self) -> int:
+        """See Lease."""
+        return self._lease
 
     async def put(self, key: str, value: bytes) -> None:
         """See Lease."""
@@ -139,6 +145,7 @@ class MemoryLease:
 
     async def revoke(self) -> None:
         """See Lease."""
+        self.left_s = 0.0
         self._store.revoke(self._lease)
 
 
@@ -159,12 +166,21 @@ class MemoryRegistry:
         store = self._check()
         return MemoryLease(store, store.grant(float("inf")))
 
-    async def put(self, key: str, value: bytes, *, create_only: bool = False) -> bool:
+    async def put(self, key: str, value: bytes) -> None:
+        """See Registry."""
+        self._check().put(key.encode(), value)
+
+    async def swap(self, seen: Mapping[str, int], puts: Sequence[Put]) -> bool:
         """See Registry."""
         store = self._check()
-        if create_only and key.encode() in store.records:
-            return False
-        store.put(key.encode(), value)
+        for key, revision in seen.items():
+            record = store.records.get(key.encode())
+            if (record.mod_revision if record else 0) != revision:
+                return False
+        if any(put.lease and put.lease not in store.leases for put in puts):
+            raise RegistryUnavailable("the lease is gone")
+        for put in puts:
+            store.put(put.key.encode(), put.value, put.lease)
         return True
 
     async def get(self, key: str) -> bytes | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from xllm_py.cluster.duties import Duty
 from xllm_py.cluster.instance_info import Role
 from xllm_py.cluster.load import Load, Progress
 from xllm_py.cluster.prefix_index import NO_NEWS, CacheNews
@@ -113,13 +114,17 @@ class Heartbeat:
     progress: Progress = field(default_factory=Progress)
     links: tuple[LinkState, ...] = ()
     cache: CacheNews = NO_NEWS
+    term: int = 0  # the highest of an elected master that it knows of
+    duty: Duty | None = None  # as it has it; None: none was given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeartbeatReply:
     """known is False when the master has no card of this incarnation: put it again. cache_next: the number of the change of the prefix cache
-    that it wants to hear from, 0: nothing.
+    that it wants to hear from, 0: nothing. The elected master beside that says its term, and what this instance is to do.
     """
 
     known: bool
     cache_next: int = 0
+    term: int = 0
+    duty: Duty | None = None

@@ -470,7 +470,7 @@ class LinkState(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., incarnation: _Optional[str] = ..., linked: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("name", "incarnation", "sequence", "state", "role", "load", "progress", "links", "cache")
+    __slots__ = ("name", "incarnation", "sequence", "state", "role", "load", "progress", "links", "cache", "term", "duty")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -480,6 +480,8 @@ class HeartbeatRequest(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    DUTY_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
     sequence: int
@@ -489,7 +491,23 @@ class HeartbeatRequest(_message.Message):
     progress: Progress
     links: _containers.RepeatedCompositeFieldContainer[LinkState]
     cache: CacheNews
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., state: _Optional[str] = ..., role: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkState, _Mapping]]] = ..., cache: _Optional[_Union[CacheNews, _Mapping]] = ...) -> None: ...
+    term: int
+    duty: Duty
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., state: _Optional[str] = ..., role: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkState, _Mapping]]] = ..., cache: _Optional[_Union[CacheNews, _Mapping]] = ..., term: _Optional[int] = ..., duty: _Optional[_Union[Duty, _Mapping]] = ...) -> None: ...
+
+class Duty(_message.Message):
+    __slots__ = ("role", "term", "epoch", "settled", "by_hand")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    BY_HAND_FIELD_NUMBER: _ClassVar[int]
+    role: int
+    term: int
+    epoch: int
+    settled: bool
+    by_hand: bool
+    def __init__(self, role: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., settled: bool = ..., by_hand: bool = ...) -> None: ...
 
 class CacheNews(_message.Message):
     __slots__ = ("since", "upto", "reset", "added", "removed")
@@ -506,12 +524,16 @@ class CacheNews(_message.Message):
     def __init__(self, since: _Optional[int] = ..., upto: _Optional[int] = ..., reset: bool = ..., added: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("known", "cache_next")
+    __slots__ = ("known", "cache_next", "term", "duty")
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     CACHE_NEXT_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    DUTY_FIELD_NUMBER: _ClassVar[int]
     known: bool
     cache_next: int
-    def __init__(self, known: bool = ..., cache_next: _Optional[int] = ...) -> None: ...
+    term: int
+    duty: Duty
+    def __init__(self, known: bool = ..., cache_next: _Optional[int] = ..., term: _Optional[int] = ..., duty: _Optional[_Union[Duty, _Mapping]] = ...) -> None: ...
 
 class GetInstanceInfoRequest(_message.Message):
     __slots__ = ("name",)
