@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from tests.devices import BLOCK_SIZE, DEVICE
 from xllm_py.device import open_device
 from xllm_py.device.base import AttentionBatch, KvShape
 from xllm_py.model import load_model, read_config
@@ -14,7 +15,7 @@ from xllm_py.model import load_model, read_config
 
 def our_logits(folder: Path, ids: list[int], quantization: str = "") -> torch.Tensor:
     """[tokens, vocabulary], the prompt computed whole, in float32."""
-    config, device = read_config(folder), open_device("cpu:0", threads=1)
+    config, device = read_config(folder), open_device(DEVICE, threads=1)
     loaded = load_model(
         folder,
         config,
@@ -28,15 +29,15 @@ def our_logits(folder: Path, ids: list[int], quantization: str = "") -> torch.Te
     device.alloc_kv(
         KvShape(
             num_layers=config.num_layers,
-            num_blocks=-(-count // 16),
-            block_size=16,
+            num_blocks=-(-count // BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=torch.float32,
         )
     )
     batch = AttentionBatch(
-        block_tables=torch.arange(-(-count // 16), dtype=torch.int32)[None],
+        block_tables=torch.arange(-(-count // BLOCK_SIZE), dtype=torch.int32)[None],
         first_tokens=torch.tensor([0]),
         num_tokens=torch.tensor([count]),
         context_tokens=torch.tensor([count]),
@@ -45,8 +46,8 @@ def our_logits(folder: Path, ids: list[int], quantization: str = "") -> torch.Te
     padding = (0, -count % device.row_padding())
     with torch.inference_mode():
         hidden = loaded.forward(
-            functional.pad(torch.tensor(ids), padding),
-            functional.pad(torch.arange(count), padding),
+            device.put(functional.pad(torch.tensor(ids), padding)),
+            device.put(functional.pad(torch.arange(count), padding)),
             batch,
         )
         logits = loaded.logits(hidden[:count])

@@ -57,6 +57,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "prometheus_client": ("prometheus_client", ("base.metrics",)),
     "psutil": ("psutil", ("base.ports", "base.process")),
+    "torch_npu": ("torch_npu", ("device.npu.load",)),
     "safetensors": ("safetensors", ("model.weights",)),
     "tokenizers": ("tokenizers", ("openai.tokenizer",)),
     "torch": (
@@ -77,7 +78,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "xxhash": ("xxhash", ("base.hashing",)),
 }
 # what an extra installs; --kv_transport asks for it
-EXTRAS = {"mooncake-transfer-engine-non-cuda", "nixl-cu12"}
+EXTRAS = {"mooncake-transfer-engine-non-cuda", "nixl-cu12", "torch_npu"}
 # installed, though no line of ours imports it
 UNIMPORTED: dict[str, str] = {}
 

@@ -87,7 +87,7 @@ def test_help_words_that_lack_their_word_are_errors_or_empty():
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_version_is_one_line(program):
     said = say(program, "--version")
-    line = rf"{program} version \S+ \(python 3\.\d+\.\d+, torch \S+, device cpu\)\n"
+    line = rf"{program} version \S+ \(python 3\.\d+\.\d+, torch \S+, devices cpu cuda npu\)\n"
     assert (said.code, said.err) == (0, "")
     assert re.fullmatch(line, said.out)
 

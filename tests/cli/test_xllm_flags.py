@@ -44,7 +44,7 @@ def test_a_model_is_all_that_is_needed(build, tmp_path):
     config = build()
     assert config.model_path == str(tmp_path / "tiny")
     assert config.served_names == ("tiny",)
-    assert config.engine.devices == ("cpu:0",)
+    assert config.engine.devices == ("auto",)
     assert config.addresses.host == config.addresses.advertise_host == "127.0.0.1"
     assert (config.cluster.role, config.cluster.routed) == (Role.DEFAULT, False)
     assert config.engine.scheduler.max_tokens_per_chunk == 10240
@@ -84,7 +84,7 @@ def test_the_prefill_command_of_the_reference_page(build):
     assert not config.engine.kv_port_may_move
     assert not config.addresses.disagg_pd_port_may_move
     assert not config.engine.scheduler.enable_chunked_prefill
-    assert config.warnings == ()
+    assert all("hccn.conf" in line for line in config.warnings)  # on a host without NPUs
 
 
 def test_the_decode_command_of_the_page_cut_off_by_its_stray_blank(build):

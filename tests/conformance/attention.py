@@ -72,6 +72,8 @@ class Sequences:
             for part in range(2):
                 span = memory.span(layer, part, 0, num_blocks)
                 span[:] = b"\xff" * span.nbytes
+        if memory.mirror is not None:
+            memory.mirror.put_in(range(num_blocks))
 
     def _make(self, name: str, length: int, generator: torch.Generator) -> None:
         shape = self.shape

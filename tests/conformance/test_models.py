@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.devices import DEVICE
 from tests.engine.rig import Rig
 from tests.families import CASES, VOCABULARY, make_family
 from tests.forward import our_logits
@@ -131,8 +132,8 @@ def test_logits_do_not_depend_on_what_was_cached(model: Path, alone: Answers, dt
 
 
 def test_dummy_weights_fit_every_family(model: Path) -> None:
-    config, device = read_config(model), open_device("cpu:0", threads=1)
+    config, device = read_config(model), open_device(DEVICE, threads=1)
     made = load_model(
         model, config, device, dtype=torch.float32, load_format="dummy", max_position=64
     )
-    assert made.logits(torch.zeros(3, config.hidden_size)).shape == (3, VOCABULARY)
+    assert made.logits(device.put(torch.zeros(3, config.hidden_size))).shape == (3, VOCABULARY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.devices import SIMULATED
 from xllm_py.base.errors import DeviceUnavailable
 from xllm_py.device import open_device
 from xllm_py.device.cpu import CpuDevice
@@ -29,8 +30,17 @@ def test_a_device_that_is_not_there_is_refused_with_one_that_is(name: str) -> No
 
 
 def test_an_npu_names_what_it_needs() -> None:
-    with pytest.raises(DeviceUnavailable, match="torch_npu and CANN"):
+    with pytest.raises(DeviceUnavailable, match=r"torch_npu is not installed.*XLLM_SIMULATE_NPU"):
         open_device("npu:0", threads=1)
+
+
+@pytest.mark.skipif(SIMULATED, reason="an npu is there")
+def test_auto_takes_the_cpu_where_nothing_else_is() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert open_device("auto", threads=1).name == "cpu:0"
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 5, 8])

@@ -264,7 +264,9 @@ class Cluster:
         wait_for("the registry", registry.listens)
         return registry
 
-    def start_instance(self, name: str, role: str, *flags: str) -> Daemon:
+    def start_instance(
+        self, name: str, role: str, *flags: str, env: dict[str, str] | None = None
+    ) -> Daemon:
         """An instance of the cluster's model; role DEFAULT without registry when there is no etcd port."""
         port = free_port()
         cluster = [f"--etcd_addr=127.0.0.1:{self.etcd_port}"] if self.etcd_port else []
@@ -288,6 +290,7 @@ class Cluster:
             *cluster,
             *flags,
             port=port,
+            env=env,
         )
 
     def wait_ready(self, *daemons: Daemon) -> None:

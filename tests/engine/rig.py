@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tests.devices import BLOCK_SIZE, DEVICE
 from xllm_py.base.clock import HandClock
 from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
 from xllm_py.core.request import Submission
@@ -22,7 +23,7 @@ class Rig:
         model: Path,
         *,
         dtype: str = "auto",
-        block_size: int = 16,
+        block_size: int = BLOCK_SIZE,
         cache_bytes: int = 32 << 20,
         chunk: int = 10240,
         max_seqs: int = 64,
@@ -34,6 +35,7 @@ class Rig:
             model_path=str(model),
             dtype=dtype,
             cpu_threads=threads,
+            devices=(DEVICE,),
             cache=CacheConfig(block_size=block_size, max_cache_bytes=cache_bytes),
             scheduler=SchedulerConfig(
                 max_seqs_per_batch=max_seqs,

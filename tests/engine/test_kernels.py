@@ -16,7 +16,7 @@ from xllm_py.core.sampling import SamplingParams
 from xllm_py.device.base import AttentionBatch, KvShape, Turn
 from xllm_py.device.cpu import CpuDevice
 from xllm_py.device.cpu.native.build import instruction_sets
-from xllm_py.device.cpu.torch_kernels import silu
+from xllm_py.device.torch_forms import silu
 
 DTYPES = (torch.float32, torch.bfloat16)
 # KV heads, query heads of each, head size

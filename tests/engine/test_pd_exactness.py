@@ -16,6 +16,7 @@ from xllm_py.base.clock import RealClock
 from xllm_py.core.request import Receiver, Submission
 from xllm_py.core.sampling import SamplingParams
 from xllm_py.engine.handoff_agent import HandoffAgent
+from xllm_py.transport import mirrored
 from xllm_py.transport.tcp import TcpKvTransport
 from xllm_py.wire import messages as m
 
@@ -84,7 +85,8 @@ class Side:
     def __init__(self, model: Path, name: str, **fields: Any) -> None:
         self.rig = Rig(model, **fields)  # type: ignore[arg-type]  # fields by name
         memory = self.rig.executor.kv_memory()
-        self.transport = TcpKvTransport(memory=memory, incarnation=name, cluster_key=KEY)
+        tcp = TcpKvTransport(memory=memory, incarnation=name, cluster_key=KEY)
+        self.transport = mirrored.over(tcp, memory)
         self.events: list[m.Event] = []
         self.agent = HandoffAgent(
             scheduler=self.rig.scheduler,

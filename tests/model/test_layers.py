@@ -21,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 from tests.checkpoints import make_checkpoint
 from xllm_py.device import open_device
-from xllm_py.device.cpu.torch_kernels import rms_norm, rotate
+from xllm_py.device.torch_forms import rms_norm, rotate
 from xllm_py.model import read_config
 from xllm_py.model.config import ExpertsConfig, ModelConfig
 from xllm_py.model.layers.experts import Experts, Router

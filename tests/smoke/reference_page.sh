@@ -3,6 +3,7 @@
 # The ports are the page's. Ends with a completion and a chat stream through registry, master, prefill and decode.
 #
 #   MODEL=models/xllm-demo P_DEVICE=cpu:0 D_DEVICE=cpu:0 tests/smoke/reference_page.sh
+#   XLLM_SIMULATE_NPU=2 P_DEVICE=npu:0 D_DEVICE=npu:1 tests/smoke/reference_page.sh     the page's own devices, simulated (docs/devices.md)
 #   PASTED=1 tests/smoke/reference_page.sh     with the page's D command as it stands there, stray blanks included
 set -euo pipefail
 cd "$(dirname "$0")/../.."

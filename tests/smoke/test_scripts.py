@@ -22,11 +22,18 @@ QUICKSTART = [sys.executable, str(ROOT / "scripts" / "quickstart.py")]
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("pasted", ["", "1"], ids=["verbatim", "stray blanks included"])
-def test_the_reference_page_works_as_it_stands(pasted: str) -> None:
+NPUS = {"XLLM_SIMULATE_NPU": "2", "P_DEVICE": "npu:0", "D_DEVICE": "npu:1"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"PASTED": "1"}, NPUS],
+    ids=["verbatim", "stray blanks included", "the page's devices, simulated"],
+)
+def test_the_reference_page_works_as_it_stands(given: dict[str, str]) -> None:
     done = subprocess.run(
         [str(ROOT / "tests" / "smoke" / "reference_page.sh")],
-        env={**os.environ, "PASTED": pasted},
+        env={**os.environ, **given},
         capture_output=True,
         text=True,
         timeout=110,

@@ -217,7 +217,9 @@ class FlagCommand(gflags.GflagsCommand):
             torch = "not installed"
         ours = metadata.version("xllm_py") if _installed() else _source_version()
         python = ".".join(str(part) for part in sys.version_info[:3])
-        return f"{self._program} version {ours} (python {python}, torch {torch}, device cpu)"
+        return (
+            f"{self._program} version {ours} (python {python}, torch {torch}, devices cpu cuda npu)"
+        )
 
     def help_for(self, word: str) -> str:
         """The text of one of the help flags."""

@@ -17,14 +17,16 @@ from xllm_py.cli.cores import cores
 from xllm_py.cli.entry import run_command
 from xllm_py.cli.flags import FlagCommand, Given, echo_given
 from xllm_py.cli.generation_config import sampling_defaults
+from xllm_py.cli.hccn import device_ips
 from xllm_py.cli.mlu import normalize_mlu
 from xllm_py.cli.model_path import find_model
 from xllm_py.cluster.instance_info import Role
-from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
+from xllm_py.core.config import AUTO_DEVICE, CacheConfig, EngineConfig, SchedulerConfig
 from xllm_py.instance.config import AddressSlice, ClusterSlice, InstanceConfig
 
 INTRO = "xllm: one inference instance. A role, a model, a device:\n  xllm --model=FOLDER --devices=cpu:0"
 _BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_NPU_BLOCK = 128
 _DEVICE = re.compile(r"(cpu|cuda|npu|mlu):[0-9]{1,3}")
 _FINITE = {"rpc_channel_timeout_ms": 5000, "rpc_idle_timeout_s": 600}
 _NOT_BUILT = {
@@ -76,6 +78,7 @@ def build(given: Given) -> InstanceConfig:
     http = rules.http(causes, values, values["max_concurrent_requests"])
     log = rules.logs(causes, values)
     devices = _devices(causes, values)
+    ips = device_ips(causes, given, devices)
     affinity = cores(causes, values)
     if causes.lines:
         raise UsageError("\n".join(causes.lines))
@@ -93,6 +96,7 @@ def build(given: Given) -> InstanceConfig:
         cluster=cluster,
         log=log,
         cpu_affinity=affinity,
+        device_ips=ips,
         stalled_after_s=values["health_check_interval_ms"] / 1000,
         random_seed=values["random_seed"],
         sampling_defaults=defaults,
@@ -221,7 +225,9 @@ def _addresses(causes: rules.Causes, given: Given, host: str) -> AddressSlice:
 
 
 def _devices(causes: rules.Causes, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """`type:index`; empty means cpu:0 until other devices are built."""
+    """`type:index`; empty or `auto`: the engine looks what is there."""
+    if values["devices"].strip() in ("", AUTO_DEVICE) and values["device_id"] < 0:
+        return (AUTO_DEVICE,)
     names = tuple(part.strip() for part in values["devices"].split(",") if part.strip())
     for name in names:
         causes.need(
@@ -238,6 +244,11 @@ def _devices(causes: rules.Causes, values: Mapping[str, Any]) -> tuple[str, ...]
     if values["device_id"] >= 0 and names:
         same = all(name.endswith(f":{values['device_id']}") for name in names)
         causes.need(same, "--device_id contradicts --devices. Pass one of them")
+    size = values["block_size"]
+    causes.need(
+        size % _NPU_BLOCK == 0 or not any(name.startswith("npu:") for name in names),
+        f"--block_size={size}: attention on npu wants blocks of {_NPU_BLOCK} tokens or a multiple. Pass --block_size={_NPU_BLOCK}",
+    )
     return names or (f"cpu:{max(0, values['device_id'])}",)
 
 

@@ -20,7 +20,7 @@ _MODEL = in_group(
         "devices",
         "string",
         "",
-        "type:index, as cpu:0; one device, cpu only in this version; empty: cpu:0",
+        "type:index, as cpu:0, cuda:0 or npu:0; one device in this version; empty or auto: the first of npu:0, cuda:0, cpu:0 that is there",
     ),
     b("device_id", "int32", -1, "index on the detected device type"),
     b("backend", "string", "", "empty or llm"),
@@ -207,7 +207,7 @@ _CLUSTER = in_group(
     ),
     b("kv_poison", "bool", False, "fill KV blocks with nonsense before use; for tests, slow"),
     b("kv_streams", "int32", 1, "TCP connections from this instance to one peer, 1 to 16"),
-    a("hccn_conf", "string", "/etc/hccn.conf", "device addresses of npu hosts", idle=True),
+    a("hccn_conf", "string", "/etc/hccn.conf", "device addresses of npu hosts, for the card"),
     a(
         "grant_ttl_s",
         "double",

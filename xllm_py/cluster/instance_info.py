@@ -60,6 +60,7 @@ class Card:
     layout: str = ""
     tp_size: int = 1
     device_type: str = ""
+    device_ips: tuple[str, ...] = ()  # on the devices' own network, as hccn.conf says
     enable_prefix_cache: bool = False
     enable_chunked_prefill: bool = True
     max_seqs: int = 0

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from xllm_py.core.service_config import TlsSlice
 
+AUTO_DEVICE = "auto"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
@@ -66,7 +68,7 @@ class EngineConfig:
     profile_to: str = ""  # a file: steps are timed and written there before anything else
     max_model_len: int = 0
     logprobs_mode: str = "raw"  # or "processed": after penalties, bias, temperature and cuts
-    devices: tuple[str, ...] = ("cpu:0",)
+    devices: tuple[str, ...] = ("cpu:0",)  # one a rank; AUTO_DEVICE: the best that is there
     cpu_threads: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 from xllm_py.base.hashing import fingerprint
 
@@ -45,10 +46,28 @@ class KvLayout:
         return replace(self, block_size=block_size, block_bytes=self.block_bytes // pieces)
 
 
-class KvMemory:
-    """Byte views over all blocks."""
+class Mirror(Protocol):
+    """Copies between a cache that the host cannot reach and the host's bytes of it; whole blocks, by their numbers."""
 
-    def __init__(self, layout: KvLayout, num_blocks: int, regions: Sequence[memoryview]) -> None:
+    def take_out(self, layer: int, block_ids: Sequence[int]) -> None:
+        """From the device, both parts of one layer; the bytes are there when it returns."""
+        ...
+
+    def put_in(self, block_ids: Sequence[int]) -> None:
+        """To the device, all layers and parts."""
+        ...
+
+
+class KvMemory:
+    """Byte views over all blocks. mirror: the cache itself is elsewhere, and these bytes are a copy that is as new as it was asked to be."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        regions: Sequence[memoryview],
+        mirror: Mirror | None = None,
+    ) -> None:
         if len(regions) != layout.num_layers * PARTS:
             raise ValueError(f"{len(regions)} regions for {layout.num_layers} layers")
         for region in regions:
@@ -56,6 +75,7 @@ class KvMemory:
                 raise ValueError("a region must be writable and hold every block")
         self.layout = layout
         self.num_blocks = num_blocks
+        self.mirror = mirror
         self._regions = [region.cast("B") for region in regions]
         self._finer: dict[int, KvMemory] = {layout.block_size: self}
         self._places = lru_cache(maxsize=_MAX_REMEMBERED)(self._locate)
@@ -92,6 +112,8 @@ class KvMemory:
             for part in range(PARTS):
                 for view in self.spans(layer, part, tuple(block_ids)):
                     view[:] = POISON * view.nbytes
+        if self.mirror is not None:
+            self.mirror.put_in(block_ids)
 
     def _region(self, layer: int, part: int) -> memoryview:
         if not (0 <= layer < self.layout.num_layers and 0 <= part < PARTS):

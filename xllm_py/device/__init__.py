@@ -1,26 +1,50 @@
-"""Floor 3: what computes. One file per device, loaded when it is chosen; devices do not know each other."""
+"""Floor 3: what computes. One package per device, loaded when it is chosen; devices do not know each other."""
 
 from __future__ import annotations
 
+from xllm_py.base import log
 from xllm_py.base.errors import DeviceUnavailable
+from xllm_py.core.config import AUTO_DEVICE
 from xllm_py.device.base import Device
 
 __all__ = ["Device", "open_device"]
 
+_log = log.get(__name__)
+
 
 def open_device(name: str, *, threads: int) -> Device:
-    """The device called `cpu:N`, `cuda:N` or `npu:N`. Raises DeviceUnavailable with what is there and what to do.
+    """The device called `cpu:N`, `cuda:N` or `npu:N`; `auto`: the first of npu:0, cuda:0 and cpu:0 that is there, and the log says which and why.
 
-    threads: compute threads of this rank; 0 means all cores.
+    Raises DeviceUnavailable with what is there and what to do. threads: compute threads of this rank; 0 means all cores.
     """
+    if name == AUTO_DEVICE:
+        return _first_there(threads)
     kind, _, index = name.partition(":")
-    if kind == "cpu":
-        from xllm_py.device.cpu import CpuDevice
+    match kind:
+        case "cpu":
+            from xllm_py.device.cpu import CpuDevice
 
-        return CpuDevice(int(index or 0), threads=threads)
-    if kind == "npu":
-        raise DeviceUnavailable(
-            f"{name}: torch_npu and CANN are not usable here; install xllm_py[npu] on an Ascend host and "
-            "source CANN's set_env.sh, or pass --devices=cpu:0"
-        )
-    raise DeviceUnavailable(f"{name} is not there; this host offers cpu:0. Pass --devices=cpu:0")
+            return CpuDevice(int(index or 0), threads=threads)
+        case "cuda":
+            from xllm_py.device.cuda import CudaDevice
+
+            return CudaDevice(int(index or 0))
+        case "npu":
+            from xllm_py.device.npu import NpuDevice
+
+            return NpuDevice(int(index or 0))
+    raise DeviceUnavailable(f"{name} is no device. Pass --devices=cpu:0, cuda:0 or npu:0")
+
+
+def _first_there(threads: int) -> Device:
+    causes = []
+    for name in ("npu:0", "cuda:0"):
+        try:
+            found = open_device(name, threads=threads)
+        except DeviceUnavailable as error:
+            causes.append(error.message.partition(". ")[0])
+        else:
+            _log.info("device chosen", device=name)
+            return found
+    _log.info("device chosen", device="cpu:0", because="; ".join(causes))
+    return open_device("cpu:0", threads=threads)

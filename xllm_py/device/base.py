@@ -1,6 +1,6 @@
 """The Device protocol: memory, packed linears, the paged KV cache, and the layers' arithmetic over it.
 
-Real so far: cpu, whose torch form is also the oracle for cuda and npu to come. Called by model/ and the rank side of engine/. A device
+Real: cpu, cuda, npu; cpu's torch form is the oracle of the others. Called by model/ and the rank side of engine/. A device
 knows tensors, blocks and slots; it knows nothing of requests. Conformance: tests/conformance/test_device.py.
 """
 
@@ -41,7 +41,7 @@ class Head(Protocol):
     """The matrix from hidden states to the vocabulary."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [rows, hidden] -> [rows, vocabulary] float32; good until the next call."""
+        """x: [rows, hidden] -> [rows, vocabulary] float32, on the host; good until the next call."""
         ...
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class KvShape:
 class AttentionBatch:
     """Where the tokens of one step lie; the same for every layer.
 
-    Tokens are flat, sequence after sequence, each sequence's tokens adjacent and in order of position; rows past the last
+    All of it lies on the host. Tokens are flat, sequence after sequence, each sequence's tokens adjacent and in order of position; rows past the last
     sequence are padding.
     """
 
@@ -126,6 +126,10 @@ class Device(Protocol):
         """What the bits of its results depend on besides the numbers: kernels, and threads where they matter."""
         ...
 
+    def put(self, tensor: Tensor) -> Tensor:
+        """The same numbers where the device computes: itself, where that is the host."""
+        ...
+
     def row_padding(self) -> int:
         """A step's tokens are padded to a multiple of this, which row-wise kernels may need to be invariant."""
         ...
@@ -178,7 +182,7 @@ class Device(Protocol):
         ...
 
     def kv_memory(self) -> KvMemory:
-        """The cache as host bytes."""
+        """The cache as host bytes; with a mirror where it is not host memory."""
         ...
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Tokens drawn from rows of logits, on the host: the oracle of the devices' own kernels, and what devices without one use.
+"""Tokens chosen from rows of logits, on the host: the oracle of the devices' own kernels, and what devices without one use.
 
 Called by device/cpu/torch_kernels and by the sampler's tests. A token weighs exp((logit - highest) / temperature), in float64.
 
@@ -19,6 +19,14 @@ from xllm_py.device.base import Drawing
 
 _BLOCK = 512  # tokens whose weights are summed before one of them is looked for
 _SHIFT = 46  # of a float64: its exponent and 6 bits of its fraction stay
+
+
+def best(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """See Device.best. The two extremes tell whether all are finite, at a tenth of the cost of asking each."""
+    lowest, highest = logits.aminmax(dim=-1)
+    sound = torch.isfinite(lowest) & torch.isfinite(highest)
+    # numpy's promises the first of equal ones, torch's does not
+    return logits.numpy().argmax(-1).tolist(), sound.tolist()
 
 
 def draw(logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:

@@ -68,11 +68,12 @@ def _open_executor(config: EngineConfig) -> Executor:
 def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | None:
     if not config.kv_listen:
         return None
+    from xllm_py.transport import mirrored
     from xllm_py.transport.tcp import TcpKvTransport
     from xllm_py.transport.tcp_tls import KvTls
 
     memory = executor.kv_memory()
-    return TcpKvTransport(
+    transport = TcpKvTransport(
         memory=memory,
         incarnation=config.incarnation,
         cluster_key=config.cluster_key,
@@ -86,6 +87,7 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
         tls=KvTls(config.kv_tls) if config.kv_tls is not None else None,
         layout_fingerprint=memory.layout.fingerprint,
     )
+    return mirrored.over(transport, memory)
 
 
 def _open_fabric(config: EngineConfig) -> Fabric | None:

@@ -157,11 +157,13 @@ def _size_cache(
     usable = int(free * cache.max_memory_utilization)
     if cache.max_cache_bytes:
         wanted, why = cache.max_cache_bytes, "--max_cache_size"
-    else:
+    elif device.name.startswith("cpu:"):
         wanted, why = (
             min(_CPU_CACHE_BYTES, free // 4),
             "a quarter of the free memory, at most 4 GiB",
         )
+    else:
+        wanted, why = usable, "--max_memory_utilization of the free memory"
     budget = min(wanted, usable)
     if budget < wanted:
         why += f", cut to {cache.max_memory_utilization:g} of the free memory by --max_memory_utilization"

@@ -68,7 +68,8 @@ class Worker:
             [row for row, draws in zip(plan.rows, plan.sample, strict=True) if draws]
         )
         token_ids, positions, batch = self._inputs(plan)
-        hidden = self._model.forward(token_ids, positions, batch, layer_done)
+        put = self._device.put
+        hidden = self._model.forward(put(token_ids), put(positions), batch, layer_done)
         result = StepResult(token_ids=[])
         if plan.targets:
             self._judge_prompts(hidden, plan, batch, result)

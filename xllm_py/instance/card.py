@@ -52,6 +52,7 @@ def make_card(
         layout_fingerprint=ready.layout_fingerprint,
         layout=ready.layout,
         device_type=ready.device.partition(":")[0],
+        device_ips=config.device_ips,
         enable_prefix_cache=config.engine.cache.enable_prefix_cache,
         enable_chunked_prefill=config.engine.scheduler.enable_chunked_prefill,
         max_seqs=config.engine.scheduler.max_seqs_per_batch,

@@ -47,6 +47,7 @@ class InstanceConfig:
     http: HttpSlice
     cluster: ClusterSlice
     log: LogSlice
+    device_ips: tuple[str, ...] = ()  # of npu hosts, one a device; empty: not known
     cpu_affinity: tuple[int, ...] = ()  # cores; none: all that are there
     stalled_after_s: float = 3.0  # work queued and no step for so long: /health says 503
     engine_start_timeout_s: float = 900.0

@@ -29,7 +29,7 @@ class Model(Protocol):
     ) -> Tensor:
         """Hidden states after the last norm, [tokens, hidden].
 
-        token_ids, positions: [tokens] int64, padded by the caller to a multiple of the device's row padding.
+        token_ids, positions: [tokens] int64, on the device (`Device.put`), padded by the caller to a multiple of the device's row padding.
         """
         ...
 

@@ -71,12 +71,16 @@ class Decoder(ABC):
         head = embedding if config.tied else weights.take("lm_head.weight", vocabulary)
         self._head = device.pack_head(head)
         # a tied one is read from the packed head: there is no second copy
-        self._embedding = None if config.tied else embedding
+        self._embedding = None if config.tied else device.put(embedding)
         weights.finish(
             ("lm_head.weight", "rotary_emb.inv_freq") if config.tied else ("rotary_emb.inv_freq",)
         )
         self._rope = Rope(
-            config.rope, head_dim=config.head_dim, max_position=max_position, dtype=self.dtype
+            config.rope,
+            head_dim=config.head_dim,
+            max_position=max_position,
+            dtype=self.dtype,
+            put=device.put,
         )
 
     def forward(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xllm_py.base import log, process
 from xllm_py.base.errors import DeviceUnavailable
-from xllm_py.core.kv_memory import KvLayout, KvMemory
+from xllm_py.core.kv_memory import KvMemory
 from xllm_py.device.base import (
     AttentionBatch,
     Drawing,
@@ -29,8 +29,9 @@ from xllm_py.device.base import (
 from xllm_py.device.cpu.native.build import build, instruction_sets
 from xllm_py.device.cpu.native.library import Library
 from xllm_py.device.cpu.native_kernels import NativeKernels
-from xllm_py.device.cpu.paged import PagedCache
 from xllm_py.device.cpu.torch_kernels import TorchKernels
+from xllm_py.device.mirror import kv_layout
+from xllm_py.device.paged import PagedCache
 
 AUTO, TORCH = "auto", "torch"
 
@@ -118,6 +119,10 @@ class CpuDevice:
         """See Device."""
         return process.host_memory()
 
+    def put(self, tensor: Tensor) -> Tensor:
+        """See Device."""
+        return tensor
+
     def alloc_kv(self, shape: KvShape) -> None:
         """See Device."""
         # one block more than asked for: it stays zero, and what lies past the end of a sequence is read from it
@@ -131,16 +136,9 @@ class CpuDevice:
             ) from error
         self._cache = PagedCache(caches[0::2], caches[1::2], shape.block_size, shape.kv_heads)
         self._kernels.use(self._cache)
-        name = str(shape.dtype).removeprefix("torch.")
-        layout = KvLayout(
-            num_layers=shape.num_layers,
-            block_size=shape.block_size,
-            block_bytes=shape.block_size * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
-            shape=f"kv_heads={shape.kv_heads} head_dim={shape.head_dim} dtype={name}",
-        )
         lent = [cache[: shape.num_blocks].view(torch.uint8).numpy() for cache in caches]
         regions = [memoryview(region).cast("B") for region in lent]  # type: ignore[arg-type]  # an ndarray is a buffer; the stubs say so from Python 3.12 on
-        self._memory = KvMemory(layout, shape.num_blocks, regions)
+        self._memory = KvMemory(kv_layout(shape), shape.num_blocks, regions)
 
     def kv_memory(self) -> KvMemory:
         """See Device."""

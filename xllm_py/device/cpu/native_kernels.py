@@ -33,7 +33,7 @@ from xllm_py.device.cpu.native.library import (
     Library,
     Rotation,
 )
-from xllm_py.device.cpu.paged import PagedCache
+from xllm_py.device.paged import PagedCache
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # what the library calls them
 

@@ -26,9 +26,10 @@ from xllm_py.device.base import (
     RowWise,
     Turn,
 )
-from xllm_py.device.cpu.paged import PagedCache
-from xllm_py.device.cpu.torch_attention import ROWS, WindowedAttention
-from xllm_py.device.draws import draw
+from xllm_py.device.draws import best, draw
+from xllm_py.device.paged import PagedCache
+from xllm_py.device.torch_attention import ROWS, WindowedAttention
+from xllm_py.device.torch_forms import linear8, rms_norm, rotate, silu
 
 # oneDNN's AMX kernels give a row of a bfloat16 product other bits with other numbers of rows (27 of 54 shapes); those of AVX-512
 # never did. Read when the first product is made; who sets it by hand knows better.
@@ -62,7 +63,7 @@ class TorchKernels:
     def pack_linear(self, weight: Tensor | Quantized, bias: Tensor | None) -> Linear:
         """See Device."""
         if isinstance(weight, Quantized):
-            return _linear8(weight, bias)
+            return linear8(weight, bias)
         math = self._math_dtype(weight.dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(math))
         offset = None if bias is None else bias.to(math)
@@ -94,11 +95,8 @@ class TorchKernels:
         return lambda x: rms_norm(x, weight, eps)
 
     def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
-        """See Device. The two extremes tell whether all are finite, at a tenth of the cost of asking each."""
-        lowest, highest = logits.aminmax(dim=-1)
-        sound = torch.isfinite(lowest) & torch.isfinite(highest)
-        # numpy's promises the first of equal ones, torch's does not
-        return logits.numpy().argmax(-1).tolist(), sound.tolist()
+        """See Device."""
+        return best(logits)
 
     def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:
         """See Device."""
@@ -125,24 +123,6 @@ class TorchKernels:
         return self._attention.attend(queries, layer, batch, sliding_window)
 
 
-def _linear8(weight: Quantized, bias: Tensor | None) -> Linear:
-    columns = weight.values.t().contiguous()
-
-    def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        wide = x.float()
-        peaks = wide.abs().amax(-1, keepdim=True)
-        values = (
-            (wide * (torch.tensor(127.0) / peaks).nan_to_num(0.0, posinf=0.0))
-            .round()
-            .to(torch.int8)
-        )
-        y = torch._int_mm(values, columns).float() * weight.scales * (peaks / 127.0)
-        y = (y if bias is None else y + bias.float()).to(x.dtype)
-        return y if residual is None else residual + y
-
-    return linear
-
-
 class _TorchHead:
     """Implements Head."""
 
@@ -158,27 +138,3 @@ class _TorchHead:
     def embed(self, token_ids: Tensor) -> Tensor:
         """See Head."""
         return functional.embedding(token_ids, self._weight)
-
-
-def silu(x: Tensor) -> Tensor:
-    """x / (1 + exp(-x)).
-
-    torch's own takes another code path for the elements left over when a thread's share does not fill vector registers, with other
-    bits in float32; in bfloat16 both round to the same for every input there is. Exponential and division have no such rest.
-    """
-    if x.dtype is torch.bfloat16:
-        return functional.silu(x)
-    return x / torch.exp(-x).add_(1)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See Device.norm; weight is broadcast."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [tokens, heads, head_dim]."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin

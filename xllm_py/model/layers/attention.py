@@ -62,4 +62,4 @@ def _head_norms(parts: Parts, at: str) -> HeadNorms:
     queries = parts.weights.take(f"{at}.q_norm.weight", shape)
     keys = parts.weights.take(f"{at}.k_norm.weight", shape)
     both = (queries.expand(config.num_heads, -1), keys.expand(config.num_kv_heads, -1))
-    return HeadNorms(weight=torch.cat(both), eps=config.rms_norm_eps)
+    return HeadNorms(weight=parts.device.put(torch.cat(both)), eps=config.rms_norm_eps)

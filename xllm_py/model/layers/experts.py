@@ -34,7 +34,7 @@ class Router:
         ]
         if self._config.normalised:
             # summed from the highest down, one after the other: the order is part of the result
-            total = torch.zeros(x.shape[0], 1)
+            total = torch.zeros(x.shape[0], 1, device=x.device)
             for place in range(self._config.per_token):
                 total += shares.gather(1, highest[:, place : place + 1])
             shares = shares / total
@@ -61,7 +61,7 @@ class Experts:
         each = self._per_token
         flat = chosen[:real].flatten()
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(self._experts)).tolist()
+        counts = torch.bincount(flat, minlength=len(self._experts)).cpu().tolist()
         done = x.new_zeros(x.shape[0] * each, x.shape[1])
         start = 0
         for expert, count in enumerate(counts):

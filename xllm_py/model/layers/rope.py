@@ -7,6 +7,7 @@ is must not depend on when it was computed (docs/decisions, 0018).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,13 +20,20 @@ class Rope:
     """Cosines and sines of every position, made once. max_position: tokens of the longest sequence that is served."""
 
     def __init__(
-        self, config: RopeConfig, *, head_dim: int, max_position: int, dtype: torch.dtype
+        self,
+        config: RopeConfig,
+        *,
+        head_dim: int,
+        max_position: int,
+        dtype: torch.dtype,
+        put: Callable[[Tensor], Tensor] = lambda made: made,
     ) -> None:
+        """put: to where the model computes."""
         speeds = frequencies(config, head_dim, max_position)
         angles = torch.outer(torch.arange(max_position).float(), speeds)
         factor = config.attention_factor
-        self._cos = (angles.cos().repeat(1, 2) * factor).to(dtype)
-        self._sin = (angles.sin().repeat(1, 2) * factor).to(dtype)
+        self._cos = put((angles.cos().repeat(1, 2) * factor).to(dtype))
+        self._sin = put((angles.sin().repeat(1, 2) * factor).to(dtype))
 
     def at(self, positions: Tensor) -> Turn:
         """positions: [tokens] int64."""

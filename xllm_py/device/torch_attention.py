@@ -2,7 +2,8 @@
 
 The softmax is online, in float32, so that a token sees the same sums whether it is prefilled whole, in chunks, or decoded. Windows a token
 cannot see add nothing: a probability of exp(-inf) is exactly 0 and a rescale by exp(0) exactly 1. A model's sliding window is a mask over
-them and moves none. Used by torch_kernels.
+them and moves none. Used by cpu/torch_kernels, by cuda, and behind the simulated npu. What a step looks up is made on the host and
+copied to the cache's device once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xllm_py.device.base import AttentionBatch
-from xllm_py.device.cpu.paged import PagedCache
+from xllm_py.device.paged import PagedCache
 
 WINDOW = 512  # keys of one online-softmax step; absolute, never a function of chunk or block size
 QUERY_TILE = 128  # tokens whose scores are held at once
@@ -98,7 +99,7 @@ class WindowedAttention:
         decoding = [i for i, count in enumerate(counts) if count == 1]
         prompts = [i for i, count in enumerate(counts) if count > 1]
         return _Lookup(
-            batch.first_tokens[torch.tensor(decoding)] if decoding else None,
+            self._there(batch.first_tokens[torch.tensor(decoding)]) if decoding else None,
             self._decode_windows(batch, decoding, sliding),
             [self._prompt(batch, i, sliding) for i in prompts],
         )
@@ -127,10 +128,10 @@ class WindowedAttention:
             hidden = outside.repeat_interleave(self._cache.kv_heads, 0)[:, None]
             found.append(
                 _DecodeWindow(
-                    None if every else active,
-                    None if every else state,
-                    self._rows(tables[active], positions, outside),
-                    hidden if bool(outside.any()) else None,
+                    None if every else self._there(active),
+                    None if every else self._there(state),
+                    self._there(self._rows(tables[active], positions, outside)),
+                    self._there(hidden) if bool(outside.any()) else None,
                 )
             )
         return found
@@ -151,9 +152,14 @@ class WindowedAttention:
                 masked = keys > where[:, None]
                 if sliding:
                     masked |= keys <= where[:, None] - sliding
-                hidden.append(masked[:, None] if bool(masked.any()) else None)
+                hidden.append(self._there(masked[:, None]) if bool(masked.any()) else None)
             tiles.append(_Tile(first + start, first + end, nearest, hidden))
-        return _Prompt(self._rows(table, positions, positions >= context), tiles)
+        rows = self._rows(table, positions, positions >= context)
+        return _Prompt(self._there(rows), tiles)
+
+    def _there(self, made: Tensor) -> Tensor:
+        """Where the cache is."""
+        return made.to(self._cache.keys[0].device)
 
     def _rows(self, tables: Tensor, positions: Tensor, outside: Tensor) -> Tensor:
         """Cache rows of one KV head, in the order (sequence or window, KV head, position); zero rows where `outside`.
@@ -183,7 +189,7 @@ class WindowedAttention:
         math = self._math_dtype(queries.dtype)
         grouped = queries.new_zeros(count, self._cache.kv_heads, rows, dim, dtype=math)
         grouped[:, :, :group] = queries.view(count, self._cache.kv_heads, group, dim)
-        state = _Softmax(count * self._cache.kv_heads, rows, dim)
+        state = _Softmax(count * self._cache.kv_heads, rows, dim, queries.device)
         for window in windows:
             keys, values = self._gather(layer, window.rows)
             asking = grouped if window.sequences is None else grouped[window.sequences]
@@ -205,7 +211,7 @@ class WindowedAttention:
         padding = _padded(count * group) - count * group
         if padding:
             grouped = torch.nn.functional.pad(grouped, (0, 0, 0, padding))
-        state = _Softmax(kv_heads, count * group + padding, dim)
+        state = _Softmax(kv_heads, count * group + padding, dim, queries.device)
         for window, masked in enumerate(tile.hidden, tile.first):
             at = slice(window * kv_heads, (window + 1) * kv_heads)
             scores = state.scores(grouped, keys[at])
@@ -228,12 +234,12 @@ class _Softmax:
     batch: sequences x KV heads · rows: query rows of each · the caller adds windows in ascending order.
     """
 
-    def __init__(self, batch: int, rows: int, dim: int) -> None:
+    def __init__(self, batch: int, rows: int, dim: int, at: torch.device) -> None:
         self._scale = dim**-0.5
         # finite, so that a row which sees nothing of its first window keeps zeros; a real score outweighs it without a trace
-        self._highest = torch.full((batch, rows, 1), torch.finfo(torch.float32).min)
-        self._sum = torch.zeros(batch, rows, 1)
-        self._values = torch.zeros(batch, rows, dim)
+        self._highest = torch.full((batch, rows, 1), torch.finfo(torch.float32).min, device=at)
+        self._sum = torch.zeros(batch, rows, 1, device=at)
+        self._values = torch.zeros(batch, rows, dim, device=at)
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """queries [n, rows, dim], keys [n, WINDOW, dim] -> [n, rows, WINDOW] float32, for the caller to mask and to `add`."""
