@@ -21,7 +21,7 @@ from benchmarks.models import write_model
 from benchmarks.report import emit
 from xllm_py.device import open_device
 from xllm_py.device.base import AttentionBatch, KvShape
-from xllm_py.model import load_model, pick_dtype, read_config
+from xllm_py.model import load_model, open_weights, pick_dtype, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO, CORPUS = ROOT / "models/xllm-demo", ROOT / "scripts/demo_corpus.md"
@@ -38,11 +38,9 @@ class Forward:
         self._device = open_device("cpu:0", threads=0)
         dtype = pick_dtype("auto", config)
         self._model = load_model(
-            folder,
             config,
             self._device,
-            dtype=dtype,
-            load_format=load_format,
+            open_weights(folder, dtype, load_format),
             max_position=WINDOW,
             quantization=quantization,
         )

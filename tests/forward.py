@@ -10,18 +10,16 @@ from torch.nn import functional
 from tests.devices import BLOCK_SIZE, DEVICE
 from xllm_py.device import open_device
 from xllm_py.device.base import AttentionBatch, KvShape
-from xllm_py.model import load_model, read_config
+from xllm_py.model import load_model, open_weights, read_config
 
 
 def our_logits(folder: Path, ids: list[int], quantization: str = "") -> torch.Tensor:
     """[tokens, vocabulary], the prompt computed whole, in float32."""
     config, device = read_config(folder), open_device(DEVICE, threads=1)
     loaded = load_model(
-        folder,
         config,
         device,
-        dtype=torch.float32,
-        load_format="auto",
+        open_weights(folder, torch.float32, "auto"),
         max_position=config.max_position,
         quantization=quantization,
     )

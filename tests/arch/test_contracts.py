@@ -19,6 +19,7 @@ RANK_SIDE = {
     "edits",
     "grammar",
     "judge",
+    "rank_group",
     "ranks",
     "sampler",
     "self_test",

@@ -67,6 +67,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
             "model",
             "engine.edits",
             "engine.judge",
+            "engine.rank_group",
             "engine.ranks",
             "engine.sampler",
             "engine.self_test",
@@ -74,7 +75,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "uvicorn": ("uvicorn", ("openai.protocol", "openai.server")),
-    "uvloop": ("uvloop", ("instance.daemon", "master.daemon")),
+    "uvloop": ("uvloop", ("instance.daemon", "instance.rank_node", "master.daemon")),
     "xxhash": ("xxhash", ("base.hashing",)),
 }
 # what an extra installs; --kv_transport asks for it

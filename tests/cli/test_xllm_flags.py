@@ -182,7 +182,7 @@ def test_minus_one_means_our_default_and_is_said(build):
         "--dp_size=2",
         "--ep_size=2",
         "--cp_size=2",
-        "--nnodes=2",
+        "--nnodes=0",
         "--kv_transport=rdma",
         "--kv_cache_dtype=int8",
         "--kv_cache_transfer_mode=pull",
@@ -236,7 +236,7 @@ def test_minus_one_means_our_default_and_is_said(build):
         "--devices=cpu",
         "--devices=cpu:x",
         "--devices=cpu:\u00b2",
-        "--devices=cpu:0,cpu:1",
+        "--devices=npu:0,npu:0",
         "--instance_role=prefill",
         "--instance_role=PREFILL",
         "--instance_role=INVALID",
@@ -274,6 +274,17 @@ def test_a_value_outside_its_rule_is_one_line_with_a_fix(refused, word):
             "implies --enable_service_routing",
         ),
         (("--devices=cpu:0", "--device_id=1"), "--device_id contradicts --devices"),
+        (
+            ("--nnodes=2", "--enable_disagg_pd", "--instance_role=PREFILL", ETCD),
+            "over several nodes are not built yet",
+        ),
+        (
+            ("--devices=npu:0,npu:1", "--enable_disagg_pd", "--instance_role=PREFILL", ETCD),
+            "over several cuda or npu devices are not built yet",
+        ),
+        (("--nnodes=2", "--master_node_addr=here"), "--master_node_addr=here is no host:port"),
+        (("--nnodes=2", "--profile_steps=/tmp/x"), "--profile_steps times one rank"),
+        (("--devices=npu:0", "--block_size=64"), "Pass --block_size=128"),
         (("--etcd_addr=10.0.0.9:2379",), "127.0.0.1 would be announced. Pass --advertise_host"),
         (("--etcd_addr=10.0.0.9:2379", "--advertise_host=::"), ":: is no address to announce"),
     ],
@@ -281,6 +292,20 @@ def test_a_value_outside_its_rule_is_one_line_with_a_fix(refused, word):
 def test_flags_that_contradict_each_other_are_refused(refused, words, says):
     (line,) = refused(*words)
     assert says in line
+
+
+def test_ranks_are_the_devices_of_all_nodes(build):
+    config = build("--devices=cpu:0,cpu:1").engine
+    assert (config.num_ranks, config.rank, config.ranks.address) == (2, 0, "")
+    config = build(
+        "--devices=cpu:0,cpu:1",
+        "--nnodes=3",
+        "--node_rank=2",
+        "--master_node_addr=127.0.0.1:19999",
+        "--max_reconnect_count=10",
+    ).engine
+    assert (config.num_ranks, config.rank) == (6, 4)
+    assert (config.ranks.address, config.ranks.patience_s) == ("127.0.0.1:19999", 15.0)
 
 
 def test_mixed_device_types_are_refused(refused):

@@ -13,7 +13,7 @@ from tests.engine.rig import Rig
 from tests.families import CASES, VOCABULARY, make_family
 from tests.forward import our_logits
 from xllm_py.device import open_device
-from xllm_py.model import FAMILIES, load_model, read_config
+from xllm_py.model import FAMILIES, load_model, open_weights, read_config
 
 COUNT = 40
 # at 600 a decoded token of a sliding window sees none of the first 512 keys
@@ -133,7 +133,5 @@ def test_logits_do_not_depend_on_what_was_cached(model: Path, alone: Answers, dt
 
 def test_dummy_weights_fit_every_family(model: Path) -> None:
     config, device = read_config(model), open_device(DEVICE, threads=1)
-    made = load_model(
-        model, config, device, dtype=torch.float32, load_format="dummy", max_position=64
-    )
+    made = load_model(config, device, open_weights(model, torch.float32, "dummy"), max_position=64)
     assert made.logits(device.put(torch.zeros(3, config.hidden_size))).shape == (3, VOCABULARY)

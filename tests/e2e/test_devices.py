@@ -41,8 +41,12 @@ def test_two_npus_give_the_text_of_one(tiny_model: Path, tmp_path: Path) -> None
         split = answers(master)
         rows = master.request("GET", "/admin/instances")[1]["instances"]
         assert {row["card"]["device_type"] for row in rows} == {"npu"}
-        records = master.request("GET", "/debug/requests")[1]["requests"]
-        assert all(row["transfer"]["bytes"] > 0 for row in records[: len(PROMPTS)])
+
+        def moved() -> bool:
+            found = master.request("GET", "/debug/requests")[1]["requests"][: len(PROMPTS)]
+            return all(row["transfer"] for row in found)
+
+        wait_for("word of every transfer", moved)
         alone = cluster.start_instance(
             "alone", "DEFAULT", "--etcd_addr=", "--devices=npu:1", env=NPU
         )

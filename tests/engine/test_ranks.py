@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.checkpoints import make_checkpoint
 from xllm_py.base.errors import DeviceUnavailable, ModelLoadError, UsageError
+from xllm_py.base.hashing import APPROXIMATE
 from xllm_py.core.config import CacheConfig, EngineConfig
 from xllm_py.core.executor import Executor
 from xllm_py.core.plan import RowStart, StepPlan
@@ -55,9 +57,18 @@ def test_a_cache_of_less_than_two_blocks_is_refused_with_the_flag_to_raise(folde
         opened(folder, 2 * BLOCK_BYTES - 1)
 
 
-def test_more_devices_than_one_are_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match="pass one"):
-        opened(folder, devices=("cpu:0", "cpu:1"))
+def test_ranks_that_cannot_share_the_model_are_refused_before_any_is_started(folder: Path) -> None:
+    with pytest.raises(UsageError, match="3 ranks cannot share out"):
+        opened(folder, devices=("cpu:0", "cpu:1", "cpu:2"))
+
+
+def test_two_ranks_compute_and_end_with_their_executor(folder: Path) -> None:
+    executor = opened(folder, devices=("cpu:0", "cpu:1"))
+    children = psutil.Process().children()
+    assert executor.capacity().device == "cpu:0,cpu:1"
+    assert executor.capacity().numerics_fingerprint not in ("", APPROXIMATE)
+    executor.close()
+    assert not psutil.wait_procs(children, timeout=10)[1]
 
 
 def test_a_length_beyond_the_models_is_refused_and_a_shorter_one_holds(folder: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.families import CASES, EXPERTS, make_family
 from xllm_py.base.errors import ModelLoadError
 from xllm_py.device import open_device
-from xllm_py.model import load_model, read_config
+from xllm_py.model import load_model, open_weights, read_config
 
 MOE: dict[str, Any] = {"model_type": "qwen3_moe", **EXPERTS}
 GATE = "model.layers.1.mlp.gate.weight"
@@ -122,11 +122,9 @@ def test_a_tensor_that_does_not_fit_is_one_line(
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ModelLoadError) as caught:
         load_model(
-            folder,
             read_config(folder),
             open_device("cpu:0", threads=1),
-            dtype=torch.float32,
-            load_format="auto",
+            open_weights(folder, torch.float32, "auto"),
             max_position=64,
         )
     assert caught.value.exit_code == 3

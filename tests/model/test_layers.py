@@ -188,10 +188,10 @@ class Given:
     def __init__(self, **tensors: torch.Tensor) -> None:
         self._tensors = tensors
 
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> torch.Tensor:
         tensor = self._tensors[name.replace(".", "_")]
         assert tuple(tensor.shape) == shape
-        return tensor
+        return tensor[part]
 
     def has(self, name: str) -> bool:
         return name.replace(".", "_") in self._tensors

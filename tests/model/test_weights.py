@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import make_checkpoint
 from xllm_py.base.errors import ModelLoadError
 from xllm_py.device import open_device
-from xllm_py.model import Model, load_model, read_config
+from xllm_py.model import Model, load_model, open_weights, read_config
 from xllm_py.model.weights import INDEX, DummyWeights, Weights
 
 NORM = "model.norm.weight"
@@ -21,11 +21,9 @@ NORM = "model.norm.weight"
 def load(folder: Path, load_format: str = "auto") -> Model:
     device = open_device("cpu:0", threads=1)
     return load_model(
-        folder,
         read_config(folder),
         device,
-        dtype=torch.float32,
-        load_format=load_format,
+        open_weights(folder, torch.float32, load_format),
         max_position=64,
     )
 

@@ -43,3 +43,9 @@ def host_memory() -> tuple[int, int]:
     """(available, total) bytes of this host's memory."""
     seen = psutil.virtual_memory()
     return seen.available, seen.total
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return allowed or 1

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,19 @@ from xllm_py.cli.hccn import device_ips
 from xllm_py.cli.mlu import normalize_mlu
 from xllm_py.cli.model_path import find_model
 from xllm_py.cluster.instance_info import Role
-from xllm_py.core.config import AUTO_DEVICE, CacheConfig, EngineConfig, SchedulerConfig
+from xllm_py.core.config import (
+    AUTO_DEVICE,
+    CacheConfig,
+    EngineConfig,
+    RanksConfig,
+    SchedulerConfig,
+)
 from xllm_py.instance.config import AddressSlice, ClusterSlice, InstanceConfig
 
 INTRO = "xllm: one inference instance. A role, a model, a device:\n  xllm --model=FOLDER --devices=cpu:0"
 _BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _NPU_BLOCK = 128
+_RETRY_S = 1.5  # how long one of --max_reconnect_count lasts
 _DEVICE = re.compile(r"(cpu|cuda|npu|mlu):[0-9]{1,3}")
 _FINITE = {"rpc_channel_timeout_ms": 5000, "rpc_idle_timeout_s": 600}
 _NOT_BUILT = {
@@ -36,7 +43,6 @@ _NOT_BUILT = {
     "dp_size": 1,
     "ep_size": 1,
     "cp_size": 1,
-    "nnodes": 1,
     "kv_cache_dtype": "auto",
 }
 _KNOWN = {  # words that flags take
@@ -79,6 +85,7 @@ def build(given: Given) -> InstanceConfig:
     log = rules.logs(causes, values)
     devices = _devices(causes, values)
     ips = device_ips(causes, given, devices)
+    ranks = _ranks(causes, values, devices)
     affinity = cores(causes, values)
     if causes.lines:
         raise UsageError("\n".join(causes.lines))
@@ -90,7 +97,9 @@ def build(given: Given) -> InstanceConfig:
     return InstanceConfig(
         model_path=str(folder),
         served_names=tuple(dict.fromkeys(name for name in names if name)),
-        engine=dataclasses.replace(_engine(given, str(folder), devices, host), kv_tls=tls),
+        engine=dataclasses.replace(
+            _engine(given, str(folder), devices, host), kv_tls=tls, ranks=ranks
+        ),
         addresses=addresses,
         http=http,
         cluster=cluster,
@@ -238,8 +247,8 @@ def _devices(causes: rules.Causes, values: Mapping[str, Any]) -> tuple[str, ...]
         len({name.partition(":")[0] for name in names}) <= 1, "--devices mixes types. Use one"
     )
     causes.need(
-        len(names) <= 1,
-        "more than one device per instance is not built yet. Pass one, as --devices=cpu:0",
+        len(set(names)) == len(names) or all(name.startswith("cpu:") for name in names),
+        "--devices names a device twice. Name each once",
     )
     if values["device_id"] >= 0 and names:
         same = all(name.endswith(f":{values['device_id']}") for name in names)
@@ -250,6 +259,38 @@ def _devices(causes: rules.Causes, values: Mapping[str, Any]) -> tuple[str, ...]
         f"--block_size={size}: attention on npu wants blocks of {_NPU_BLOCK} tokens or a multiple. Pass --block_size={_NPU_BLOCK}",
     )
     return names or (f"cpu:{max(0, values['device_id'])}",)
+
+
+def _ranks(causes: rules.Causes, values: Mapping[str, Any], devices: Sequence[str]) -> RanksConfig:
+    """Where this node stands among those of the instance (SPEC 6.10)."""
+    nnodes, split = values["nnodes"], values["enable_disagg_pd"]
+    causes.need(nnodes >= 1, f"--nnodes={nnodes}. Use 1 or more")
+    causes.need(
+        nnodes == 1 or not split,
+        "handoffs of an instance over several nodes are not built yet. Leave --enable_disagg_pd out, or pass --nnodes=1",
+    )
+    causes.need(
+        len(devices) == 1 or not split or all(name.startswith("cpu:") for name in devices),
+        "handoffs of an instance over several cuda or npu devices are not built yet. Pass one device, or leave --enable_disagg_pd out",
+    )
+    causes.need(
+        nnodes * len(devices) == 1 or not values["profile_steps"],
+        "--profile_steps times one rank. Pass one device and --nnodes=1",
+    )
+    if nnodes == 1:
+        return RanksConfig()
+    address = values["master_node_addr"]
+    host, _, port = address.rpartition(":")
+    causes.need(
+        bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536,
+        f"--master_node_addr={address} is no host:port. Pass where node 0 listens for the others",
+    )
+    return RanksConfig(
+        nnodes=nnodes,
+        node_rank=values["node_rank"],
+        address=address,
+        patience_s=_RETRY_S * max(1, values["max_reconnect_count"]),
+    )
 
 
 def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> EngineConfig:
@@ -308,6 +349,10 @@ def _run(given: Given) -> int:
         from xllm_py.instance.step_profile import run as profile
 
         return profile(config)
+    if config.engine.rank:
+        from xllm_py.instance.rank_node import run as compute
+
+        return compute(config)
     from xllm_py.instance.daemon import run
 
     return run(config)

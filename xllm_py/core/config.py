@@ -57,6 +57,18 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RanksConfig:
+    """Where this process stands among those that compute one model together (SPEC 6.10)."""
+
+    nnodes: int = 1
+    node_rank: int = 0
+    place: int = 0  # among the ranks of its node; 0 starts the others
+    address: str = ""  # host:port where all meet; empty on one node: rank 0 chooses
+    kv_fd: int = -1  # memory that rank 0 maps too, for the cache of this one
+    patience_s: float = 60.0  # how long the others are waited for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything the engine process is told at its start."""
 
@@ -68,7 +80,10 @@ class EngineConfig:
     profile_to: str = ""  # a file: steps are timed and written there before anything else
     max_model_len: int = 0
     logprobs_mode: str = "raw"  # or "processed": after penalties, bias, temperature and cuts
-    devices: tuple[str, ...] = ("cpu:0",)  # one a rank; AUTO_DEVICE: the best that is there
+    devices: tuple[str, ...] = (
+        "cpu:0",
+    )  # of this node, one a rank; AUTO_DEVICE: the best that is there
+    ranks: RanksConfig = field(default_factory=RanksConfig)
     cpu_threads: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -85,5 +100,16 @@ class EngineConfig:
     kv_tls: TlsSlice | None = None  # of the KV port
     toy_step_s: float = 0.0  # how long the toy executor pretends to compute a step
     toy_num_blocks: int = 256
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the instance, on all its nodes."""
+        return self.ranks.nnodes * len(self.devices)
+
+    @property
+    def rank(self) -> int:
+        """This process's number among them."""
+        return self.ranks.node_rank * len(self.devices) + self.ranks.place
+
     log_level: str = "info"
     log_format: str = "text"

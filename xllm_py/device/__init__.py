@@ -12,10 +12,11 @@ __all__ = ["Device", "open_device"]
 _log = log.get(__name__)
 
 
-def open_device(name: str, *, threads: int) -> Device:
+def open_device(name: str, *, threads: int, kv_fd: int = -1) -> Device:
     """The device called `cpu:N`, `cuda:N` or `npu:N`; `auto`: the first of npu:0, cuda:0 and cpu:0 that is there, and the log says which and why.
 
-    Raises DeviceUnavailable with what is there and what to do. threads: compute threads of this rank; 0 means all cores.
+    Raises DeviceUnavailable with what is there and what to do. threads: compute threads of this rank; 0 means all cores. kv_fd: on cpu, memory
+    for the cache that another process maps too.
     """
     if name == AUTO_DEVICE:
         return _first_there(threads)
@@ -24,7 +25,7 @@ def open_device(name: str, *, threads: int) -> Device:
         case "cpu":
             from xllm_py.device.cpu import CpuDevice
 
-            return CpuDevice(int(index or 0), threads=threads)
+            return CpuDevice(int(index or 0), threads=threads, kv_fd=kv_fd)
         case "cuda":
             from xllm_py.device.cuda import CudaDevice
 

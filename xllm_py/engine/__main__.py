@@ -7,7 +7,9 @@ decides what they mean.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import select
 import signal
@@ -54,7 +56,7 @@ def _read_start(pipe: EnginePipe) -> EngineConfig:
     return commands[0].config
 
 
-def _open_executor(config: EngineConfig) -> Executor:
+def _open_executor(pipe: EnginePipe, config: EngineConfig) -> Executor:
     """The rank side, and torch with it, is imported only when it is wanted."""
     if config.executor == "toy":
         from xllm_py.engine.toy import ToyExecutor
@@ -62,7 +64,26 @@ def _open_executor(config: EngineConfig) -> Executor:
         return ToyExecutor(config)
     from xllm_py.engine.ranks import open_executor
 
-    return open_executor(config)
+    return open_executor(config, functools.partial(_end, pipe))
+
+
+def _end(pipe: EnginePipe, error: StartError) -> None:
+    """Another rank is gone, and this one waits for it somewhere in the middle of a sum: say so, and end at once."""
+    from xllm_py.engine.rank_group import end_process
+
+    with contextlib.suppress(PeerUnavailable):
+        pipe.send(Failed(exit_code=error.exit_code, message=error.message))
+    end_process(error)
+
+
+def _follow(pipe: EnginePipe, config: EngineConfig) -> None:
+    """Another rank than 0: it has no scheduler, no KV port, and nothing to say but that it is there."""
+    from xllm_py.engine.ranks import follow
+
+    def ready() -> None:
+        pipe.send(Ready(device=config.devices[config.ranks.place]))
+
+    follow(config, functools.partial(_end, pipe), ready)
 
 
 def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | None:
@@ -130,7 +151,7 @@ def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
 
 def serve(pipe: EnginePipe, config: EngineConfig) -> None:
     """Open what the engine needs, tell the API process, and loop until the pipe ends."""
-    executor = _open_executor(config)
+    executor = _open_executor(pipe, config)
     transport = None
     try:
         if config.profile_to:
@@ -176,7 +197,7 @@ def main(argv: list[str]) -> int:
     try:
         config = _read_start(pipe)
         log.setup(level=config.log_level, form=config.log_format, program="xllm-engine")
-        serve(pipe, config)
+        (serve if config.rank == 0 else _follow)(pipe, config)
     except StartError as error:
         pipe.send(Failed(exit_code=error.exit_code, message=error.message))
         return error.exit_code

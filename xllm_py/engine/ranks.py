@@ -1,13 +1,15 @@
-"""The real Executor: opens the device, reads the model, sizes the KV cache, and computes steps on one rank.
+"""The real Executor: opens the device, reads the model, sizes the KV cache, and computes steps on one rank or several.
 
-Called by engine/__main__, inside a function, because this is where torch comes in. More ranks than one are refused at the door
-until they are built.
+Called by engine/__main__, inside a function, because this is where torch comes in. Of several ranks each computes its share of every step
+(model/sharding); rank 0 alone plans, samples and speaks to others.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,17 +17,23 @@ import torch
 from xllm_py.base import log
 from xllm_py.base.errors import DeviceUnavailable, UsageError
 from xllm_py.base.hashing import fingerprint
+from xllm_py.base.process import num_cores
 from xllm_py.core.config import EngineConfig, ModelFacts
 from xllm_py.core.executor import Capacity, Executor, LayerDone
 from xllm_py.core.kv_memory import KvMemory
+from xllm_py.core.kv_plan import heads_of
 from xllm_py.core.plan import StepPlan, StepResult
-from xllm_py.device import open_device
+from xllm_py.device import open_device, shared_cache
 from xllm_py.device.base import Device, KvShape
+from xllm_py.device.collectives import Collectives
 from xllm_py.engine.grammar import Matchers
+from xllm_py.engine.rank_group import OnLost, RankGroup, end_process
 from xllm_py.engine.self_test import numerics_fingerprint
 from xllm_py.engine.worker import Worker
-from xllm_py.model import load_model, pick_dtype, read_config
+from xllm_py.model import Model, load_model, open_weights, pick_dtype, read_config
 from xllm_py.model.config import ModelConfig
+from xllm_py.model.sharding import Shard
+from xllm_py.transport.pipe import decode_plan, encode_plan
 
 _CPU_CACHE_BYTES = 4 << 30
 _MIB = 1 << 20
@@ -35,73 +43,179 @@ _SAMPLE_BYTES = 4096
 _log = log.get(__name__)
 
 
-def open_executor(config: EngineConfig) -> Executor:
-    """Load everything. Raises ModelLoadError, DeviceUnavailable or UsageError with cause and fix in one line."""
-    if len(config.devices) != 1:
-        text = "more than one device per instance is not built yet; pass one, as --devices=cpu:0"
-        raise UsageError(text)
-    folder = Path(config.model_path)
-    model_config = read_config(folder)
-    max_len = _longest(config, model_config)
-    device = open_device(config.devices[0], threads=config.cpu_threads)
-    dtype = pick_dtype(config.dtype, model_config)
+def open_executor(config: EngineConfig, on_lost: OnLost = end_process) -> Executor:
+    """Load everything. Raises StartError leaves with cause and fix in one line.
+
+    on_lost: another rank of this instance ended; it ends this process.
+    """
+    loading = _Loading(config)
+    if config.num_ranks == 1:
+        worker = loading.worker(_load(loading, Shard()), chooses=True)
+        return OneRank(worker, loading.device, loading.capacity(worker))
+    return _lead(loading, on_lost)
+
+
+def _lead(loading: _Loading, on_lost: OnLost) -> Executor:
+    """Rank 0 of several."""
+    config = loading.config
+    group, ranks, shard = _join(loading, on_lost)
+    worker = loading.worker(_load(loading, shard, ranks), chooses=True)
+    worker.tell = lambda plan: ranks.tell(encode_plan(plan))
+    shape = loading.kv_shape(shard)
+    memory = loading.device.kv_memory()
+    if config.kv_listen:
+        # rank 0's cache as it is seen by rank 0, then those of the others, which are all of this node
+        own = shared_cache.caches(group.own_fd, shape)
+        others = [shared_cache.caches(kv_fd, shape) for kv_fd in group.kv_fds]
+        count, total = config.num_ranks, loading.model.num_kv_heads
+        heads = [heads_of(rank, count, total) for rank in range(count)]
+        memory = shared_cache.RanksMirror([own, *others], heads, shape).memory()
+    return ManyRanks(
+        worker, loading.device, loading.capacity(worker), memory=memory, group=group, ranks=ranks
+    )
+
+
+def follow(config: EngineConfig, on_lost: OnLost, on_ready: Callable[[], None]) -> None:
+    """Another rank than 0: load its share, then compute what rank 0 plans, until that says that it is over."""
+    loading = _Loading(config)
+    group, ranks, shard = _join(loading, on_lost)
+    worker = loading.worker(_load(loading, shard, ranks), chooses=False)
+    on_ready()
+    try:
+        while raw := ranks.hear():
+            worker.execute(decode_plan(raw), None)
+    except Exception as error:
+        group.end(error)
+        raise
+    finally:
+        group.close()
+        worker.close()
+        loading.device.close()
+
+
+def _join(loading: _Loading, on_lost: OnLost) -> tuple[RankGroup, Collectives, Shard]:
+    """Meet the other ranks."""
+    config = loading.config
+    group = RankGroup(config, on_lost)
+    if config.rank == 0 and config.kv_listen:
+        loading.kv_fd = group.own_fd
+    store = group.gather(loading.facts())
+    ranks = Collectives(store, config.rank, config.num_ranks)
+    return group, ranks, Shard(rank=config.rank, count=config.num_ranks, ranks=ranks)
+
+
+def _load(loading: _Loading, shard: Shard, ranks: Collectives | None = None) -> Model:
+    """The model, and the cache, of as many blocks as every rank has room for."""
+    config, device = loading.config, loading.device
     model = load_model(
-        folder,
-        model_config,
+        loading.model,
         device,
-        dtype=dtype,
-        load_format=config.load_format,
-        max_position=max_len,
+        open_weights(loading.folder, loading.dtype, config.load_format),
+        max_position=loading.max_len,
         quantization=config.quantization,
+        shard=shard,
     )
-    sizing = _size_cache(config, model_config, device, dtype, max_len)
-    device.alloc_kv(_kv_shape(config, model_config, sizing.num_blocks, dtype))
-    worker = Worker(
-        model,
-        device,
-        max_seqs=config.scheduler.max_seqs_per_batch,
-        max_blocks=-(-max_len // config.cache.block_size),
-        block_size=config.cache.block_size,
-        matchers=Matchers(folder, model_config.vocab_size, model_config.eos_token_ids),
-        logprobs_mode=config.logprobs_mode,
-    )
-    variant = " ".join(filter(None, (model_config.rope.variant(max_len), config.quantization)))
-    capacity = Capacity(
-        num_blocks=sizing.num_blocks,
-        block_size=config.cache.block_size,
-        max_seqs=config.scheduler.max_seqs_per_batch,
-        facts=ModelFacts(
-            vocab_size=model_config.vocab_size,
-            max_model_len=max_len,
-            eos_token_ids=model_config.eos_token_ids,
-        ),
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.name,
-        model_fingerprint=model_fingerprint(folder, dtype, variant),
-        numerics_fingerprint=numerics_fingerprint(
-            worker,
-            model_config.vocab_size,
-            max_len,
-            sizing.num_blocks,
-            config.cache.block_size,
-            device.variant(),
-        ),
-        summary=sizing.summary,
-    )
-    return OneRank(worker, device, capacity)
+    shape = loading.kv_shape(shard)
+    loading.sizing = _size_cache(config, shape, device, loading.max_len)
+    if ranks is not None:
+        loading.sizing = replace(loading.sizing, num_blocks=ranks.least(loading.sizing.num_blocks))
+    device.alloc_kv(loading.kv_shape(shard))
+    return model
 
 
-def _kv_shape(
-    config: EngineConfig, model: ModelConfig, num_blocks: int, dtype: torch.dtype
-) -> KvShape:
-    return KvShape(
-        num_layers=model.num_layers,
-        num_blocks=num_blocks,
-        block_size=config.cache.block_size,
-        kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=dtype,
-    )
+class _Loading:
+    """What is known while one rank is opened."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.folder = Path(config.model_path)
+        self.model = read_config(self.folder)
+        self.max_len = _longest(config, self.model)
+        self.dtype = pick_dtype(config.dtype, self.model)
+        self.sizing = _Sizing(0, ())
+        self.kv_fd = config.ranks.kv_fd
+        Shard(count=config.num_ranks).check(self.model)
+
+    @cached_property
+    def device(self) -> Device:
+        """Opened at first use: the others may have to be met before."""
+        config, local = self.config, len(self.config.devices)
+        threads = config.cpu_threads
+        if not threads and local > 1:
+            threads = max(1, num_cores() // local)  # ranks of one host share its cores
+        name = config.devices[config.ranks.place]
+        return open_device(name, threads=threads, kv_fd=self.kv_fd)
+
+    @property
+    def variant(self) -> str:
+        """What the flags make of the files beyond the dtype."""
+        words = (self.model.rope.variant(self.max_len), self.config.quantization)
+        return " ".join(filter(None, words))
+
+    def facts(self) -> dict[str, str]:
+        """What all ranks must have in common."""
+        config = self.config
+        return {
+            "model": model_fingerprint(self.folder, self.dtype, self.variant),
+            "--nnodes": str(config.ranks.nnodes),
+            "number of --devices": str(len(config.devices)),
+            "device type": config.devices[0].partition(":")[0],
+            "--block_size": str(config.cache.block_size),
+            "--max_model_len": str(self.max_len),
+            "--max_seqs_per_batch": str(config.scheduler.max_seqs_per_batch),
+        }
+
+    def kv_shape(self, shard: Shard) -> KvShape:
+        """Of this rank's cache."""
+        return KvShape(
+            num_layers=self.model.num_layers,
+            num_blocks=self.sizing.num_blocks,
+            block_size=self.config.cache.block_size,
+            kv_heads=len(shard.heads(self.model)[1]),
+            head_dim=self.model.head_dim,
+            dtype=self.dtype,
+        )
+
+    def worker(self, model: Model, *, chooses: bool) -> Worker:
+        """chooses: it samples."""
+        config, shape = self.config, self.model
+        matchers = Matchers(self.folder, shape.vocab_size, shape.eos_token_ids) if chooses else None
+        return Worker(
+            model,
+            self.device,
+            max_seqs=config.scheduler.max_seqs_per_batch,
+            max_blocks=-(-self.max_len // config.cache.block_size),
+            block_size=config.cache.block_size,
+            matchers=matchers,
+            logprobs_mode=config.logprobs_mode,
+        )
+
+    def capacity(self, worker: Worker) -> Capacity:
+        """What the executor offers; computes the self-test."""
+        config, device = self.config, self.device
+        ranks = f" {config.num_ranks} ranks" if config.num_ranks > 1 else ""
+        return Capacity(
+            num_blocks=self.sizing.num_blocks,
+            block_size=config.cache.block_size,
+            max_seqs=config.scheduler.max_seqs_per_batch,
+            facts=ModelFacts(
+                vocab_size=self.model.vocab_size,
+                max_model_len=self.max_len,
+                eos_token_ids=self.model.eos_token_ids,
+            ),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=device.name if not ranks else ",".join(config.devices),
+            model_fingerprint=model_fingerprint(self.folder, self.dtype, self.variant),
+            numerics_fingerprint=numerics_fingerprint(
+                worker,
+                self.model.vocab_size,
+                self.max_len,
+                self.sizing.num_blocks,
+                config.cache.block_size,
+                device.variant() + ranks,
+            ),
+            summary=self.sizing.summary,
+        )
 
 
 def _longest(config: EngineConfig, model: ModelConfig) -> int:
@@ -140,18 +254,53 @@ class OneRank:
         self._device.close()
 
 
+class ManyRanks(OneRank):
+    """Implements core.executor.Executor: rank 0, which tells the others each plan before it computes its own share."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        device: Device,
+        capacity: Capacity,
+        *,
+        memory: KvMemory,
+        group: RankGroup,
+        ranks: Collectives,
+    ) -> None:
+        super().__init__(worker, device, capacity)
+        self._memory, self._group, self._ranks = memory, group, ranks
+
+    def kv_memory(self) -> KvMemory:
+        """See Executor: of all ranks where it is handed over, else of this one."""
+        return self._memory
+
+    def execute(self, plan: StepPlan, layer_done: LayerDone | None = None) -> StepResult:
+        """See Executor. A step that fails in its middle leaves the ranks at different places, and ends them all."""
+        try:
+            return super().execute(plan, layer_done)
+        except Exception as error:
+            self._group.end(error)
+            raise
+
+    def close(self) -> None:
+        """See Executor."""
+        self._ranks.tell(b"")
+        self._group.close()
+        super().close()
+
+
 @dataclass(frozen=True, slots=True)
 class _Sizing:
     num_blocks: int
     summary: tuple[str, ...]
 
 
-def _size_cache(
-    config: EngineConfig, model: ModelConfig, device: Device, dtype: torch.dtype, max_len: int
-) -> _Sizing:
+def _size_cache(config: EngineConfig, shape: KvShape, device: Device, max_len: int) -> _Sizing:
     """How many blocks fit, and why, in plain words."""
     cache = config.cache
-    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    token_bytes = (
+        2 * shape.num_layers * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+    )  # on this rank
     block_bytes = token_bytes * cache.block_size
     free, total = device.memory()
     usable = int(free * cache.max_memory_utilization)

@@ -37,9 +37,10 @@ class Worker:
         max_seqs: int,
         max_blocks: int,
         block_size: int,
-        matchers: Matchers,
+        matchers: Matchers | None,
         logprobs_mode: str = "raw",
     ) -> None:
+        """matchers: None on ranks that compute and do not choose."""
         self._model = model
         self._device = device
         self._block_size = block_size
@@ -54,6 +55,7 @@ class Worker:
             draw=device.draw,
         )
         self._matchers = matchers
+        self.tell: Callable[[StepPlan], None] | None = None  # the other ranks, before each step
         self.observer: Observer | None = (
             None  # tests compare logits with it: request ids, positions, logits
         )
@@ -61,12 +63,15 @@ class Worker:
     @torch.inference_mode()
     def execute(self, plan: StepPlan, layer_done: LayerDone | None) -> StepResult:
         """See core.executor.Executor.execute."""
+        if self.tell is not None:
+            self.tell(plan)
         if plan.copied_to:
             self._device.copy_blocks(plan.copied_from, plan.copied_to)
         self._update_rows(plan)
-        self._matchers.begin(
-            [row for row, draws in zip(plan.rows, plan.sample, strict=True) if draws]
-        )
+        if self._matchers is not None:
+            self._matchers.begin(
+                [row for row, draws in zip(plan.rows, plan.sample, strict=True) if draws]
+            )
         token_ids, positions, batch = self._inputs(plan)
         put = self._device.put
         hidden = self._model.forward(put(token_ids), put(positions), batch, layer_done)
@@ -78,20 +83,30 @@ class Worker:
             return result
         last = (batch.first_tokens + batch.num_tokens)[torch.tensor(due)] - 1
         logits = self._model.logits(hidden[last])
+        if self._matchers is None:
+            return result
         starts = [self._start(plan.rows[index]) for index in due]
         if self.observer is not None:
             names = [start.request_id for start in starts]
             self.observer(names, [plan.positions[index] for index in due], logits)
-        self._sample(logits, plan, due, result)
+        self._sample(logits, plan, due, result, self._matchers)
         return result
 
     def close(self) -> None:
         """End its threads."""
-        self._matchers.close()
+        if self._matchers is not None:
+            self._matchers.close()
 
-    def _sample(self, logits: Tensor, plan: StepPlan, due: list[int], result: StepResult) -> None:
+    def _sample(
+        self,
+        logits: Tensor,
+        plan: StepPlan,
+        due: list[int],
+        result: StepResult,
+        matchers: Matchers,
+    ) -> None:
         """A row whose logits are no numbers, or whose grammar cannot be followed, fails alone."""
-        masks = self._matchers.take()
+        masks = matchers.take()
         result.failed_rows.update(masks.failed)
         best, sound = self._device.best(logits)
         for index, good in zip(due, sound, strict=True):
@@ -103,7 +118,10 @@ class Worker:
             logits = logits[torch.tensor(going)]
             best = [each for each, goes in zip(best, going, strict=True) if goes]
             due = [index for index, goes in zip(due, going, strict=True) if goes]
-        drawn = self._draw(logits, best, plan, due, masks.allowed) if due else Drawn(token_ids=[])
+        drawn = Drawn(token_ids=[])
+        if due:
+            drawn = self._draw(logits, best, plan, due, masks.allowed)
+            self._tell_matchers(matchers, plan, due, drawn)
         if not failed:
             result.token_ids.extend(drawn.token_ids)
             result.logprobs.update(drawn.logprobs)
@@ -129,12 +147,16 @@ class Worker:
     ) -> Drawn:
         rows, draws = [plan.rows[index] for index in due], [plan.sample[index] for index in due]
         positions = [plan.positions[index] for index in due]
-        drawn = self._sampler.choose(logits, rows, positions, draws, allowed, best)
+        return self._sampler.choose(logits, rows, positions, draws, allowed, best)
+
+    def _tell_matchers(
+        self, matchers: Matchers, plan: StepPlan, due: list[int], drawn: Drawn
+    ) -> None:
+        """The first token of each row is its own."""
         entry = 0
-        for row, count in zip(rows, draws, strict=True):
-            self._matchers.told(row, drawn.token_ids[entry])
-            entry += count
-        return drawn
+        for index in due:
+            matchers.told(plan.rows[index], drawn.token_ids[entry])
+            entry += plan.sample[index]
 
     def _judge_prompts(
         self, hidden: Tensor, plan: StepPlan, batch: AttentionBatch, result: StepResult
@@ -162,8 +184,9 @@ class Worker:
         for start in plan.started:
             count = len(start.block_ids)
             self._rows[start.row] = start
-            self._sampler.start(start)
-            self._matchers.start(start)
+            if self._matchers is not None:
+                self._sampler.start(start)
+                self._matchers.start(start)
             self._num_blocks[start.row] = count
             self._tables[start.row, :count] = start.block_ids
         if plan.grown_rows:

@@ -51,6 +51,7 @@ def make_card(
         kv_token_bytes=ready.kv_token_bytes,
         layout_fingerprint=ready.layout_fingerprint,
         layout=ready.layout,
+        tp_size=config.engine.num_ranks,
         device_type=ready.device.partition(":")[0],
         device_ips=config.device_ips,
         enable_prefix_cache=config.engine.cache.enable_prefix_cache,

@@ -54,6 +54,19 @@ class EngineHandlers:
     on_reservations_ended: Callable[[m.ReservationsEnded], None]
     on_progress: Callable[[m.Progress], None]
 
+    @classmethod
+    def of_none(cls, hear: Callable[[Any], None]) -> EngineHandlers:
+        """Of an engine that serves nobody; hear: gets whatever it says."""
+        return cls(
+            on_outputs=hear,
+            on_offers=hear,
+            on_first_tokens=hear,
+            on_cancels=hear,
+            on_verdicts=hear,
+            on_reservations_ended=hear,
+            on_progress=hear,
+        )
+
 
 class EngineLink:
     """One engine process and its pipe."""

@@ -55,7 +55,7 @@ class Parts:
         self.tasks = tasks
         self.metrics = metrics
         self.routed: Routed | None = None
-        self.engine_ready: m.Ready = _NOT_READY
+        self.engine_ready = m.Ready()  # nothing, before it is loaded
         self.ready: Callable[[], Readiness] = lambda: Readiness(ready=False, reasons=("loading",))
         self.records = Records(clock)
         self.outlets = Outlets(self._send)
@@ -140,22 +140,6 @@ class Parts:
             free_blocks=blocks.get("free", self.engine_ready.num_blocks) + blocks.get("cached", 0),
             reserved_blocks=blocks.get("staged", 0),
         )
-
-
-_NOT_READY = m.Ready(
-    num_blocks=0,
-    block_size=0,
-    vocab_size=0,
-    max_model_len=0,
-    eos_token_ids=(),
-    dtype="",
-    device="",
-    model_fingerprint="",
-    layout_fingerprint="",
-    layout="",
-    numerics_fingerprint="",
-    kv_endpoint="",
-)
 
 
 @dataclass(slots=True, kw_only=True)

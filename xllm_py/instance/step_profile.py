@@ -26,16 +26,7 @@ def run(config: InstanceConfig) -> int:
 
 async def _profile(config: InstanceConfig) -> None:
     tasks = TaskFamily("profile")
-    handlers = EngineHandlers(
-        on_outputs=_nothing,
-        on_offers=_nothing,
-        on_first_tokens=_nothing,
-        on_cancels=_nothing,
-        on_verdicts=_nothing,
-        on_reservations_ended=_nothing,
-        on_progress=_nothing,
-    )
-    engine = EngineLink(handlers=handlers, tasks=tasks, clock=RealClock())
+    engine = EngineLink(handlers=EngineHandlers.of_none(_nothing), tasks=tasks, clock=RealClock())
     try:
         await engine.start(config.engine, timeout_s=_TIMEOUT_S)
     finally:

@@ -17,9 +17,10 @@ from xllm_py.model.quantization import W8A8
 from xllm_py.model.qwen2 import Qwen2
 from xllm_py.model.qwen3 import Qwen3
 from xllm_py.model.qwen3_moe import Qwen3Moe
+from xllm_py.model.sharding import Shard
 from xllm_py.model.weights import DummyWeights, Weights, WeightSource
 
-__all__ = ["FAMILIES", "Model", "load_model", "pick_dtype", "read_config"]
+__all__ = ["FAMILIES", "Model", "load_model", "open_weights", "pick_dtype", "read_config"]
 
 FAMILIES: dict[str, type[Decoder]] = {  # by config.json's model_type
     "llama": Llama,
@@ -56,23 +57,26 @@ def pick_dtype(wanted: str, config: ModelConfig) -> torch.dtype:
     return dtype
 
 
+def open_weights(folder: Path, dtype: torch.dtype, load_format: str) -> WeightSource:
+    """load_format: `auto` (safetensors) or `dummy` (seeded random)."""
+    return DummyWeights(dtype) if load_format == "dummy" else Weights(folder, dtype)
+
+
 def load_model(
-    folder: Path,
     config: ModelConfig,
     device: Device,
+    weights: WeightSource,
     *,
-    dtype: torch.dtype,
-    load_format: str,
     max_position: int,
     quantization: str = "",
+    shard: Shard | None = None,
 ) -> Model:
-    """Read the weights onto the device. load_format: `auto` (safetensors) or `dummy` (seeded random).
+    """Read the weights, of a rank its share, onto the device. Raises ModelLoadError, and UsageError when the model cannot be shared out.
 
     quantization: `w8a8` makes 8-bit linears of the file's; empty: they stay what they are.
     """
-    weights: WeightSource = (
-        DummyWeights(dtype) if load_format == "dummy" else Weights(folder, dtype)
-    )
+    shard = shard or Shard()
+    shard.check(config)
     return FAMILIES[config.model_type](
-        config, device, weights, max_position, int8=quantization == W8A8
+        config, device, weights, max_position, int8=quantization == W8A8, shard=shard
     )

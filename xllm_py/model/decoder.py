@@ -17,8 +17,10 @@ from xllm_py.model.fields import Fields
 from xllm_py.model.layers.attention import Attention
 from xllm_py.model.layers.parts import Parts
 from xllm_py.model.layers.rope import Rope
-from xllm_py.model.weights import WeightSource
+from xllm_py.model.sharding import Shard, embedded
+from xllm_py.model.weights import Part, WeightSource
 
+_WHOLE = Shard()
 FeedForward = Callable[[Tensor, int, Tensor], Tensor]  # GatedMlp or Experts
 
 
@@ -60,15 +62,18 @@ class Decoder(ABC):
         max_position: int,
         *,
         int8: bool = False,
+        shard: Shard = _WHOLE,
     ) -> None:
         self.config = config
-        parts = Parts(config, device, weights, int8)
+        self._shard = shard
+        parts = Parts(config, device, weights, int8, shard)
         vocabulary = (config.vocab_size, config.hidden_size)
-        embedding = weights.take("model.embed_tokens.weight", vocabulary)
+        rows = self._vocabulary_part()
+        embedding = weights.take("model.embed_tokens.weight", vocabulary, rows)
         self.dtype = embedding.dtype
         self._layers = [self.layer(parts, index) for index in range(config.num_layers)]
         self._norm = parts.norm("model.norm")
-        head = embedding if config.tied else weights.take("lm_head.weight", vocabulary)
+        head = embedding if config.tied else weights.take("lm_head.weight", vocabulary, rows)
         self._head = device.pack_head(head)
         # a tied one is read from the packed head: there is no second copy
         self._embedding = None if config.tied else device.put(embedding)
@@ -91,10 +96,7 @@ class Decoder(ABC):
         stored: Stored | None = None,
     ) -> Tensor:
         """See Model."""
-        if self._embedding is None:
-            x = self._head.embed(token_ids)
-        else:
-            x = functional.embedding(token_ids, self._embedding)
+        x = embedded(self._shard, token_ids, self.config.vocab_size, self._embed)
         turn = self._rope.at(positions)
         for layer in self._layers:
             x = layer(x, turn, batch, stored)
@@ -102,4 +104,21 @@ class Decoder(ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See Model."""
-        return self._head(hidden)
+        mine = self._head(hidden)
+        if self._shard.count == 1:
+            return mine
+        here, each = self._shard.vocabulary(self.config.vocab_size)
+        mine = functional.pad(mine, (0, each - len(here)))
+        return self._shard.ranks.columns(mine)[:, : self.config.vocab_size]
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        if self._embedding is None:
+            return self._head.embed(token_ids)
+        return functional.embedding(token_ids, self._embedding)
+
+    def _vocabulary_part(self) -> Part:
+        """Which rows of embedding and head are here."""
+        if self._shard.count == 1:
+            return ()
+        here, _ = self._shard.vocabulary(self.config.vocab_size)
+        return (slice(here.start, here.stop), slice(None))

@@ -20,16 +20,20 @@ from xllm_py.device.base import Quantized
 from xllm_py.model.quantization import quantize
 
 INDEX = "model.safetensors.index.json"
+Part = tuple[slice, ...]  # of a tensor, one a dimension; () is all of it
 
 
 class WeightSource(Protocol):
     """Where tensors come from."""
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor in the model's dtype. Raises ModelLoadError when it is missing or has another shape."""
+    def take(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
+        """One tensor, or a part of it, in the model's dtype. Raises ModelLoadError when it is missing or has another shape.
+
+        shape: of the whole; of a part no more than that is read.
+        """
         ...
 
-    def take_int8(self, name: str, shape: tuple[int, int]) -> Quantized:
+    def take_int8(self, name: str, shape: tuple[int, int], part: Part = ()) -> Quantized:
         """`name`.weight of 8-bit integers with `name`.weight_scale, one for each row. Raises ModelLoadError."""
         ...
 
@@ -59,9 +63,9 @@ class Weights:
         """See WeightSource."""
         return name in self._file_of
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
         """See WeightSource."""
-        tensor = self._read(name, shape)
+        tensor = self._read(name, shape, part)
         if not tensor.is_floating_point():
             raise ModelLoadError(
                 f"{self._file_of[name]}: tensor {name} has dtype {tensor.dtype}, and there is no {name}_scale "
@@ -69,17 +73,17 @@ class Weights:
             )
         return tensor.to(self._dtype)
 
-    def take_int8(self, name: str, shape: tuple[int, int]) -> Quantized:
+    def take_int8(self, name: str, shape: tuple[int, int], part: Part = ()) -> Quantized:
         """See WeightSource."""
-        values = self._read(f"{name}.weight", shape)
+        values = self._read(f"{name}.weight", shape, part)
         if values.dtype is not torch.int8:
             raise ModelLoadError(
                 f"{self._file_of[f'{name}.weight']}: tensor {name}.weight has dtype {values.dtype}, not int8"
             )
-        scales = self._read(f"{name}.weight_scale", (shape[0], 1)).float().flatten()
+        scales = self._read(f"{name}.weight_scale", (shape[0], 1), part[:1]).float().flatten()
         return Quantized(values, scales)
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _read(self, name: str, shape: tuple[int, ...], part: Part) -> Tensor:
         path = self._file_of.get(name)
         if path is None:
             raise ModelLoadError(
@@ -88,14 +92,18 @@ class Weights:
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt")
-            tensor: Tensor = self._open[path].get_tensor(name)
+            stored = self._open[path].get_slice(name)
+            found = tuple(stored.get_shape())
+            tensor: Tensor = (
+                stored[part] if part and found == shape else self._open[path].get_tensor(name)
+            )
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
                 f"{path}: tensor {name} cannot be read ({error}); copy it again"
             ) from error
-        if tuple(tensor.shape) != shape:
+        if found != shape:
             raise ModelLoadError(
-                f"{path}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies {shape}; one of the two is of another model"
+                f"{path}: tensor {name} has shape {found}, config.json implies {shape}; one of the two is of another model"
             )
         self._taken.add(name)
         return tensor
@@ -159,17 +167,17 @@ class DummyWeights:
         """See WeightSource."""
         return True
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
         """See WeightSource."""
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=self._dtype)
         generator = torch.Generator().manual_seed(self._seed + zlib.crc32(name.encode()))
         tensor = torch.empty(shape, dtype=torch.float32).normal_(0.0, 0.02, generator=generator)
-        return tensor.to(self._dtype)
+        return tensor.to(self._dtype)[part].contiguous()
 
-    def take_int8(self, name: str, shape: tuple[int, int]) -> Quantized:
+    def take_int8(self, name: str, shape: tuple[int, int], part: Part = ()) -> Quantized:
         """See WeightSource."""
-        return quantize(self.take(f"{name}.weight", shape))
+        return quantize(self.take(f"{name}.weight", shape, part))
 
     def finish(self, ignored: tuple[str, ...] = ()) -> None:
         """See WeightSource."""

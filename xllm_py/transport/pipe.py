@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from xllm_py.base.errors import PeerUnavailable, ProtocolViolation
+from xllm_py.core.plan import StepPlan
 from xllm_py.wire.messages import COMMANDS, EVENTS, Command, Event
 
 _HEAD = struct.Struct("<IB")
@@ -64,6 +66,22 @@ class _Table:
         return messages
 
 
+_plans = msgspec.msgpack.Decoder(StepPlan)
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    """For the other ranks of an instance."""
+    return msgspec.msgpack.encode(plan)
+
+
+def decode_plan(raw: bytes) -> StepPlan:
+    """As rank 0 encoded it. Raises ProtocolViolation."""
+    try:
+        return _plans.decode(raw)
+    except msgspec.DecodeError as error:
+        raise ProtocolViolation(f"plan of rank 0: {error}") from error
+
+
 class EnginePipe:
     """The engine's end."""
 
@@ -72,6 +90,7 @@ class EnginePipe:
         self._sock.settimeout(SEND_TIMEOUT_S)
         self._table = _Table(EVENTS, COMMANDS)
         self._buffer = bytearray()
+        self._turn = threading.Lock()  # the last word may come from another thread
 
     def fileno(self) -> int:
         """For select."""
@@ -80,7 +99,8 @@ class EnginePipe:
     def send(self, event: Event) -> None:
         """Blocks until the socket has taken it. Raises PeerUnavailable when the API process is gone or stuck."""
         try:
-            self._sock.sendall(self._table.encode(event))
+            with self._turn:
+                self._sock.sendall(self._table.encode(event))
         except OSError as error:
             raise PeerUnavailable(f"the API process does not take events: {error}") from error
 
@@ -100,6 +120,30 @@ class EnginePipe:
     def close(self) -> None:
         """Close the socket."""
         self._sock.close()
+
+
+class RankPipe:
+    """The end of who starts another rank: it says what that one is to do, and hears how its start ended."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._table = _Table(COMMANDS, EVENTS)
+
+    def send(self, command: Command) -> None:
+        """Blocks until the socket has taken it."""
+        self._sock.sendall(self._table.encode(command))
+
+    def last_word(self, timeout_s: float) -> Event | None:
+        """What the other side said before it ended; None when it said nothing in this time."""
+        self._sock.settimeout(timeout_s)
+        buffer = bytearray()
+        try:
+            while data := self._sock.recv(_READ_BYTES):
+                buffer += data
+        except OSError:
+            pass  # it may have been killed, and what it said before that is in the buffer
+        events: list[Event] = self._table.take(buffer)
+        return events[-1] if events else None
 
 
 class ApiPipe:

@@ -108,20 +108,20 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The engine can serve."""
+    """The engine can serve; of a rank that plans nothing no more than its device is told."""
 
-    num_blocks: int
-    block_size: int
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
-    dtype: str
-    device: str
-    model_fingerprint: str
-    layout_fingerprint: str
-    layout: str  # the same for people
-    numerics_fingerprint: str
-    kv_endpoint: str  # host:port of the KV listener; empty without one
+    num_blocks: int = 0
+    block_size: int = 0
+    vocab_size: int = 0
+    max_model_len: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = ""
+    device: str = ""
+    model_fingerprint: str = ""
+    layout_fingerprint: str = ""
+    layout: str = ""  # the same for people
+    numerics_fingerprint: str = ""
+    kv_endpoint: str = ""  # host:port of the KV listener; empty without one
     kv_token_bytes: int = 0
     summary: tuple[str, ...] = ()
 

@@ -29,14 +29,19 @@ class Attention:
         config = parts.config
         self._index = index
         self._device = parts.device
-        self._heads, self._kv_heads = config.num_heads, config.num_kv_heads
+        queries, kv_heads = parts.shard.heads(config)
+        self._heads, self._kv_heads = len(queries), len(kv_heads)
+        self._is_alone = parts.shard.count == 1
         self._dim, self._window = config.head_dim, config.windows[index]
         at, dim, hidden = f"model.layers.{index}.self_attn", config.head_dim, config.hidden_size
         inner, inner_kv = config.num_heads * dim, config.num_kv_heads * dim
         sizes = {f"{at}.q_proj": inner, f"{at}.k_proj": inner_kv, f"{at}.v_proj": inner_kv}
-        self._qkv = parts.linear(sizes, hidden, bias=qkv_bias)
-        self._out = parts.linear({f"{at}.o_proj": hidden}, inner, bias=out_bias)
-        self._norms = _head_norms(parts, at) if head_norms else None
+        mine, mine_kv = _rows(queries, dim), _rows(kv_heads, dim)
+        here = {f"{at}.q_proj": mine, f"{at}.k_proj": mine_kv, f"{at}.v_proj": mine_kv}
+        self._qkv = parts.linear(sizes, hidden, here=here, bias=qkv_bias)
+        self._out = parts.summed(f"{at}.o_proj", hidden, inner, mine, bias=out_bias)
+        heads = (self._heads, self._kv_heads)
+        self._norms = _head_norms(parts, at, *heads) if head_norms else None
 
     def __call__(
         self,
@@ -50,16 +55,24 @@ class Attention:
         tokens, device = x.shape[0], self._device
         mixed = self._qkv(x).view(tokens, self._heads + 2 * self._kv_heads, self._dim)
         queries = device.rotate_and_store(mixed, self._index, turn, batch.slots, self._norms)
-        if stored is not None:
+        if stored is not None and self._is_alone:
             stored(self._index)
         attended = device.attend(queries, self._index, batch, self._window)
-        return self._out(attended.view(tokens, self._heads * self._dim), residual)
+        result = self._out(attended.view(tokens, self._heads * self._dim), residual)
+        if stored is not None and not self._is_alone:
+            stored(self._index)  # every rank has written its heads: their sum is here
+        return result
 
 
-def _head_norms(parts: Parts, at: str) -> HeadNorms:
+def _rows(heads: range, dim: int) -> slice:
+    """Of a projection."""
+    return slice(heads.start * dim, heads.stop * dim)
+
+
+def _head_norms(parts: Parts, at: str, num_queries: int, num_keys: int) -> HeadNorms:
     """One norm for the heads of queries and keys, [heads + KV heads, head_dim]; they lie side by side."""
     config, shape = parts.config, (parts.config.head_dim,)
     queries = parts.weights.take(f"{at}.q_norm.weight", shape)
     keys = parts.weights.take(f"{at}.k_norm.weight", shape)
-    both = (queries.expand(config.num_heads, -1), keys.expand(config.num_kv_heads, -1))
+    both = (queries.expand(num_queries, -1), keys.expand(num_keys, -1))
     return HeadNorms(weight=parts.device.put(torch.cat(both)), eps=config.rms_norm_eps)

@@ -50,7 +50,10 @@ class Experts:
         self._per_token = config.per_token
         self._router = Router(parts, f"{at}.gate", config)
         wide = config.intermediate_size
-        self._experts = [GatedMlp(parts, f"{at}.experts.{i}", wide) for i in range(config.count)]
+        self._experts = [
+            GatedMlp(parts, f"{at}.experts.{i}", wide, sums=False) for i in range(config.count)
+        ]
+        self._ranks = parts.shard.ranks
 
     def __call__(self, x: Tensor, real: int, residual: Tensor | None = None) -> Tensor:
         """x: [tokens, hidden], padded, of which the first `real` are tokens; rows of padding come back as zeros.
@@ -75,4 +78,5 @@ class Experts:
         total = weighted[:, 0]
         for place in range(1, each):
             total = total + weighted[:, place]
+        total = self._ranks.sum(total)
         return total if residual is None else residual + total

@@ -1,0 +1,248 @@
+"""Brings the ranks of one instance together, and ends all of them when one ends.
+
+    rank 0 of the instance    the engine that the API process speaks to; plans, and samples
+    place 0 of another node   started by that node's `xllm`, which has no door
+    other places              started by place 0 of their node, die with it, and inherit the memory of their cache
+
+All meet in one store at rank 0, tell what they are (version, model, flags that must agree), and go on only if that fits: what does not is one line on every
+node. A lifeline from each to rank 0 tells within milliseconds that a process is gone; then all end with exit code 7, and a supervisor starts the instance anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cached_property
+
+from torch._C._distributed_c10d import Store, TCPStore
+
+from xllm_py import __version__
+from xllm_py.base import log
+from xllm_py.base.clock import RealClock
+from xllm_py.base.errors import DeviceUnavailable, EngineDied, StartError, UsageError
+from xllm_py.core.config import EngineConfig
+from xllm_py.device import shared_cache
+from xllm_py.engine import lifeline
+from xllm_py.transport.pipe import RankPipe
+from xllm_py.wire import messages as m
+
+_LOOPBACK = "127.0.0.1"
+_LAST_WORD_S = 2.0
+_WORD_OF_RANK_0 = "verdict"
+
+_log = log.get(__name__)
+
+OnLost = Callable[[StartError], None]  # ends the process; called in a thread
+
+
+def end_process(error: StartError) -> None:
+    """An OnLost for who has nobody to tell."""
+    _log.error("engine ends", reason=error.message)
+    os._exit(error.exit_code)
+
+
+class RankGroup:
+    """This process's place in it. `gather` once, `close` at the end."""
+
+    def __init__(self, config: EngineConfig, on_lost: OnLost) -> None:
+        self._config = config
+        self._on_lost = on_lost
+        self._closing = False
+        self._lost = threading.Event()  # somebody is gone, and it is being said
+        self._lines: lifeline.Lifelines | None = None
+        self._line: socket.socket | None = None
+        self._siblings: dict[int, tuple[subprocess.Popen[bytes], RankPipe]] = {}
+        self._kv_fds: list[int] = []
+        self.store: Store | None = None
+
+    @property
+    def kv_fds(self) -> list[int]:
+        """Memory of the caches of this node's other ranks, in their order."""
+        return self._kv_fds
+
+    @cached_property
+    def own_fd(self) -> int:
+        """Memory for the cache of rank 0 itself."""
+        return shared_cache.create()
+
+    def end(self, cause: Exception) -> None:
+        """A step failed here in its middle, so the ranks are at different places and all end; most often because one of them is gone, which is better said.
+
+        Does not return before the process ends: nobody is to hear of the step.
+        """
+        if self._lost.wait(_LAST_WORD_S):
+            threading.Event().wait(2 * _LAST_WORD_S)  # the thread that says so ends the process
+        else:
+            self._closing = True
+            first_line = str(cause).partition("\n")[0]
+            self._on_lost(EngineDied(f"a step of several ranks failed: {first_line}"))
+
+    def gather(self, facts: dict[str, str]) -> Store:
+        """Meet the others; facts: what must agree. Raises DeviceUnavailable naming who is missing, UsageError saying what differs."""
+        config = self._config
+        host, port = _where(config)
+        patience = timedelta(seconds=config.ranks.patience_s)
+        if host.startswith("127."):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else by the host's name
+        try:
+            store = self.store = TCPStore(
+                host, port, config.num_ranks, config.rank == 0, patience, wait_for_workers=False
+            )
+        except (RuntimeError, ValueError) as error:
+            raise DeviceUnavailable(self._not_met(host, port, error)) from error
+        if config.ranks.place == 0:
+            self._start_siblings(host, store.port)
+        if config.rank == 0:
+            self._lines = lifeline.Lifelines(host, self._on_rank_lost)
+            store.set("lifeline", f"{host}:{self._lines.port}")
+        else:
+            there, _, at = store.get("lifeline").decode().rpartition(":")
+            self._line = lifeline.hold((there, int(at)), config.rank, self._on_lead_lost)
+        self._agree(store, {"version": __version__, **facts})
+        return store
+
+    def _not_met(self, host: str, port: int, error: Exception) -> str:
+        config = self._config
+        if config.rank == 0:
+            cause = str(error).strip().partition("\n")[0]
+            return f"the ranks cannot gather at {host}:{port} ({cause}); pass another --master_node_addr"
+        return f"rank {config.rank} of {config.num_ranks} found nobody at {host}:{port} in {config.ranks.patience_s:g} s; is node 0 started, with the same --master_node_addr?"
+
+    def _start_siblings(self, host: str, port: int) -> None:
+        """The other ranks of this node, which die with this process."""
+        config = self._config
+        for place in range(1, len(config.devices)):
+            ours, theirs = socket.socketpair()
+            kv_fd = shared_cache.create()
+            self._kv_fds.append(kv_fd)
+            command = [sys.executable, "-m", "xllm_py.engine", "--fd", str(theirs.fileno())]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno(), kv_fd])
+            theirs.close()
+            pipe = RankPipe(ours)
+            ranks = dataclasses.replace(
+                config.ranks, place=place, kv_fd=kv_fd, address=f"{host}:{port}"
+            )
+            pipe.send(m.Start(config=dataclasses.replace(config, ranks=ranks)))
+            rank = config.rank + place
+            self._siblings[rank] = (process, pipe)
+            watch = threading.Thread(
+                target=self._watch, args=(rank,), name=f"rank {rank}", daemon=True
+            )
+            watch.start()
+
+    def _watch(self, rank: int) -> None:
+        """Until a sibling ends."""
+        process, _ = self._siblings[rank]
+        process.wait()
+        self._on_rank_lost(rank)
+
+    def _on_rank_lost(self, rank: int) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._lost.set()
+        config = self._config
+        name = f"rank {rank} ({config.devices[rank % len(config.devices)]} of node {rank // len(config.devices)})"
+        if rank not in self._siblings:
+            self._on_lost(EngineDied(f"{name} is gone; its node's log says why"))
+            return
+        process, pipe = self._siblings[rank]
+        said = pipe.last_word(_LAST_WORD_S)
+        if isinstance(said, m.Failed):
+            self._on_lost(_as_error(said))
+            return
+        try:
+            code = process.wait(_LAST_WORD_S)
+        except subprocess.TimeoutExpired:
+            self._on_lost(EngineDied(f"{name} closed its connection"))
+            return
+        self._on_lost(EngineDied(f"{name} ended with exit code {code}"))
+
+    def _on_lead_lost(self) -> None:
+        if not self._closing:
+            self._closing = True
+            self._lost.set()
+            self._on_lost(EngineDied("rank 0 is gone, so its other ranks end"))
+
+    # ---- do they fit?
+
+    def _agree(self, store: Store, facts: dict[str, str]) -> None:
+        config = self._config
+        store.set(f"facts {config.rank}", json.dumps(facts))
+        if config.rank != 0:
+            store.wait([_WORD_OF_RANK_0], timedelta(seconds=2 * config.ranks.patience_s))
+            self._obey(store.get(_WORD_OF_RANK_0).decode())
+            return
+        try:
+            verdict = self._compared(store, facts)
+        except DeviceUnavailable as error:
+            self._closing = True
+            store.set(_WORD_OF_RANK_0, error.message)
+            raise
+        store.set(_WORD_OF_RANK_0, verdict)
+        self._obey(verdict)
+
+    def _compared(self, store: Store, mine: dict[str, str]) -> str:
+        """What differs, empty when nothing does. Raises DeviceUnavailable when somebody does not come."""
+        config, clock = self._config, RealClock()
+        deadline = clock.now() + config.ranks.patience_s
+        for rank in range(1, config.num_ranks):
+            left_s = max(0.1, deadline - clock.now())
+            try:
+                store.wait([f"facts {rank}"], timedelta(seconds=left_s))
+            except RuntimeError as error:
+                host, port = _where(config)
+                raise DeviceUnavailable(
+                    f"rank {rank} of {config.num_ranks} (node {rank // len(config.devices)}) did not come to {host}:{port} in "
+                    f"{config.ranks.patience_s:g} s; is its node started, with the same --nnodes and --master_node_addr?"
+                ) from error
+            theirs = json.loads(store.get(f"facts {rank}"))
+            for name in sorted(mine.keys() | theirs.keys()):
+                if mine.get(name) != theirs.get(name):
+                    return (
+                        f"{name} differs: {mine.get(name)} on rank 0, {theirs.get(name)} on rank {rank} (node "
+                        f"{rank // len(config.devices)}); start all nodes with the same model and flags"
+                    )
+        return ""
+
+    def _obey(self, verdict: str) -> None:
+        if verdict:
+            self._closing = True  # everybody ends, and that is no loss
+            raise UsageError(verdict)
+
+    def close(self) -> None:
+        """Let go of the others: they end as well."""
+        self._closing = True
+        if self._lines is not None:
+            self._lines.close()
+        if self._line is not None:
+            self._line.close()
+        for process, _ in self._siblings.values():
+            try:
+                process.wait(_LAST_WORD_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for kv_fd in self._kv_fds:
+            os.close(kv_fd)
+
+
+def _where(config: EngineConfig) -> tuple[str, int]:
+    """Where all meet."""
+    if not config.ranks.address:
+        return _LOOPBACK, 0
+    host, _, port = config.ranks.address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _as_error(said: m.Failed) -> StartError:
+    """As the rank said it, under the exit code it ended with."""
+    leaves = {leaf.exit_code: leaf for leaf in StartError.__subclasses__()}
+    return leaves.get(said.exit_code, EngineDied)(said.message)
