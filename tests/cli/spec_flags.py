@@ -48,6 +48,7 @@ tls_key_file string "" B
 tls_ca_file string "" B
 api_key_file string "" B
 allow_insecure_http bool false A
+allowed_hosts string "" B
 log_level string info B
 log_format string text B
 verbose bool false B
@@ -185,7 +186,7 @@ default_backend_type string xllm C
 """
 MASTER_AS_XLLM = """
 request_timeout_s max_queue_size drain_timeout_s max_body_bytes max_best_of max_logprobs cluster_key_file tls_cert_file
-tls_key_file tls_ca_file api_key_file allow_insecure_http log_level log_format verbose metrics debug_endpoints
+tls_key_file tls_ca_file api_key_file allow_insecure_http allowed_hosts log_level log_format verbose metrics debug_endpoints
 etcd_timeout_s etcd_start_timeout_s
 """
 MASTER_C = """

@@ -209,6 +209,18 @@ def test_an_instance_puts_the_defaults_into_its_card(tmp_path):
     ("program", "settings"),
     [("xllm", instance_daemon._settings), ("xllm-master", master_daemon._settings)],
 )
+def test_names_of_the_door_reach_it(tmp_path, program, settings):
+    folder = write_model_folder(write_model(tmp_path / "model"))
+    name = "model" if program == "xllm" else "tokenizer_path"
+    said = say(program, f"--{name}={folder}", "--allowed_hosts=Api.example.org, xllm")
+    assert settings(said.config).allowed_hosts == {"api.example.org", "xllm", "127.0.0.1"}
+    assert say(program, f"--{name}={folder}", "--allowed_hosts=http://x").code == 2
+
+
+@pytest.mark.parametrize(
+    ("program", "settings"),
+    [("xllm", instance_daemon._settings), ("xllm-master", master_daemon._settings)],
+)
 def test_limits_of_choices_and_logprobs_reach_the_door(tmp_path, program, settings):
     folder = write_model_folder(write_model(tmp_path / "model"))
     name = "model" if program == "xllm" else "tokenizer_path"

@@ -23,6 +23,7 @@ _FOREIGN = (
     "XLLM_PYTHON_MODEL_PATH",
     "ENABLE_XLLM_DEBUG_LOG",
 )
+_HOST_NAME = re.compile(r"[a-z0-9._-]{1,253}")
 _API_KEY = re.compile(r"([A-Za-z0-9._-]{1,64}):([!-~]{1,512})")  # a key is what a header can carry
 
 
@@ -132,8 +133,19 @@ def http(
         metrics=values["metrics"],
         debug_endpoints=values["debug_endpoints"],
         idle_connection_s=float(idle_s),
+        allowed_hosts=_allowed_hosts(causes, values),
         api_keys=_api_keys(causes, values),
     )
+
+
+def _allowed_hosts(causes: Causes, values: Mapping[str, Any]) -> frozenset[str]:
+    names = {word.strip().lower() for word in values["allowed_hosts"].split(",") if word.strip()}
+    for name in sorted(names):
+        causes.need(
+            name == "*" or _HOST_NAME.fullmatch(name) is not None,
+            f"--allowed_hosts: '{name[:80]}' is no host name. Write names without port, or *",
+        )
+    return frozenset(names)
 
 
 def _api_keys(causes: Causes, values: Mapping[str, Any]) -> dict[str, str]:

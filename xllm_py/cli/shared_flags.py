@@ -66,6 +66,12 @@ def security() -> list[Flag]:
         ),
         b("api_key_file", "string", "", "one id:key a line; then only /health and /ready are open"),
         a("allow_insecure_http", "bool", False, "serve HTTP beyond loopback without api keys"),
+        b(
+            "allowed_hosts",
+            "string",
+            "",
+            "comma list of host names that clients reach this door by, beside its addresses and the announced one; * is any",
+        ),
     ]
 
 

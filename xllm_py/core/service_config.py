@@ -20,6 +20,7 @@ class HttpSlice:
     metrics: bool = True
     debug_endpoints: bool = False
     idle_connection_s: float = 75.0  # between two requests of one connection
+    allowed_hosts: frozenset[str] = frozenset()  # names in lower case; "*": any
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # id -> key; empty: open
 
 

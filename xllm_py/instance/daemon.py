@@ -221,7 +221,7 @@ def _settings(config: InstanceConfig) -> HttpSettings:
         idle_connection_s=http.idle_connection_s,
         api_keys=http.api_keys,
         random_seed=config.random_seed,
-        allowed_hosts=frozenset({config.addresses.host, config.addresses.advertise_host}),
+        allowed_hosts=http.allowed_hosts | {config.addresses.host, config.addresses.advertise_host},
     )
 
 

@@ -218,7 +218,7 @@ def _settings(config: MasterConfig) -> HttpSettings:
         serve_metrics=http.metrics,
         idle_connection_s=http.idle_connection_s,
         api_keys=http.api_keys,
-        allowed_hosts=frozenset({config.host, config.advertise_host}),
+        allowed_hosts=http.allowed_hosts | {config.host, config.advertise_host},
     )
 
 
