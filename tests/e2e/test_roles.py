@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def test_the_elected_masters_word_holds_for_all_and_outlives_it(cluster: Cluster
         assert state(master)["election"]["leader_http"].endswith(f":{leader.port}")
         wait_for("pairs", lambda master=master: len(state(master)["instances"]) == 3)
         wait_for("pd", lambda master=master: master.request("GET", "/ready")[1].get("mode") == "pd")
+    traced = {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}
+    raw = json.dumps(body(PROMPT)).encode()
+    answer = other.exchange("POST", "/v1/completions", raw, traced)
+    row = other.request("GET", f"/admin/requests/{answer.body['id']}")[1]
+    assert row["trace"] == answer.headers["traceparent"]
+    assert row["moments"]["first_token"] > 0
     _, _, texts = routes(leader, 3)
     assert len(texts) == 1
 

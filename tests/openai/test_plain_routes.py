@@ -99,6 +99,39 @@ async def test_labels_are_echoed_and_never_become_ids(door):
     assert answer.headers["x-request-id"] == "from-body"
 
 
+async def test_a_trace_is_carried_on_under_a_span_of_ours(door):
+    trace, span = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    headers = {"traceparent": f"00-{trace}-{span}-01"}
+    answer = await door.ask(
+        "POST", "/v1/completions", {"model": "tiny", "prompt": ["x", "y"]}, headers=headers
+    )
+    version, ours, child, flags = answer.headers["traceparent"].split("-")
+    assert (version, ours, flags) == ("00", trace, "01")
+    assert child != span
+    assert [each.trace for each in door.backend.submissions] == [answer.headers["traceparent"]] * 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7",
+        "00-" + "0" * 32 + "-00f067aa0ba902b7-01",
+        "00-4bf92f3577b34da6a3ce929d0e0e4736-" + "0" * 16 + "-01",
+        "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+    ],
+)
+async def test_a_trace_that_is_none_is_not_carried_on(door, given):
+    headers = {"traceparent": given}
+    answer = await door.ask(
+        "POST", "/v1/completions", {"model": "tiny", "prompt": "x"}, headers=headers
+    )
+    assert answer.status == 200
+    assert "traceparent" not in answer.headers
+    assert door.backend.submissions[0].trace == ""
+
+
 async def test_extra_routes_of_a_daemon_are_served(model_folder):
     async def ledger(request):
         return 200, {"free": 3}

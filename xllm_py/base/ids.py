@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 import secrets
 
+_TRACE = re.compile(
+    r"(?P<version>[0-9a-f]{2})-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})"
+)
 _LABEL = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -30,6 +33,22 @@ def grant_id() -> bytes:
 def seed() -> int:
     """A sampling seed for a request that brought none: 63 bits, so that it fits a signed int64."""
     return secrets.randbits(63)
+
+
+def child_trace(parent: str | None) -> str:
+    """A `traceparent` of our own under the client's, for whoever we call; empty when it gave none, or one that is none.
+
+    Source: W3C Trace Context, section 3.2.
+    """
+    found = _TRACE.fullmatch(parent or "")
+    if (
+        found is None
+        or found["version"] == "ff"
+        or not found["trace"].strip("0")
+        or not found["span"].strip("0")
+    ):
+        return ""
+    return f"00-{found['trace']}-{secrets.token_hex(8)}-{found['flags']}"
 
 
 def label_or_new(label: str | None, prefix: str) -> str:

@@ -75,6 +75,7 @@ def from_submission(submission: Submission) -> pb.Submission:
         offline=submission.offline,
         ttft_slo_ms=submission.ttft_slo_ms,
         tpot_slo_ms=submission.tpot_slo_ms,
+        trace=submission.trace,
     )
 
 
@@ -108,6 +109,7 @@ def to_submission(message: pb.Submission) -> Submission:
         offline=message.offline,
         ttft_slo_ms=message.ttft_slo_ms,
         tpot_slo_ms=message.tpot_slo_ms,
+        trace=label(message.trace),
     )
 
 

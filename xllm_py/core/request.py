@@ -48,6 +48,7 @@ class Submission:
     offline: bool = False  # may wait, and gives way to those that are not
     ttft_slo_ms: float = 0.0  # what the client hopes for; 0: nothing in particular
     tpot_slo_ms: float = 0.0
+    trace: str = ""  # the client's `traceparent` with a span of ours; empty: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,6 +72,7 @@ class ControlService:
             raise UnsupportedValue(
                 "this instance gives no requests away; start it with --enable_disagg_pd"
             )
+        _log.debug("submitted", request=submission.request_id, trace=submission.trace)
         destination = Destination(submission.master)
         if submission.relay and submission.receiver is not None:
             self._relay.open(
@@ -107,6 +108,7 @@ class ControlService:
         for offer in offers:
             request_id, attempt = _key(offer.submission)
             if not self._outlets.awaits(request_id, attempt):
+                _log.debug("offered", request=request_id, trace=offer.submission.trace)
                 self._outlets.open_remote(offer.submission, _destination(offer))
                 fresh[request_id] = attempt
         try:

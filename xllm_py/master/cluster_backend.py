@@ -38,7 +38,7 @@ class ClusterBackend:
     async def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
         """See Backend.generate."""
         received = self._clock.now()
-        record = self._journeys.open(submission.request_id, received)
+        record = self._journeys.open(submission.request_id, received, submission.trace)
         num_going_on = submission.sampling.best_of
         run = None
         try:

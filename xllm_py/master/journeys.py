@@ -1,4 +1,4 @@
-"""What is remembered of requests for people: who served them and when each moment came (GET /debug/requests/{id}).
+"""What is remembered of requests for people: who served them and when each moment came (GET /admin/requests/{id}).
 
 Moments are seconds since the master received the request. Instances report theirs as seconds since *they* received it; P's are
 laid on the moment of Submit, D's between offer and answer. What the network's delay turned round is put in order again.
@@ -41,6 +41,7 @@ class Record:
 
     request_id: str
     received_at: float  # the master's clock, as all *_at
+    trace: str = ""  # as it is told to instances
     route: Route | None = None
     submitted_at: float = 0.0
     state: str = "received"
@@ -81,6 +82,7 @@ class Record:
         decode = self.route.decode or self.route.first if self.route else None
         return {
             "request_id": self.request_id,
+            "trace": self.trace,
             "state": self.state,
             "attempt": self.attempt,
             "mode": self.route.mode if self.route else "",
@@ -121,9 +123,9 @@ class Journeys:
     def __init__(self) -> None:
         self._records: OrderedDict[str, Record] = OrderedDict()
 
-    def open(self, request_id: str, now: float) -> Record:
+    def open(self, request_id: str, now: float, trace: str = "") -> Record:
         """Begin a record; old ones go."""
-        record = Record(request_id=request_id, received_at=now)
+        record = Record(request_id=request_id, received_at=now, trace=trace)
         record.stamp(Moment.RECEIVED, now)
         self._records[request_id] = record
         self._records.move_to_end(request_id)

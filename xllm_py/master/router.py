@@ -82,6 +82,9 @@ class Router:
         self._predicted = metrics.seconds(
             "ttft_prediction_error_seconds", "Predicted time to first token against the real one"
         )
+        self._predicted_pace = metrics.seconds(
+            "tpot_prediction_error_seconds", "Predicted time of a token against the real one"
+        )
         metrics.gauge("prefix_index_blocks", "Blocks known to be cached somewhere").set_function(
             lambda: float(len(self._index))
         )
@@ -234,6 +237,8 @@ class Router:
     def on_pace(self, route: Route, seconds: float) -> None:
         """A token of an answer took so long where it is decoded."""
         self.costs(_decoder(route)).observe_token(seconds)
+        if route.tpot_s:
+            self._predicted_pace.observe(abs(seconds - route.tpot_s))
 
     def on_gone(self, request_id: str, route: Route, *, decoding: bool) -> None:
         """The attempt is over, before its first token or after; of an instance that was forgotten meanwhile nothing is kept."""

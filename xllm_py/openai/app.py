@@ -217,6 +217,7 @@ class App:
                     left_s = timeout_s - (self._clock.now() - exchange.arrived)
                     take = self._intake.chat if chat else self._intake.completion
                     order = await take(data, left_s, self._tenant(exchange))
+                    order = order.traced(exchange.trace)
                     if order.label is not None and "x-request-id" not in exchange.headers:
                         exchange.label = ids.label_or_new(order.label, "req")
                     exchange.explain = lambda: self._backend.explain(order.response_id)
@@ -243,16 +244,20 @@ class App:
         after = place_after(exchange.headers.get("last-event-id"), None)
         kept, fresh = self._kept.open(self._tenant(exchange), key, exchange.path, data)
         if fresh:
-            work = self._produce(kept, data, self._timeout_s(exchange), chat=chat)
+            timeout_s, trace = self._timeout_s(exchange), exchange.trace
+            work = self._produce(kept, data, timeout_s, trace, chat=chat)
             kept.task = self._tasks.start(work, name="kept answer")
             kept.task.add_done_callback(lambda _: self._on_produced(kept))
         await self._follow(exchange, kept, after)
 
-    async def _produce(self, kept: Kept, data: bytes, timeout_s: float, *, chat: bool) -> None:
+    async def _produce(
+        self, kept: Kept, data: bytes, timeout_s: float, trace: str, *, chat: bool
+    ) -> None:
         try:
             async with self._deadline(timeout_s):
                 take = self._intake.chat if chat else self._intake.completion
                 order = await take(data, timeout_s, kept.tenant, kept.identity)
+                order = order.traced(trace)
                 kept.request_id = order.response_id
                 generation = self._generation(kept, order)
                 await generation.run(TokenByToken(self._backend), self._tasks)

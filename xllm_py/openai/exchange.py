@@ -94,6 +94,7 @@ class Exchange:
         self.has_body = length != "0" or "transfer-encoding" in self.headers
         self._unread = self.has_body  # part of the body has not been taken yet
         self.label = ids.label_or_new(self.headers.get("x-request-id"), "req")
+        self.trace = ids.child_trace(self.headers.get("traceparent"))
         self.explain: Callable[[], str] | None = None  # for who asks with x-xllm-explain
 
     def request(self, params: Mapping[str, str], body: bytes = b"") -> Request:
@@ -185,6 +186,8 @@ class Exchange:
         sent_at = self.headers.get("x-request-time", "")
         if _PLAIN.fullmatch(sent_at):
             headers.append((b"x-request-time", sent_at.encode()))
+        if self.trace:
+            headers.append((b"traceparent", self.trace.encode()))
         if self.explain is not None and "x-xllm-explain" in self.headers:
             headers.append((b"x-xllm-route", self.explain().encode("latin-1", "replace")))
         return headers

@@ -70,6 +70,13 @@ class Order:
         """Candidates of each prompt."""
         return self.shown.best_of
 
+    def traced(self, trace: str) -> Order:
+        """As a part of the client's trace; empty: of none."""
+        if not trace:
+            return self
+        traced = tuple(replace(each, trace=trace) for each in self.submissions)
+        return replace(self, submissions=traced)
+
 
 @dataclass(frozen=True, slots=True)
 class _Caller:

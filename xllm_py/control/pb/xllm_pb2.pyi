@@ -62,7 +62,7 @@ class Receiver(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_ids", "generated_ids", "sampling", "timeout_s", "receiver", "master", "relay", "model", "cache_salt", "priority", "offline", "ttft_slo_ms", "tpot_slo_ms")
+    __slots__ = ("request_id", "attempt", "prompt_ids", "generated_ids", "sampling", "timeout_s", "receiver", "master", "relay", "model", "cache_salt", "priority", "offline", "ttft_slo_ms", "tpot_slo_ms", "trace")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class Submission(_message.Message):
     OFFLINE_FIELD_NUMBER: _ClassVar[int]
     TTFT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
     TPOT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -93,7 +94,8 @@ class Submission(_message.Message):
     offline: bool
     ttft_slo_ms: float
     tpot_slo_ms: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., receiver: _Optional[_Union[Receiver, _Mapping]] = ..., master: _Optional[str] = ..., relay: bool = ..., model: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., offline: bool = ..., ttft_slo_ms: _Optional[float] = ..., tpot_slo_ms: _Optional[float] = ...) -> None: ...
+    trace: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., receiver: _Optional[_Union[Receiver, _Mapping]] = ..., master: _Optional[str] = ..., relay: bool = ..., model: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., offline: bool = ..., ttft_slo_ms: _Optional[float] = ..., tpot_slo_ms: _Optional[float] = ..., trace: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("submission",)
