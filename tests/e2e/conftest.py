@@ -1,4 +1,4 @@
-"""Clusters shared by the end-to-end tests; each is started once per session and checked for leaks at its end."""
+"""Clusters shared by the end-to-end tests; each is started once per file: idle daemons cost a tenth of a core, and they would stay for the rest of a session."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def pair(folder: Path, model: Path, *, direct: bool) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def direct_cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """D answers straight to the master."""
     with pair(tmp_path_factory.mktemp("direct"), tiny_model, direct=True) as cluster:
         yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def relayed_cluster(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
@@ -70,7 +70,7 @@ def relayed_cluster(
         yield cluster
 
 
-@pytest.fixture(scope="session", params=["direct", "relayed"])
+@pytest.fixture(scope="module", params=["direct", "relayed"])
 def pd_cluster(request: pytest.FixtureRequest) -> Cluster:
     """Each of the two."""
     cluster = request.getfixturevalue(f"{request.param}_cluster")
@@ -78,7 +78,7 @@ def pd_cluster(request: pytest.FixtureRequest) -> Cluster:
     return cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lone_instance(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One DEFAULT instance, no registry."""
     with running(tmp_path_factory.mktemp("lone"), tiny_model) as cluster:
@@ -87,7 +87,7 @@ def lone_instance(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slow_cluster(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Every phase lasts long enough to be looked at.
 

@@ -52,7 +52,8 @@ async def found_keys(cluster: Cluster) -> set[str]:
 async def test_a_registry_that_dies_and_comes_back_empty_fails_no_request(cluster: Cluster) -> None:
     registry, master, _, decode = cluster.daemons
     before = await found_keys(cluster)
-    assert len(before) == 4  # two cards, the master's record, the cluster's key
+    # two cards, the master's record, who is elected and since when, the cluster's key
+    assert len(before) == 6
     streams = [Pending(master, body([7, 9, n], max_tokens=1500, stream=True)) for n in range(4)]
     for stream in streams:
         stream.wait_pieces(2)

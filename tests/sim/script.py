@@ -12,6 +12,9 @@ BLOCK_SIZE = 4
 PREFILLS = ("p1", "p2")
 DECODES = ("d1", "d2")
 NAMES = (*PREFILLS, *DECODES)
+MORE = ("p3", "d3")  # of larger clusters
+EVERY_NAME = (*NAMES, *MORE)
+_LOSING = frozenset({"kill", "cut", "stall", "drain"})  # may cost a request an attempt
 MASTERS = ("master", "master2")
 
 
@@ -64,6 +67,7 @@ class Script:
     pull: bool = False  # D fetches, else P pushes
     policy: str = "RR"
     num_masters: int = 1
+    names: tuple[str, ...] = NAMES
     asks: list[Ask]
     events: list[Event] = field(default_factory=list)
     weather: Weather = field(default_factory=Weather)
@@ -75,7 +79,8 @@ class Script:
         """Whether so much goes wrong by chance that three attempts in a row may be lost; a death, a cut or a stall loses one."""
         weather = self.weather  # a call may last 1 s there and back
         losses = weather.lost or weather.unanswered or (weather.slow and weather.slow_s > 0.5)
-        return bool(losses) or self.kv_fault not in ("", "late")
+        many = sum(event.kind in _LOSING for event in self.events) > 2
+        return bool(losses) or many or self.kv_fault not in ("", "late")
 
 
 def script_of(seed: int) -> Script:
@@ -122,7 +127,24 @@ def script_of(seed: int) -> Script:
     script.pull = Random(f"{seed} transfer").random() < 0.3
     script.policy = Random(f"{seed} policy").choice(("RR", "LOAD", "CAR", "CAR", "SLO_AWARE"))
     _masters(Random(f"{seed} masters"), script)
+    _size(Random(f"{seed} size"), script)
     return script
+
+
+def _size(random: Random, script: Script) -> None:
+    """Three of each and two masters in some, and then there is more to lose."""
+    if random.random() >= 0.15:
+        return
+    script.names, script.num_masters = EVERY_NAME, 2
+    for name in MORE:
+        script.num_blocks[name] = script.num_blocks[name.replace("3", "1")]
+        if script.prefix.issuperset(DECODES):
+            script.prefix = script.prefix | {name}
+    for _ in range(random.choice((0, 1, 1, 2))):
+        kind = random.choice(("kill", "kill", "stall", "drain"))
+        at, lasts_s = random.uniform(0, 0.15), random.choice((0.1, 0.8, 3.0))
+        who = random.choice(EVERY_NAME if kind == "kill" else MORE)
+        script.events.append(Event(at=at, kind=kind, who=who, lasts_s=lasts_s))
 
 
 def _masters(random: Random, script: Script) -> None:

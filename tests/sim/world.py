@@ -17,7 +17,7 @@ from tests.sim.engine import Engine, Kv
 from tests.sim.grpc_memory import Network, Weather
 from tests.sim.metrics import Tally
 from tests.sim.oracle import sampling_of
-from tests.sim.script import BLOCK_SIZE, DECODES, MASTERS, NAMES, PREFILLS, Ask, Event, Script
+from tests.sim.script import BLOCK_SIZE, EVERY_NAME, MASTERS, Ask, Event, Script
 from tests.sim.virtual import PROCESS, Process, VirtualLoop
 from xllm_py.base.errors import RequestError
 from xllm_py.base.tasks import TaskFamily
@@ -49,7 +49,7 @@ class Wrong(AssertionError):
 GRANT_TTL_S = 2.0
 LEASE_S = 0.4
 START_S = 5.0  # how long the cluster may take to find itself
-_ROLES = {**dict.fromkeys(PREFILLS, Role.PREFILL), **dict.fromkeys(DECODES, Role.DECODE)}
+_ROLES = {name: Role.PREFILL if name.startswith("p") else Role.DECODE for name in EVERY_NAME}
 
 
 class InOrder(dict[Callable[[], None], None]):
@@ -84,7 +84,7 @@ class Instance:
     """One life of an instance: its API process and its engine."""
 
     def __init__(self, world: World, name: str, life: int) -> None:
-        number = NAMES.index(name)
+        number = EVERY_NAME.index(name)
         script = world.script
         self.name = name
         self.process = Process(name, 7001 + number, world.network)
@@ -312,7 +312,7 @@ class World:
         self.store.listeners = InOrder()  # type: ignore[assignment]
         self.kv = Kv(loop, self.random, MemoryNetwork(loop.clock, self._kv_faults))
         self.playing = False  # until every pair has found itself nothing is ill
-        self.lives = dict.fromkeys(NAMES, 0)
+        self.lives = dict.fromkeys(script.names, 0)
         self.instances: dict[str, Instance] = {}
         self.all_instances: list[Instance] = []
         self.masters = {
@@ -347,12 +347,12 @@ class World:
         """Masters and instances, until every pair is linked at each."""
         for master in self.masters.values():
             await self._begin(master.start(), master.process)
-        for name in NAMES:
+        for name in self.script.names:
             self.give_birth(name)
         end = self.loop.time() + START_S
         for master in self.masters.values():
             links = master.parts.links
-            while len(links.linked()) < len(PREFILLS) * len(DECODES):
+            while len(links.linked()) < (len(self.script.names) // 2) ** 2:
                 if self.loop.time() >= end:
                     raise Wrong(f"the cluster does not find itself: {links.unlinked()}")
                 await asyncio.sleep(0.005)

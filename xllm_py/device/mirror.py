@@ -5,8 +5,10 @@ Host pages are touched only where blocks are handed over, so the copy costs addr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ class HostMirror:
 
     def __init__(self, caches: Sequence[Tensor]) -> None:
         self._caches = caches
-        self._host = [torch.zeros(cache.shape, dtype=cache.dtype) for cache in caches]
+        self._host = [untouched(cache.shape, cache.dtype) for cache in caches]
 
     def take_out(self, layer: int, block_ids: Sequence[int]) -> None:
         """See Mirror."""
@@ -36,9 +38,19 @@ class HostMirror:
 
     def memory(self, shape: KvShape) -> KvMemory:
         """The host's bytes, with this object to bring them up to date."""
-        lent = [host.view(torch.uint8).numpy() for host in self._host]
-        regions = [memoryview(region).cast("B") for region in lent]  # type: ignore[arg-type]  # an ndarray is a buffer; the stubs say so from Python 3.12 on
-        return KvMemory(kv_layout(shape), shape.num_blocks, regions, self)
+        return KvMemory(kv_layout(shape), shape.num_blocks, regions_of(self._host), self)
+
+
+def untouched(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages cost nothing until they are written; torch.zeros writes them all."""
+    num_bytes = math.prod(size) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(*size)
+
+
+def regions_of(tensors: Sequence[Tensor]) -> list[memoryview]:
+    """Their bytes."""
+    lent = [each.view(torch.uint8).numpy() for each in tensors]
+    return [memoryview(region).cast("B") for region in lent]  # type: ignore[arg-type]  # an ndarray is a buffer; the stubs say so from Python 3.12 on
 
 
 def kv_layout(shape: KvShape) -> KvLayout:

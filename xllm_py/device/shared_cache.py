@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xllm_py.core.kv_memory import PARTS, KvMemory
 from xllm_py.device.base import KvShape
-from xllm_py.device.mirror import kv_layout
+from xllm_py.device.mirror import kv_layout, regions_of
 
 _PAGE = 4096
 
@@ -72,6 +72,5 @@ class RanksMirror:
 
     def memory(self) -> KvMemory:
         """All heads as bytes."""
-        lent = [host.view(torch.uint8).numpy() for host in self._host]
-        regions = [memoryview(region).cast("B") for region in lent]  # type: ignore[arg-type]  # an ndarray is a buffer; the stubs say so from Python 3.12 on
+        regions = regions_of(self._host)
         return KvMemory(kv_layout(self._shape), self._shape.num_blocks, regions, self)

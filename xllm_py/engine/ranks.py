@@ -286,6 +286,7 @@ class ManyRanks(OneRank):
         """See Executor."""
         self._ranks.tell(b"")
         self._group.close()
+        self._ranks.close()
         super().close()
 
 

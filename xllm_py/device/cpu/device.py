@@ -30,7 +30,7 @@ from xllm_py.device.cpu.native.build import build, instruction_sets
 from xllm_py.device.cpu.native.library import Library
 from xllm_py.device.cpu.native_kernels import NativeKernels
 from xllm_py.device.cpu.torch_kernels import TorchKernels
-from xllm_py.device.mirror import kv_layout
+from xllm_py.device.mirror import kv_layout, regions_of
 from xllm_py.device.paged import PagedCache
 
 AUTO, TORCH = "auto", "torch"
@@ -142,8 +142,7 @@ class CpuDevice:
             ) from error
         self._cache = PagedCache(caches[0::2], caches[1::2], shape.block_size, shape.kv_heads)
         self._kernels.use(self._cache)
-        lent = [cache[: shape.num_blocks].view(torch.uint8).numpy() for cache in caches]
-        regions = [memoryview(region).cast("B") for region in lent]  # type: ignore[arg-type]  # an ndarray is a buffer; the stubs say so from Python 3.12 on
+        regions = regions_of([cache[: shape.num_blocks] for cache in caches])
         self._memory = KvMemory(kv_layout(shape), shape.num_blocks, regions)
 
     def kv_memory(self) -> KvMemory:
