@@ -44,6 +44,7 @@ class Hosted:
         self.inner = device
         self._block = block
         self.name = device.name
+        self.collectives = device.collectives
 
     def _there(self, value: Any) -> Any:
         return self.inner.put(value) if isinstance(value, Tensor) else value

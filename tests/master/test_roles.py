@@ -87,6 +87,20 @@ async def test_the_last_of_a_half_that_dies_is_replaced(master: RunningMaster) -
     await until("pairs", lambda: len(givers(master)) == 1 and len(takers(master)) == 1)
 
 
+async def test_instances_of_another_model_are_no_help(master: RunningMaster) -> None:
+    first, second = await mixed(master, 2)
+    await master.add("other p", Role.PREFILL, model_fingerprint="another")
+    await master.add("other d", Role.DECODE, model_fingerprint="another")
+    await master.be_elected()
+    master.parts.roles.set_by_hand("m0", Role.PREFILL)
+    await until("its duty", lambda: has_duty(first, Role.PREFILL))
+    with pytest.raises(RoleNeeded):
+        master.parts.roles.set_by_hand("m1", Role.PREFILL)
+    await second.cut_stream()
+    await until("the loss", lambda: master.state(second) == "GONE")
+    await until("both halves at the one that is left", lambda: has_duty(first, Role.MIX))
+
+
 async def test_what_cannot_be_had_is_refused(master: RunningMaster) -> None:
     prefill, _ = await master.pair()
     roles = master.parts.roles

@@ -35,6 +35,8 @@ from xllm_py.device.torch_forms import linear8, rms_norm, rotate
 class ApartDevice:
     """Implements device.base.Device on a torch device, but for what it is called and how much memory it has."""
 
+    collectives = "gloo"  # over the host, unless the device has its own
+
     def __init__(self, at: torch.device) -> None:
         self.name = f"{at.type}:{at.index}"
         self._at = at

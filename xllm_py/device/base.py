@@ -117,6 +117,9 @@ class Device(Protocol):
     """See the module's text."""
 
     name: str
+    collectives: (
+        str  # torch.distributed's name of what sums its tensors over ranks: gloo, nccl or hccl
+    )
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes that weights and cache may use."""

@@ -22,9 +22,9 @@ _NEVER = timedelta(
 
 
 class Collectives:
-    """Of this process. store: where all ranks have met. backend: nccl or hccl, where tensors lie on such devices; gloo."""
+    """Of this process. store: where all ranks have met. backend: of sums (`Device.collectives`); plans go by gloo."""
 
-    def __init__(self, store: Store, rank: int, count: int, backend: str = "gloo") -> None:
+    def __init__(self, store: Store, rank: int, count: int, backend: str) -> None:
         self._rank, self._count = rank, count
         dist.init_process_group(
             "gloo",
@@ -37,15 +37,12 @@ class Collectives:
         self._plan = torch.zeros(_PLAN_BYTES, dtype=torch.uint8)
 
     def _gathered(self, mine: Tensor) -> list[Tensor]:
-        """Of every rank, on this one's device."""
-        if self._tensors is None:
-            here = mine.cpu().contiguous()
-            parts = [torch.empty_like(here) for _ in range(self._count)]
-            dist.all_gather(parts, here)
-            return [part.to(mine.device) for part in parts]
-        parts = [torch.empty_like(mine) for _ in range(self._count)]
-        dist.all_gather(parts, mine.contiguous(), group=self._tensors)
-        return parts
+        """Of every rank, on this one's device; those of the host, and of devices without collectives of their own, by gloo."""
+        group = None if mine.device.type == "cpu" else self._tensors
+        here = (mine.cpu() if group is None else mine).contiguous()
+        parts = [torch.empty_like(here) for _ in range(self._count)]
+        dist.all_gather(parts, here, group=group)
+        return [part.to(mine.device) for part in parts]
 
     def sum(self, mine: Tensor) -> Tensor:
         """See Ranks."""

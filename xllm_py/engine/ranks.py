@@ -100,7 +100,7 @@ def _join(loading: _Loading, on_lost: OnLost) -> tuple[RankGroup, Collectives, S
     if config.rank == 0 and config.kv_listen:
         loading.kv_fd = group.own_fd
     store = group.gather(loading.facts())
-    ranks = Collectives(store, config.rank, config.num_ranks)
+    ranks = Collectives(store, config.rank, config.num_ranks, loading.device.collectives)
     return group, ranks, Shard(rank=config.rank, count=config.num_ranks, ranks=ranks)
 
 

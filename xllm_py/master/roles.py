@@ -41,7 +41,7 @@ class Roles:
         self._manager = manager
         self._router = router
         self._election = election
-        self._duties = Duties()
+        self._duties: dict[str, Duties] = {}  # by model: instances of another one help nobody
         self._term = 0  # that what follows is of
         self._epoch = 0
         self._given: dict[str, Duty] = {}  # by incarnation
@@ -61,8 +61,13 @@ class Roles:
         """Once."""
         if not self._leads():
             return
-        for move in self._duties.look(self._standings(), self._manager.now()):
-            self._give(move)
+        of_models: dict[str, list[Standing]] = {}
+        for each in self._standings():
+            of_models.setdefault(each.card.model_fingerprint, []).append(each)
+        for model, standings in of_models.items():
+            duties_of_model = self._duties.setdefault(model, Duties())
+            for move in duties_of_model.look(standings, self._manager.now()):
+                self._give(move)
 
     def _leads(self) -> bool:
         """Whether we decide; who was just elected begins with what instances say."""
@@ -70,7 +75,7 @@ class Roles:
             return False
         if self._term != self._election.term:
             self._term, self._epoch = self._election.term, 0
-            self._duties, self._given = Duties(), {}
+            self._duties, self._given = {}, {}
         return True
 
     def _give(self, move: Move) -> Duty:
@@ -150,7 +155,9 @@ class Roles:
                 cause="hand",
             )
             return self._give(move)
-        found = duties.by_hand(standings, chosen.key, role)
+        model = chosen.card.model_fingerprint
+        same = [each for each in standings if each.card.model_fingerprint == model]
+        found = duties.by_hand(same, chosen.key, role)
         if found is None:
             raise RoleNeeded(
                 f"without {name} nobody would be left for what {role.name} does not do"

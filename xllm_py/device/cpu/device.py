@@ -96,6 +96,8 @@ class CpuDevice:
     kv_fd: where the cache is to lie (device/shared_cache); negative: in memory of its own.
     """
 
+    collectives = "gloo"
+
     def __init__(self, index: int, *, threads: int, kernels: str = AUTO, kv_fd: int = -1) -> None:
         self.name = f"cpu:{index}"
         self.threads = threads or process.num_cores()

@@ -11,6 +11,8 @@ from xllm_py.device.apart import ApartDevice
 class CudaDevice(ApartDevice):
     """Implements device.base.Device. Raises DeviceUnavailable when this GPU is not there, with what is."""
 
+    collectives = "nccl"
+
     def __init__(self, index: int) -> None:
         if not torch.cuda.is_available():
             cause = (

@@ -10,6 +10,7 @@ import torch
 from xllm_py.base.errors import DeviceUnavailable
 
 SIMULATE = "XLLM_SIMULATE_NPU"
+SIMULATED = "simulated"  # what such a device calls itself
 _MOST_SIMULATED = 64
 
 

@@ -20,6 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from xllm_py.base import process
 from xllm_py.device.npu import simulated_operators
+from xllm_py.device.npu.load import SIMULATED
 
 _MEMORY = 2 << 30  # bytes of each
 _ROWS = 16  # of a product that is computed at once, so that a row's bits do not depend on how many there are
@@ -199,7 +200,7 @@ class _Runtime:
 
     def get_device_name(self, at: torch.device) -> str:
         """As the log shows it."""
-        return "simulated"
+        return SIMULATED
 
     def empty_cache(self) -> None:
         """Nothing is kept."""
