@@ -25,7 +25,8 @@ from xllm_py.device.base import (
     RowWise,
     Turn,
 )
-from xllm_py.device.npu.load import SIMULATED, choose, load
+from xllm_py.device.npu.load import choose, load
+from xllm_py.device.npu.simulated_operators import VERSION as SIMULATED
 
 BLOCK = 128  # tokens; attention with several queries of a sequence takes blocks of so many, or a multiple
 _MASK = 2048
@@ -48,7 +49,7 @@ class NpuDevice(ApartDevice):
         self._ops: Any = load(f"npu:{index}")
         self._npu: Any = torch.npu  # type: ignore[attr-defined]  # there once the module is loaded
         super().__init__(choose(self._npu, index))
-        if self._npu.get_device_name(self._at) != SIMULATED:
+        if self._ops.__version__ != SIMULATED:
             self.collectives = "hccl"
         self._mask = self.put(torch.ones(_MASK, _MASK, dtype=torch.int8).triu(1))
         self._step: tuple[AttentionBatch, _Step] | None = None

@@ -10,7 +10,6 @@ import torch
 from xllm_py.base.errors import DeviceUnavailable
 
 SIMULATE = "XLLM_SIMULATE_NPU"
-SIMULATED = "simulated"  # what such a device calls itself
 _MOST_SIMULATED = 64
 
 

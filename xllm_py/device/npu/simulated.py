@@ -20,8 +20,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from xllm_py.base import process
 from xllm_py.device.npu import simulated_operators
-from xllm_py.device.npu.load import SIMULATED
 
+VERSION = simulated_operators.VERSION  # of what stands for torch_npu
 _MEMORY = 2 << 30  # bytes of each
 _ROWS = 16  # of a product that is computed at once, so that a row's bits do not depend on how many there are
 _aten = torch.ops.aten
@@ -200,7 +200,7 @@ class _Runtime:
 
     def get_device_name(self, at: torch.device) -> str:
         """As the log shows it."""
-        return SIMULATED
+        return "simulated"
 
     def empty_cache(self) -> None:
         """Nothing is kept."""
@@ -230,7 +230,7 @@ def install(count: int) -> SimpleNamespace:
     _libraries.extend((kernels, others))
     names = simulated_operators.define(_libraries)
     module = SimpleNamespace(
-        __version__="simulated", **{name: _on_npu(getattr(torch.ops.npu, name)) for name in names}
+        __version__=VERSION, **{name: _on_npu(getattr(torch.ops.npu, name)) for name in names}
     )
     _installed.append(module)
     return module

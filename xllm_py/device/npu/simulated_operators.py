@@ -41,6 +41,7 @@ _SCHEMAS = (
     "int? output_dtype=None, int? x1_dtype=None, int? x2_dtype=None, int? pertoken_scale_dtype=None, int? scale_dtype=None, "
     "int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
 )
+VERSION = "simulated"  # where a real torch_npu has its number
 _MASK = 2048
 _CAUSAL, _BAND = 3, 4
 _BLOCK = 128
