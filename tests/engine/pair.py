@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import weakref
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -72,6 +73,8 @@ class Engine:
             incarnation=f"{name}-1",
             cluster_key=b"key",
         )
+        # a test makes hundreds of these, and each has a pipe that select must be able to name
+        weakref.finalize(self, self.transport.close)
         self.agent = HandoffAgent(
             scheduler=self.scheduler,
             transport=self.transport,
