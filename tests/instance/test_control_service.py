@@ -324,13 +324,16 @@ async def test_a_giver_that_hangs_up_before_the_answer_leaves_nothing_when_it_is
     assert house.outlets.has("b")
 
 
-async def test_an_engine_that_never_answers_takes_the_offers_back(house: House) -> None:
+async def test_an_engine_that_never_answers_takes_the_offers_back(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
     await house.link()
     house.engine.error = DeadlineExceeded("the engine did not answer")
     with pytest.raises(DeadlineExceeded):
         await house.service.add_new_requests([offer("a"), offer("b", attempt=2)])
     assert house.outlets.num_open == 0
     assert sorted(house.engine.aborted) == [("a", 1), ("b", 2)]
+    assert not [one for one in caplog.records if one.levelname == "ERROR"], "the giver hears it"
 
 
 async def test_first_tokens_are_answered_by_the_engine(house: House) -> None:

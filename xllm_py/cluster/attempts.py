@@ -5,8 +5,8 @@
     anything else                                                     the client's
 
 A request that was being computed by two instances when they died, and of which the second had not said a token, is suspected of killing them: it
-ends, and its like is refused for a while (Quarantine). Deaths that come together are one event, a box or a rack, and no request's doing. Pure; `now` is monotonic seconds. Owned by
-master/dispatcher.
+ends, and its like is refused for a while (Quarantine). Deaths that come together are one event, a box or a rack, and no request's
+doing. Pure; `now` is monotonic seconds. Owned by master/dispatcher.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ NO_ROOM = frozenset(
 )
 FIRST_PAUSE_S = 0.05
 MOST_PAUSE_S = 1.0
-TOGETHER_S = 0.3  # deaths no further apart are one event
+TOGETHER_S = (
+    0.5  # deaths seen no further apart are one event; a busy machine sees each up to 0.3 s late
+)
 REFUSED_S = 600.0
 _MOST_REFUSED = 1000
 

@@ -94,7 +94,10 @@ class ControlService:
         if known:
             # a giver that hangs up meanwhile changes nothing: what the engine says still has to be heard
             asking = self._tasks.start(self._ask_engine(known), name="offers")
-            answers = await asyncio.shield(asking)
+            answered = await asyncio.shield(asking)
+            if isinstance(answered, XllmError):
+                raise answered
+            answers = answered
         return [answers.get(_key(offer.submission)) or _not_linked(offer) for offer in offers]
 
     def _with_source(self, offer: Offer) -> Offer:
@@ -102,8 +105,10 @@ class ControlService:
         addrs = self._givers[offer.giver_incarnation].addrs
         return dataclasses.replace(offer, endpoint=addrs[0] if addrs else "")
 
-    async def _ask_engine(self, offers: list[Offer]) -> dict[tuple[str, int], OfferAnswer]:
-        """Outlets are open before the engine is asked, and closed again for what it refuses."""
+    async def _ask_engine(
+        self, offers: list[Offer]
+    ) -> dict[tuple[str, int], OfferAnswer] | XllmError:
+        """Outlets are open before the engine is asked, and closed again for what it refuses. Its failure is the caller's to raise."""
         fresh = {}
         for offer in offers:
             request_id, attempt = _key(offer.submission)
@@ -113,11 +118,11 @@ class ControlService:
                 fresh[request_id] = attempt
         try:
             answers = await self._engine.offer(offers, timeout_s=_ENGINE_TIMEOUT_S)
-        except XllmError:
+        except XllmError as error:
             for request_id, attempt in fresh.items():
                 self._outlets.close(request_id, attempt)
             self._engine.abort(list(fresh), list(fresh.values()))
-            raise
+            return error
         granted = {answer.request_id for answer in answers if not answer.refusal}
         for request_id in fresh.keys() - granted:
             self._outlets.close(request_id, fresh[request_id])

@@ -167,6 +167,9 @@ class Instance:
             error = failed.result()
             self._parts.outlets.fail_all(EngineDown("the engine of this instance died"))
             _log.error("the instance stops because a part of it failed", reason=str(error))
+            await self._tasks.close(
+                timeout_s=1.0
+            )  # masters see it by their streams, so these end before all else
             return error.exit_code if isinstance(error, EngineDied) else 1
         notify("STOPPING=1")
         drained = self._tasks.start(self._drain(), name="drain")
