@@ -41,3 +41,9 @@ def test_a_process_that_is_gone_is_named() -> None:
 def test_the_host_has_at_least_as_much_memory_as_it_has_left() -> None:
     available, total = process.host_memory()
     assert 0 < available <= total
+
+
+def test_the_way_to_a_host_is_an_interface() -> None:
+    assert process.interface_towards("127.0.0.1", 9) == process.interface_towards("127.8.9.1", 9)
+    assert process.interface_towards("127.0.0.1", 9).startswith("lo")
+    assert process.interface_towards("no.such.host.invalid", 9) == ""

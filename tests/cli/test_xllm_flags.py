@@ -283,6 +283,7 @@ def test_a_value_outside_its_rule_is_one_line_with_a_fix(refused, word):
             "over several cuda or npu devices are not built yet",
         ),
         (("--nnodes=2", "--master_node_addr=here"), "--master_node_addr=here is no host:port"),
+        (("--devices=cpu:0,cpu:1", "--ep_size=4"), "--ep_size=4 does not divide the 2 devices"),
         (("--nnodes=2", "--profile_steps=/tmp/x"), "--profile_steps times one rank"),
         (("--devices=npu:0", "--block_size=64"), "Pass --block_size=128"),
         (("--etcd_addr=10.0.0.9:2379",), "127.0.0.1 would be announced. Pass --advertise_host"),
@@ -297,6 +298,7 @@ def test_flags_that_contradict_each_other_are_refused(refused, words, says):
 def test_ranks_are_the_devices_of_all_nodes(build):
     config = build("--devices=cpu:0,cpu:1").engine
     assert (config.num_ranks, config.rank, config.ranks.address) == (2, 0, "")
+    assert build("--devices=cpu:0,cpu:1", "--ep_size=2").engine.ranks.expert_groups == 2
     config = build(
         "--devices=cpu:0,cpu:1",
         "--nnodes=3",

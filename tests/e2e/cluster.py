@@ -227,10 +227,16 @@ class Cluster:
     daemons: list[Daemon] = field(default_factory=list)
 
     def start(
-        self, name: str, program: str, *flags: str, port: int, env: dict[str, str] | None = None
+        self,
+        name: str,
+        program: str,
+        *flags: str,
+        port: int,
+        env: dict[str, str] | None = None,
+        under: tuple[str, ...] = (),
     ) -> Daemon:
-        """Start one daemon without waiting."""
-        command = [sys.executable, "-m", f"xllm_py.{program}", *flags]
+        """Start one daemon without waiting. under: a program that becomes the one given behind its words."""
+        command = [*under, sys.executable, "-m", f"xllm_py.{program}", *flags]
         daemon = Daemon(name, command, env or {}, port, self.folder / f"{name}.log", self.tls)
         self.daemons.append(daemon)
         return daemon
@@ -265,9 +271,14 @@ class Cluster:
         return registry
 
     def start_instance(
-        self, name: str, role: str, *flags: str, env: dict[str, str] | None = None
+        self,
+        name: str,
+        role: str,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        under: tuple[str, ...] = (),
     ) -> Daemon:
-        """An instance of the cluster's model; role DEFAULT without registry when there is no etcd port."""
+        """An instance of the cluster's model; role DEFAULT without registry when there is no etcd port. under: see `start`."""
         port = free_port()
         cluster = [f"--etcd_addr=127.0.0.1:{self.etcd_port}"] if self.etcd_port else []
         if role != "DEFAULT":
@@ -291,6 +302,7 @@ class Cluster:
             *flags,
             port=port,
             env=env,
+            under=under,
         )
 
     def wait_ready(self, *daemons: Daemon) -> None:

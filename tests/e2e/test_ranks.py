@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from tests.e2e.cluster import Cluster, Daemon, running, wait_for
 from tests.e2e.pending import Pending
 from tests.e2e.phases import LONG_PROMPT, body, serves_in_pairs
+from tests.families import CASES, make_family
 from tests.ports import free_port
 
 PROMPTS = [[(7 * n + 13 * turn) % 300 for n in range(1 + 2 * turn)] for turn in range(64)]
@@ -36,9 +39,17 @@ def texts(daemon: Daemon, prompts: list[list[int]]) -> list[str]:
     return found
 
 
-def nodes(cluster: Cluster, name: str, count: int, per_node: int, *flags: str) -> list[Daemon]:
-    """The nodes of one instance, node 0 first."""
-    address = f"--master_node_addr=127.0.0.1:{free_port()}"
+def nodes(
+    cluster: Cluster,
+    name: str,
+    count: int,
+    per_node: int,
+    *flags: str,
+    host: str = "127.0.0.1",
+    elsewhere: tuple[str, ...] = (),
+) -> list[Daemon]:
+    """The nodes of one instance, node 0 first. host: of node 0. elsewhere: what brings the others to where they run."""
+    address = f"--master_node_addr={host}:{free_port()}"
     return [
         cluster.start_instance(
             f"{name} node {node}",
@@ -50,6 +61,7 @@ def nodes(cluster: Cluster, name: str, count: int, per_node: int, *flags: str) -
             address,
             *FLAGS,
             *flags,
+            under=elsewhere if node else (),
         )
         for node in range(count)
     ]
@@ -80,6 +92,78 @@ def test_any_number_of_ranks_gives_the_text_of_one(
         for other in others:
             assert other.process.wait(10) == 7
         wait_for("no process left", lambda: not psutil.wait_procs(engines, timeout=0)[1])
+
+
+class Namespace:
+    """A host of its own, as far as the network goes, at the other end of a cable to this one."""
+
+    def __init__(self) -> None:
+        name = f"xllm{os.getpid()}"
+        self._cable, self.host = name[:11] + "a", "10.211.7.1"
+        self.inside = ("ip", "netns", "exec", name)
+        self._name, self._theirs = name, name[:11] + "b"
+
+    def __enter__(self) -> Namespace:
+        self._ip("netns", "add", self._name)
+        self._ip(
+            "link", "add", self._cable, "type", "veth", "peer", self._theirs, "netns", self._name
+        )
+        self._ip("addr", "add", f"{self.host}/30", "dev", self._cable)
+        self._ip("link", "set", self._cable, "up")
+        there = ("-n", self._name)
+        self._ip(*there, "addr", "add", "10.211.7.2/30", "dev", self._theirs)
+        self._ip(*there, "link", "set", self._theirs, "up")
+        self._ip(*there, "link", "set", "lo", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ip("netns", "del", self._name)
+
+    def _ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, timeout=10)
+
+
+def namespaces_work() -> bool:
+    """Root may make them, where the kernel and the sandbox around us let it."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        return False
+    name = f"xllm-try-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
+    if made.returncode == 0:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+    return made.returncode == 0
+
+
+@pytest.mark.skipif(not namespaces_work(), reason="network namespaces cannot be made here")
+def test_nodes_on_two_hosts_give_the_text_of_one(
+    tiny_model: Path, tmp_path: Path, alone: list[str]
+) -> None:
+    with Namespace() as other_host, running(tmp_path, tiny_model) as cluster:
+        first, second = nodes(cluster, "i", 2, 2, host=other_host.host, elsewhere=other_host.inside)
+        cluster.wait_ready(first)
+        assert texts(first, PROMPTS) == alone
+        assert first.stop() == 0
+        assert second.process.wait(10) == 7
+
+
+def test_whole_experts_on_each_of_two_ranks_hand_over(tiny_model: Path, tmp_path: Path) -> None:
+    model = make_family(tmp_path / "moe" / "tiny", CASES["qwen3_moe"] | {"vocab_size": 320})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, model)
+    prompts = PROMPTS[::16]
+    with running(tmp_path, model) as cluster:
+        one = cluster.start_instance("one", "DEFAULT", devices(1), *FLAGS)
+        cluster.wait_ready()
+        wanted = texts(one, prompts)
+        assert one.stop() == 0
+        cluster.daemons.clear()
+        master = cluster.start_master()
+        cluster.start_instance("p", "PREFILL", devices(2), "--ep_size=2", *FLAGS)
+        decode = cluster.start_instance("d", "DECODE", devices(2), *FLAGS)
+        cluster.wait_ready()
+        serves_in_pairs(master)
+        assert texts(master, prompts) == wanted
+        assert decode.ledger()["kv_bytes_received"] > 0
 
 
 @pytest.mark.parametrize(("on_p", "on_d"), [(2, 1), (2, 4)])

@@ -88,9 +88,19 @@ def logits_of(folder: Path, shard: Shard, told: Callable[[int], None]) -> Tensor
         return model.logits(hidden[:count])
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("case", CASES)
-def test_the_shares_of_a_model_make_the_whole(tmp_path: Path, case: str, count: int) -> None:
+MIXTURES = [case for case in CASES if "moe" in case]
+
+
+@pytest.mark.parametrize(
+    ("case", "count", "groups"),
+    [
+        *((case, count, 1) for case in CASES for count in (2, 4)),
+        *((case, count, groups) for case in MIXTURES for count, groups in ((2, 2), (4, 2), (4, 4))),
+    ],
+)
+def test_the_shares_of_a_model_make_the_whole(
+    tmp_path: Path, case: str, count: int, groups: int
+) -> None:
     folder = make_family(tmp_path, CASES[case], seed=3)
     config = read_config(folder)
     wanted = our_logits(folder, IDS)
@@ -101,7 +111,7 @@ def test_the_shares_of_a_model_make_the_whole(tmp_path: Path, case: str, count: 
             pool.map(
                 lambda rank: logits_of(
                     folder,
-                    Shard(rank=rank, count=count, ranks=threads.of(rank)),
+                    Shard(rank=rank, count=count, expert_groups=groups, ranks=threads.of(rank)),
                     layers[rank].append,
                 ),
                 range(count),
@@ -140,3 +150,30 @@ def test_what_cannot_be_shared_out_is_refused(
     config = read_config(make_family(tmp_path, next(iter(CASES.values())), seed=0))
     with pytest.raises(UsageError, match=cause):
         Shard(count=count).check(dataclasses.replace(config, **changes))  # type: ignore[arg-type]  # sizes by name
+
+
+def test_every_row_of_every_expert_is_somewhere_once() -> None:
+    for count, groups in ((1, 1), (2, 1), (2, 2), (4, 2), (8, 4)):
+        seen = [
+            (expert, row)
+            for rank in range(count)
+            for here, share in [Shard(rank=rank, count=count, expert_groups=groups).experts(8)]
+            for expert in here
+            for row in range(share.of(16).start, share.of(16).stop)
+        ]
+        assert sorted(seen) == [(expert, row) for expert in range(8) for row in range(16)]
+
+
+def test_experts_that_cannot_be_shared_out_are_refused(tmp_path: Path) -> None:
+    dense = read_config(make_family(tmp_path / "dense", CASES["qwen3"]))
+    with pytest.raises(UsageError, match="--ep_size=2: the model has no experts"):
+        Shard(count=2, expert_groups=2).check(dense)
+    mixed = read_config(make_family(tmp_path / "mixed", CASES["qwen3_moe"]))
+    many = dataclasses.replace(mixed, num_heads=16, num_kv_heads=16, intermediate_size=96)
+    with pytest.raises(UsageError, match="--ep_size=16 does not divide the model's 8 experts"):
+        Shard(count=16, expert_groups=16).check(many)
+    assert mixed.experts is not None
+    odd = dataclasses.replace(mixed.experts, intermediate_size=49)
+    with pytest.raises(UsageError, match="2 ranks cannot share out the 49 rows of an expert"):
+        Shard(count=4, expert_groups=2).check(dataclasses.replace(mixed, experts=odd))
+    Shard(count=4, expert_groups=4).check(dataclasses.replace(mixed, experts=odd))

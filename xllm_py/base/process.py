@@ -1,11 +1,12 @@
 """What a process of ours and its host hold, asked of the operating system. With base/ports the home of psutil.
 
-The ledgers of both daemons and the memory question of device/cpu stand on it.
+The ledgers of both daemons, the memory question of device/cpu and the ranks' choice of a network stand on it.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,23 @@ def host_memory() -> tuple[int, int]:
     """(available, total) bytes of this host's memory."""
     seen = psutil.virtual_memory()
     return seen.available, seen.total
+
+
+def interface_towards(host: str, port: int) -> str:
+    """Name of the network interface over which this host is reached; empty when there is no way there. Nothing is sent."""
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            own = probe.getsockname()[0]
+    except OSError:
+        return ""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(
+            each.family == family and each.address.partition("%")[0] == own for each in addresses
+        ):
+            return name
+    return ""
 
 
 def num_cores() -> int:

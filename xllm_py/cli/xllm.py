@@ -41,7 +41,6 @@ _NOT_BUILT = {
     "enable_pd_ooc": False,
     "kv_split_size": 1,
     "dp_size": 1,
-    "ep_size": 1,
     "cp_size": 1,
     "kv_cache_dtype": "auto",
 }
@@ -277,8 +276,13 @@ def _ranks(causes: rules.Causes, values: Mapping[str, Any], devices: Sequence[st
         nnodes * len(devices) == 1 or not values["profile_steps"],
         "--profile_steps times one rank. Pass one device and --nnodes=1",
     )
+    world, groups = nnodes * len(devices), values["ep_size"]
+    causes.need(
+        groups >= 1 and world % groups == 0,
+        f"--ep_size={groups} does not divide the {world} devices of the instance. Use a number that does",
+    )
     if nnodes == 1:
-        return RanksConfig()
+        return RanksConfig(expert_groups=groups)
     address = values["master_node_addr"]
     host, _, port = address.rpartition(":")
     causes.need(
@@ -287,6 +291,7 @@ def _ranks(causes: rules.Causes, values: Mapping[str, Any], devices: Sequence[st
     )
     return RanksConfig(
         nnodes=nnodes,
+        expert_groups=groups,
         node_rank=values["node_rank"],
         address=address,
         patience_s=_RETRY_S * max(1, values["max_reconnect_count"]),

@@ -59,6 +59,7 @@ class Card:
     layout_fingerprint: str = ""
     layout: str = ""
     tp_size: int = 1
+    ep_size: int = 1
     device_type: str = ""
     device_ips: tuple[str, ...] = ()  # on the devices' own network, as hccn.conf says
     enable_prefix_cache: bool = False

@@ -62,6 +62,7 @@ class RanksConfig:
 
     nnodes: int = 1
     node_rank: int = 0
+    expert_groups: int = 1  # --ep_size: how many the ranks form, each with whole experts of its own
     place: int = 0  # among the ranks of its node; 0 starts the others
     address: str = ""  # host:port where all meet; empty on one node: rank 0 chooses
     kv_fd: int = -1  # memory that rank 0 maps too, for the cache of this one

@@ -27,6 +27,7 @@ from xllm_py import __version__
 from xllm_py.base import log
 from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import DeviceUnavailable, EngineDied, StartError, UsageError
+from xllm_py.base.process import interface_towards
 from xllm_py.core.config import EngineConfig
 from xllm_py.device import shared_cache
 from xllm_py.engine import lifeline
@@ -89,8 +90,10 @@ class RankGroup:
         config = self._config
         host, port = _where(config)
         patience = timedelta(seconds=config.ranks.patience_s)
-        if host.startswith("127."):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else by the host's name
+        interface = interface_towards(host, port)
+        for library in ("GLOO", "NCCL", "HCCL") if interface else ():
+            # else by the host's name, or the first one there is
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
         try:
             store = self.store = TCPStore(
                 host, port, config.num_ranks, config.rank == 0, patience, wait_for_workers=False

@@ -101,7 +101,13 @@ def _join(loading: _Loading, on_lost: OnLost) -> tuple[RankGroup, Collectives, S
         loading.kv_fd = group.own_fd
     store = group.gather(loading.facts())
     ranks = Collectives(store, config.rank, config.num_ranks, loading.device.collectives)
-    return group, ranks, Shard(rank=config.rank, count=config.num_ranks, ranks=ranks)
+    shard = Shard(
+        rank=config.rank,
+        count=config.num_ranks,
+        expert_groups=config.ranks.expert_groups,
+        ranks=ranks,
+    )
+    return group, ranks, shard
 
 
 def _load(loading: _Loading, shard: Shard, ranks: Collectives | None = None) -> Model:
@@ -134,7 +140,7 @@ class _Loading:
         self.dtype = pick_dtype(config.dtype, self.model)
         self.sizing = _Sizing(0, ())
         self.kv_fd = config.ranks.kv_fd
-        Shard(count=config.num_ranks).check(self.model)
+        Shard(count=config.num_ranks, expert_groups=config.ranks.expert_groups).check(self.model)
 
     @cached_property
     def device(self) -> Device:
@@ -158,6 +164,7 @@ class _Loading:
         return {
             "model": model_fingerprint(self.folder, self.dtype, self.variant),
             "--nnodes": str(config.ranks.nnodes),
+            "--ep_size": str(config.ranks.expert_groups),
             "number of --devices": str(len(config.devices)),
             "device type": config.devices[0].partition(":")[0],
             "--block_size": str(config.cache.block_size),
@@ -193,7 +200,9 @@ class _Loading:
     def capacity(self, worker: Worker) -> Capacity:
         """What the executor offers; computes the self-test."""
         config, device = self.config, self.device
+        groups = config.ranks.expert_groups
         ranks = f" {config.num_ranks} ranks" if config.num_ranks > 1 else ""
+        ranks += f" {groups} groups" if groups > 1 else ""
         return Capacity(
             num_blocks=self.sizing.num_blocks,
             block_size=config.cache.block_size,

@@ -52,6 +52,7 @@ def make_card(
         layout_fingerprint=ready.layout_fingerprint,
         layout=ready.layout,
         tp_size=config.engine.num_ranks,
+        ep_size=config.engine.ranks.expert_groups,
         device_type=ready.device.partition(":")[0],
         device_ips=config.device_ips,
         enable_prefix_cache=config.engine.cache.enable_prefix_cache,

@@ -2,7 +2,8 @@
 
 Tensor parallelism by hand: heads and the inner size of MLPs are shared out, so that a layer needs two sums over the ranks, one behind attention and one
 behind the MLP. Norms and routers are on every rank; embedding and head are cut by vocabulary. KV heads fewer than ranks are held by several.
-Source: Shoeybi et al. 2019, Megatron-LM, section 3; for grouped heads core/kv_plan.
+Experts may be shared out whole: the ranks form so many groups, each group has its experts, and an expert is cut among the ranks of its group only.
+Source: Shoeybi et al. 2019, Megatron-LM, section 3; Lepikhin et al. 2020, GShard, for experts; for grouped heads core/kv_plan.
 """
 
 from __future__ import annotations
@@ -47,7 +48,14 @@ class Shard:
 
     rank: int = 0
     count: int = 1
+    expert_groups: int = 1  # --ep_size; divides count
     ranks: Ranks = field(default_factory=_Alone)
+
+    def experts(self, total: int) -> tuple[range, Shard]:
+        """The experts of this rank's group, and its share of each of them; to sum is the caller's."""
+        members, each = self.count // self.expert_groups, total // self.expert_groups
+        group, rank = divmod(self.rank, members)
+        return range(group * each, (group + 1) * each), Shard(rank=rank, count=members)
 
     def of(self, total: int) -> slice:
         """An even share of so many; `check` has seen to it that there is one."""
@@ -69,17 +77,32 @@ class Shard:
         """Raises UsageError when the model cannot be shared out among so many."""
         count = self.count
         sizes = {"attention heads": config.num_heads, "rows of its MLPs": config.intermediate_size}
-        if config.experts is not None:
-            sizes["rows of its experts"] = config.experts.intermediate_size
         for what, size in sizes.items():
             if size % count:
                 raise UsageError(
                     f"{count} ranks cannot share out the model's {size} {what}; use a number of devices that divides them"
                 )
+        self._check_experts(config)
         kv_heads = config.num_kv_heads
         if kv_heads % count and count % kv_heads:
             raise UsageError(
                 f"{count} ranks cannot share out the model's {kv_heads} KV heads; use a number of devices that divides them or is a multiple"
+            )
+
+    def _check_experts(self, config: ModelConfig) -> None:
+        groups, experts = self.expert_groups, config.experts
+        if experts is None:
+            if groups > 1:
+                raise UsageError(f"--ep_size={groups}: the model has no experts; leave it out")
+            return
+        if experts.count % groups:
+            raise UsageError(
+                f"--ep_size={groups} does not divide the model's {experts.count} experts; use a number that does"
+            )
+        members, wide = self.count // groups, experts.intermediate_size
+        if wide % members:
+            raise UsageError(
+                f"{members} ranks cannot share out the {wide} rows of an expert; raise --ep_size, or use a number of devices that divides them"
             )
 
 

@@ -41,6 +41,10 @@ class WeightSource(Protocol):
         """Whether the checkpoint holds it."""
         ...
 
+    def pass_over(self, at: str) -> None:
+        """What stands below this name is of the model, and another rank's."""
+        ...
+
     def finish(self, ignored: tuple[str, ...] = ()) -> None:
         """Raise ModelLoadError when tensors are left that nobody took."""
         ...
@@ -62,6 +66,10 @@ class Weights:
     def has(self, name: str) -> bool:
         """See WeightSource."""
         return name in self._file_of
+
+    def pass_over(self, at: str) -> None:
+        """See WeightSource."""
+        self._taken.update(name for name in self._file_of if name.startswith(f"{at}."))
 
     def take(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
         """See WeightSource."""
@@ -166,6 +174,9 @@ class DummyWeights:
     def has(self, name: str) -> bool:
         """See WeightSource."""
         return True
+
+    def pass_over(self, at: str) -> None:
+        """See WeightSource."""
 
     def take(self, name: str, shape: tuple[int, ...], part: Part = ()) -> Tensor:
         """See WeightSource."""

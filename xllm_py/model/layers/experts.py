@@ -2,10 +2,13 @@
 
 Exact like the rest: the tokens of a step are sorted by expert, each expert computes its tokens in one product of padded rows, whose
 bits do not depend on each other, and the results of a token are summed in ascending order of expert, not in the order they were made.
+Every rank routes all tokens, computes those of the experts it has, and the ranks' sums are summed.
 Source: Shazeer et al. 2017, Outrageously large neural networks; Fedus et al. 2021 for the router's softmax.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,9 +53,13 @@ class Experts:
         self._per_token = config.per_token
         self._router = Router(parts, f"{at}.gate", config)
         wide = config.intermediate_size
-        self._experts = [
-            GatedMlp(parts, f"{at}.experts.{i}", wide, sums=False) for i in range(config.count)
-        ]
+        self._count = config.count
+        self._here, shard = parts.shard.experts(config.count)
+        mine = replace(parts, shard=shard)
+        self._experts = [GatedMlp(mine, f"{at}.experts.{i}", wide, sums=False) for i in self._here]
+        for other in range(config.count):
+            if other not in self._here:
+                parts.weights.pass_over(f"{at}.experts.{other}")
         self._ranks = parts.shard.ranks
 
     def __call__(self, x: Tensor, real: int, residual: Tensor | None = None) -> Tensor:
@@ -64,15 +71,17 @@ class Experts:
         each = self._per_token
         flat = chosen[:real].flatten()
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(self._experts)).cpu().tolist()
+        counts = torch.bincount(flat, minlength=self._count).cpu().tolist()
         done = x.new_zeros(x.shape[0] * each, x.shape[1])
-        start = 0
-        for expert, count in enumerate(counts):
+        start = sum(counts[: self._here.start])
+        for expert, count in zip(
+            self._experts, counts[self._here.start : self._here.stop], strict=True
+        ):
             if not count:
                 continue
             places = order[start : start + count]
             rows = functional.pad(x[places // each], (0, 0, 0, -count % self._padding))
-            done[places] = self._experts[expert](rows, count)[:count]
+            done[places] = expert(rows, count)[:count]
             start += count
         weighted = done.view(x.shape[0], each, -1) * weights[:, :, None]
         total = weighted[:, 0]
