@@ -30,13 +30,22 @@ VOCABULARY = 8_000
 BLOCK = 128
 
 
-def open_engine(folder: Path, threads: int, quantization: str = "") -> OneRank:
+def open_engine(
+    folder: Path,
+    threads: int,
+    quantization: str = "",
+    *,
+    device: str = "cpu:0",
+    is_exact: bool = True,
+) -> OneRank:
     """The executor over dummy weights, for a folder with a config.json."""
     executor = open_executor(
         EngineConfig(
             model_path=str(folder),
             load_format="dummy",
             quantization=quantization,
+            devices=(device,),
+            is_exact=is_exact,
             cpu_threads=threads,
             cache=CacheConfig(block_size=BLOCK, max_cache_bytes=1 << 30),
             scheduler=SchedulerConfig(max_seqs_per_batch=32),

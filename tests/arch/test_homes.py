@@ -58,6 +58,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "prometheus_client": ("prometheus_client", ("base.metrics",)),
     "psutil": ("psutil", ("base.ports", "base.process")),
     "torch_npu": ("torch_npu", ("device.npu.load",)),
+    "triton": ("triton", ("device.cuda.kernels", "device.cuda.launch")),
     "safetensors": ("safetensors", ("model.weights",)),
     "tokenizers": ("tokenizers", ("openai.tokenizer",)),
     "torch": (
@@ -79,7 +80,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "xxhash": ("xxhash", ("base.hashing",)),
 }
 # what an extra installs; --kv_transport asks for it
-EXTRAS = {"mooncake-transfer-engine-non-cuda", "nixl-cu12", "torch_npu"}
+EXTRAS = {"mooncake-transfer-engine-non-cuda", "nixl-cu12", "torch_npu", "triton"}
 # installed, though no line of ours imports it
 UNIMPORTED: dict[str, str] = {}
 

@@ -81,7 +81,7 @@ def test_what_is_without_effect_yet_is_known():
         return {flag.name for flag in table if flag.idle and flag.priority == "A"}
 
     assert idle(master_flags.TABLE) == set()
-    assert idle(xllm_flags.TABLE) == {"enable_deterministic", "handoff_hold_s"}
+    assert idle(xllm_flags.TABLE) == {"handoff_hold_s"}
 
 
 def test_the_same_flag_means_the_same_in_both_programs():

@@ -121,10 +121,13 @@ def test_asking_for_what_happens_anyway_is_no_warning(model, word):
     assert say("xllm", model, word).config.warnings == ()
 
 
-@pytest.mark.parametrize("word", ["--enable_deterministic=false"])
-def test_switching_off_what_cannot_be_switched_off_is_a_warning(model, word):
-    (warning,) = say("xllm", model, word).config.warnings
+def test_switching_off_what_cannot_be_switched_off_is_a_warning(model):
+    word = "--enable_deterministic=false"
+    (warning,) = say("xllm", model, word, "--devices=cpu:0").config.warnings
     assert "without effect" in warning
+    said = say("xllm", model, word, "--devices=cuda:0").config
+    assert said.warnings == ()
+    assert not said.engine.is_exact
 
 
 def test_ignored_flags_of_the_original_are_named_in_one_line(model):

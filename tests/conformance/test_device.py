@@ -1,5 +1,6 @@
 """One suite for every device that is there: cpu with torch's kernels and those of each instruction set this machine has, what cuda
-computes with, and in a process of its own (XLLM_SIMULATE_NPU=2) the simulated npu.
+computes with where there is no Triton, and in processes of their own the simulated npu (XLLM_SIMULATE_NPU=2) and cuda's kernels in
+Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from tests.conformance.attention import Piece, Sequences, Shape
 from tests.conformance.hosted import Hosted, PlainTorch
-from tests.devices import BLOCK_SIZE, SIMULATED
+from tests.devices import BLOCK_SIZE, INTERPRETED, SIMULATED
 from xllm_py.base.errors import DeviceUnavailable
 from xllm_py.device.base import (
     AttentionBatch,
@@ -40,16 +41,31 @@ HEADS = [(4, 2, 64), (7, 1, 16), (14, 2, 64), (9, 3, 24), (1, 1, 128)]
 OPENED = [(kernels, threads) for kernels in ("torch", *instruction_sets()) for threads in (1, 2)]
 if SIMULATED:
     OPENED = [("npu", 1)]
+elif INTERPRETED:
+    OPENED = [("triton", 1)]
 else:
     OPENED.append(("apart", 1))
+
+
+def interpreted() -> Hosted:
+    from tests.device.cuda.support import Interpreted
+
+    return Hosted(Interpreted())
+
+
+APART = {
+    "npu": lambda: Hosted(NpuDevice(1), block=128),
+    "apart": lambda: Hosted(PlainTorch()),
+    "triton": interpreted,
+}
 
 
 @pytest.fixture(params=OPENED, ids=lambda it: f"{it[0]}-threads{it[1]}")
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     kernels, threads = request.param
-    if kernels in ("npu", "apart"):
+    if kernels in APART:
         with torch.inference_mode():
-            apart = Hosted(NpuDevice(1), block=128) if kernels == "npu" else Hosted(PlainTorch())
+            apart = APART[kernels]()
             yield apart
             apart.close()
         return

@@ -83,6 +83,10 @@ def build(given: Given) -> InstanceConfig:
     http = rules.http(causes, values, values["max_concurrent_requests"])
     log = rules.logs(causes, values)
     devices = _devices(causes, values)
+    if not values["enable_deterministic"] and devices[0].startswith(("cpu:", "npu:")):
+        causes.warn(
+            "--enable_deterministic=false is without effect: cpu and npu have no faster products"
+        )
     ips = device_ips(causes, given, devices)
     ranks = _ranks(causes, values, devices)
     affinity = cores(causes, values)
@@ -309,6 +313,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
         profile_to=str(Path(values["profile_steps"]).resolve()) if values["profile_steps"] else "",
         max_model_len=values["max_model_len"],
         logprobs_mode=values["logprobs_mode"],
+        is_exact=values["enable_deterministic"],
         devices=devices,
         cpu_threads=values["cpu_threads"],
         cache=CacheConfig(

@@ -47,9 +47,7 @@ _MODEL = in_group(
         "enable_deterministic",
         "bool",
         True,
-        "the same bits whatever batch, chunk or instance; false: faster",
-        idle=True,
-        does=True,
+        "the same bits whatever batch, chunk or instance; false, on cuda: faster",
     ),
     b(
         "random_seed",

@@ -81,6 +81,7 @@ class EngineConfig:
     profile_to: str = ""  # a file: steps are timed and written there before anything else
     max_model_len: int = 0
     logprobs_mode: str = "raw"  # or "processed": after penalties, bias, temperature and cuts
+    is_exact: bool = True  # --enable_deterministic
     devices: tuple[str, ...] = (
         "cpu:0",
     )  # of this node, one a rank; AUTO_DEVICE: the best that is there

@@ -12,14 +12,14 @@ __all__ = ["Device", "open_device"]
 _log = log.get(__name__)
 
 
-def open_device(name: str, *, threads: int, kv_fd: int = -1) -> Device:
+def open_device(name: str, *, threads: int, kv_fd: int = -1, is_exact: bool = True) -> Device:
     """The device called `cpu:N`, `cuda:N` or `npu:N`; `auto`: the first of npu:0, cuda:0 and cpu:0 that is there, and the log says which and why.
 
     Raises DeviceUnavailable with what is there and what to do. threads: compute threads of this rank; 0 means all cores. kv_fd: on cpu, memory
-    for the cache that another process maps too.
+    for the cache that another process maps too. is_exact: else cuda multiplies matrices faster, with bits that depend on the batch; the others have no such form.
     """
     if name == AUTO_DEVICE:
-        return _first_there(threads)
+        return _first_there(threads, is_exact)
     kind, _, index = name.partition(":")
     match kind:
         case "cpu":
@@ -27,9 +27,9 @@ def open_device(name: str, *, threads: int, kv_fd: int = -1) -> Device:
 
             return CpuDevice(int(index or 0), threads=threads, kv_fd=kv_fd)
         case "cuda":
-            from xllm_py.device.cuda import CudaDevice
+            from xllm_py.device.cuda import open_cuda
 
-            return CudaDevice(int(index or 0))
+            return open_cuda(int(index or 0), is_exact=is_exact)
         case "npu":
             from xllm_py.device.npu import NpuDevice
 
@@ -37,11 +37,11 @@ def open_device(name: str, *, threads: int, kv_fd: int = -1) -> Device:
     raise DeviceUnavailable(f"{name} is no device. Pass --devices=cpu:0, cuda:0 or npu:0")
 
 
-def _first_there(threads: int) -> Device:
+def _first_there(threads: int, is_exact: bool) -> Device:
     causes = []
     for name in ("npu:0", "cuda:0"):
         try:
-            found = open_device(name, threads=threads)
+            found = open_device(name, threads=threads, is_exact=is_exact)
         except DeviceUnavailable as error:
             causes.append(error.message.partition(". ")[0])
         else:

@@ -150,7 +150,7 @@ class _Loading:
         if not threads and local > 1:
             threads = max(1, num_cores() // local)  # ranks of one host share its cores
         name = config.devices[config.ranks.place]
-        return open_device(name, threads=threads, kv_fd=self.kv_fd)
+        return open_device(name, threads=threads, kv_fd=self.kv_fd, is_exact=config.is_exact)
 
     @property
     def variant(self) -> str:
@@ -165,6 +165,7 @@ class _Loading:
             "model": model_fingerprint(self.folder, self.dtype, self.variant),
             "--nnodes": str(config.ranks.nnodes),
             "--ep_size": str(config.ranks.expert_groups),
+            "--enable_deterministic": str(config.is_exact).lower(),
             "number of --devices": str(len(config.devices)),
             "device type": config.devices[0].partition(":")[0],
             "--block_size": str(config.cache.block_size),

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.device.own_process import holds
 from tests.devices import SIMULATED
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(SIMULATED, reason="this is the process that is started here")
 
 SUITES = {
@@ -30,14 +25,4 @@ SUITES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
 def test_it_holds_on_a_simulated_npu(suite: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *SUITES[suite]],
-        cwd=ROOT,
-        env={**os.environ, "XLLM_SIMULATE_NPU": "2"},
-        capture_output=True,
-        text=True,
-        timeout=115,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    holds(SUITES[suite], XLLM_SIMULATE_NPU="2")

@@ -1,0 +1,31 @@
+"""What cuda computes with, in Triton's interpreter, in processes of their own: it has to be chosen before Triton is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from tests.device.own_process import holds
+from tests.devices import INTERPRETED, SIMULATED
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED or SIMULATED, reason="this is a process that is started so"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here"),
+]
+
+SUITES = {
+    "attention": ["tests/device/cuda/attention.py"],
+    # at the sizes of tiles that a GPU has
+    "device": [
+        "tests/conformance/test_device.py",
+        "-k",
+        "linear or gate or head_gives or norm or rotated or written or 8_bits or outside or layout or cache",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SUITES)
+def test_it_holds_in_the_interpreter(suite: str) -> None:
+    holds(SUITES[suite], TRITON_INTERPRET="1")
