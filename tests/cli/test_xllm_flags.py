@@ -283,6 +283,13 @@ def test_a_value_outside_its_rule_is_one_line_with_a_fix(refused, word):
             "over several cuda or npu devices are not built yet",
         ),
         (("--nnodes=2", "--master_node_addr=here"), "--master_node_addr=here is no host:port"),
+        (("--devices=cpu:0,cpu:1", "--dp_size=3"), "--dp_size=3 does not divide the 2 --devices"),
+        (("--devices=cpu:0,cpu:1", "--dp_size=2", "--ep_size=2"), "divide the 1 devices that"),
+        (("--devices=cpu:0,cpu:1", "--dp_size=2", "--nnodes=2"), "an instance on each node"),
+        (
+            ("--devices=cpu:0,cpu:1", "--dp_size=2", "--kv_cache_transfer_mode=PULL"),
+            "do not go together. Use PUSH",
+        ),
         (("--devices=cpu:0,cpu:1", "--ep_size=4"), "--ep_size=4 does not divide the 2 devices"),
         (("--nnodes=2", "--profile_steps=/tmp/x"), "--profile_steps times one rank"),
         (("--devices=npu:0", "--block_size=64"), "Pass --block_size=128"),
@@ -298,6 +305,7 @@ def test_flags_that_contradict_each_other_are_refused(refused, words, says):
 def test_ranks_are_the_devices_of_all_nodes(build):
     config = build("--devices=cpu:0,cpu:1").engine
     assert (config.num_ranks, config.rank, config.ranks.address) == (2, 0, "")
+    assert build("--devices=cpu:0,cpu:1", "--dp_size=2").num_replicas == 2
     assert build("--devices=cpu:0,cpu:1", "--ep_size=2").engine.ranks.expert_groups == 2
     config = build(
         "--devices=cpu:0,cpu:1",

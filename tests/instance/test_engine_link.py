@@ -109,7 +109,7 @@ async def test_a_submission_gives_the_text_of_a_lone_run_and_the_ledger_is_empty
     owner: Owner,
 ) -> None:
     ready = await owner.start()
-    assert (ready.vocab_size, ready.eos_token_ids, ready.kv_endpoint) == (VOCAB_SIZE, (EOS,), "")
+    assert (ready.vocab_size, ready.eos_token_ids, ready.kv_endpoints) == (VOCAB_SIZE, (EOS,), ())
     assert ready.num_blocks == TOY.toy_num_blocks
     for number in range(3):
         owner.link.submit(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,22 @@ from xllm_py.cli.generation_config import sampling_defaults
 from xllm_py.cli.hccn import device_ips
 from xllm_py.cli.mlu import normalize_mlu
 from xllm_py.cli.model_path import find_model
+from xllm_py.cli.placement import named_devices, ranks_of
 from xllm_py.cluster.instance_info import Role
 from xllm_py.core.config import (
-    AUTO_DEVICE,
     CacheConfig,
     EngineConfig,
-    RanksConfig,
     SchedulerConfig,
 )
 from xllm_py.instance.config import AddressSlice, ClusterSlice, InstanceConfig
 
 INTRO = "xllm: one inference instance. A role, a model, a device:\n  xllm --model=FOLDER --devices=cpu:0"
 _BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_NPU_BLOCK = 128
-_RETRY_S = 1.5  # how long one of --max_reconnect_count lasts
-_DEVICE = re.compile(r"(cpu|cuda|npu|mlu):[0-9]{1,3}")
 _FINITE = {"rpc_channel_timeout_ms": 5000, "rpc_idle_timeout_s": 600}
 _NOT_BUILT = {
     "num_speculative_tokens": 0,
     "enable_pd_ooc": False,
     "kv_split_size": 1,
-    "dp_size": 1,
     "cp_size": 1,
     "kv_cache_dtype": "auto",
 }
@@ -82,13 +76,9 @@ def build(given: Given) -> InstanceConfig:
     )
     http = rules.http(causes, values, values["max_concurrent_requests"])
     log = rules.logs(causes, values)
-    devices = _devices(causes, values)
-    if not values["enable_deterministic"] and devices[0].startswith(("cpu:", "npu:")):
-        causes.warn(
-            "--enable_deterministic=false is without effect: cpu and npu have no faster products"
-        )
+    devices = named_devices(causes, values)
     ips = device_ips(causes, given, devices)
-    ranks = _ranks(causes, values, devices)
+    ranks = ranks_of(causes, values, devices)
     affinity = cores(causes, values)
     if causes.lines:
         raise UsageError("\n".join(causes.lines))
@@ -100,6 +90,7 @@ def build(given: Given) -> InstanceConfig:
     return InstanceConfig(
         model_path=str(folder),
         served_names=tuple(dict.fromkeys(name for name in names if name)),
+        num_replicas=values["dp_size"],
         engine=dataclasses.replace(
             _engine(given, str(folder), devices, host), kv_tls=tls, ranks=ranks
         ),
@@ -233,72 +224,6 @@ def _addresses(causes: rules.Causes, given: Given, host: str) -> AddressSlice:
         port=rules.port(causes, values, "port"),
         disagg_pd_port=rules.port(causes, values, "disagg_pd_port"),
         disagg_pd_port_may_move="disagg_pd_port" not in given.by_hand,
-    )
-
-
-def _devices(causes: rules.Causes, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """`type:index`; empty or `auto`: the engine looks what is there."""
-    if values["devices"].strip() in ("", AUTO_DEVICE) and values["device_id"] < 0:
-        return (AUTO_DEVICE,)
-    names = tuple(part.strip() for part in values["devices"].split(",") if part.strip())
-    for name in names:
-        causes.need(
-            _DEVICE.fullmatch(name) is not None,
-            f"--devices: '{name}' is no device. Write type:index, as cpu:0, cuda:0 or npu:0",
-        )
-    causes.need(
-        len({name.partition(":")[0] for name in names}) <= 1, "--devices mixes types. Use one"
-    )
-    causes.need(
-        len(set(names)) == len(names) or all(name.startswith("cpu:") for name in names),
-        "--devices names a device twice. Name each once",
-    )
-    if values["device_id"] >= 0 and names:
-        same = all(name.endswith(f":{values['device_id']}") for name in names)
-        causes.need(same, "--device_id contradicts --devices. Pass one of them")
-    size = values["block_size"]
-    causes.need(
-        size % _NPU_BLOCK == 0 or not any(name.startswith("npu:") for name in names),
-        f"--block_size={size}: attention on npu wants blocks of {_NPU_BLOCK} tokens or a multiple. Pass --block_size={_NPU_BLOCK}",
-    )
-    return names or (f"cpu:{max(0, values['device_id'])}",)
-
-
-def _ranks(causes: rules.Causes, values: Mapping[str, Any], devices: Sequence[str]) -> RanksConfig:
-    """Where this node stands among those of the instance (SPEC 6.10)."""
-    nnodes, split = values["nnodes"], values["enable_disagg_pd"]
-    causes.need(nnodes >= 1, f"--nnodes={nnodes}. Use 1 or more")
-    causes.need(
-        nnodes == 1 or not split,
-        "handoffs of an instance over several nodes are not built yet. Leave --enable_disagg_pd out, or pass --nnodes=1",
-    )
-    causes.need(
-        len(devices) == 1 or not split or all(name.startswith("cpu:") for name in devices),
-        "handoffs of an instance over several cuda or npu devices are not built yet. Pass one device, or leave --enable_disagg_pd out",
-    )
-    causes.need(
-        nnodes * len(devices) == 1 or not values["profile_steps"],
-        "--profile_steps times one rank. Pass one device and --nnodes=1",
-    )
-    world, groups = nnodes * len(devices), values["ep_size"]
-    causes.need(
-        groups >= 1 and world % groups == 0,
-        f"--ep_size={groups} does not divide the {world} devices of the instance. Use a number that does",
-    )
-    if nnodes == 1:
-        return RanksConfig(expert_groups=groups)
-    address = values["master_node_addr"]
-    host, _, port = address.rpartition(":")
-    causes.need(
-        bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536,
-        f"--master_node_addr={address} is no host:port. Pass where node 0 listens for the others",
-    )
-    return RanksConfig(
-        nnodes=nnodes,
-        expert_groups=groups,
-        node_rank=values["node_rank"],
-        address=address,
-        patience_s=_RETRY_S * max(1, values["max_reconnect_count"]),
     )
 
 

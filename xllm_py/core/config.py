@@ -97,6 +97,7 @@ class EngineConfig:
         "tcp"  # or "auto": shared memory between engines of one host; "nixl", "mooncake"
     )
     kv_streams: int = 1  # TCP connections to one peer
+    kv_first_stream: int = 0  # their numbers count from here: engines of one instance must differ
     kv_port_may_move: bool = True  # take the next free port when this one is busy (SPEC 1.1)
     cluster_key: bytes = b""
     kv_tls: TlsSlice | None = None  # of the KV port

@@ -103,6 +103,7 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
         listen=True,
         port_may_move=config.kv_port_may_move,
         num_streams=config.kv_streams,
+        first_stream=config.kv_first_stream,
         shared_memory=config.kv_transport == "auto",
         fabric=_open_fabric(config),
         tls=KvTls(config.kv_tls) if config.kv_tls is not None else None,
@@ -143,7 +144,7 @@ def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
         layout_fingerprint=layout.fingerprint,
         layout=f"layers={layout.num_layers} {layout.shape}",
         numerics_fingerprint=capacity.numerics_fingerprint,
-        kv_endpoint=transport.endpoint if transport is not None else "",
+        kv_endpoints=(transport.endpoint,) if transport is not None else (),
         kv_token_bytes=PARTS * layout.num_layers * layout.block_bytes // layout.block_size,
         summary=capacity.summary,
     )

@@ -26,15 +26,17 @@ def make_card(
 ) -> Card:
     """SPEC 4.2."""
     host = config.addresses.advertise_host
-    kv_port = int(ready.kv_endpoint.rpartition(":")[2] or 0)
+    kv_ports = tuple(int(where.rpartition(":")[2]) for where in ready.kv_endpoints)
+    replicas = config.num_replicas
     return Card(
         name=join_address(host, identity.http_port),
         rpc_address=join_address(host, control_port),
         type=config.cluster.role.value,
         incarnation_id=identity.incarnation,
         register_ts_ms=identity.started_ms,
-        addrs=(join_address(host, kv_port),) if kv_port else (),
-        ports=(kv_port,) if kv_port else (),
+        addrs=tuple(join_address(host, port) for port in kv_ports),
+        ports=kv_ports,
+        dp_size=replicas,
         http_address=join_address(host, identity.http_port),
         version=__version__,
         state=state,
@@ -51,13 +53,13 @@ def make_card(
         kv_token_bytes=ready.kv_token_bytes,
         layout_fingerprint=ready.layout_fingerprint,
         layout=ready.layout,
-        tp_size=config.engine.num_ranks,
+        tp_size=config.engine.num_ranks // replicas,
         ep_size=config.engine.ranks.expert_groups,
         device_type=ready.device.partition(":")[0],
         device_ips=config.device_ips,
         enable_prefix_cache=config.engine.cache.enable_prefix_cache,
         enable_chunked_prefill=config.engine.scheduler.enable_chunked_prefill,
-        max_seqs=config.engine.scheduler.max_seqs_per_batch,
+        max_seqs=replicas * config.engine.scheduler.max_seqs_per_batch,
         numerics_fingerprint=ready.numerics_fingerprint,
         flexible=config.cluster.flexible,
         kv_cache_transfer_mode="PULL" if config.engine.scheduler.kv_pull else "PUSH",

@@ -42,6 +42,7 @@ class InstanceConfig:
 
     model_path: str
     served_names: tuple[str, ...]
+    num_replicas: int = 1  # engines with a model and a scheduler each (--dp_size)
     engine: EngineConfig  # incarnation, cluster key and KV address are filled in by the daemon
     addresses: AddressSlice
     http: HttpSlice

@@ -16,10 +16,10 @@ from xllm_py.base.errors import Draining, LayoutMismatch, UnsupportedValue, Xllm
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Card, card_from_json, card_key, differences
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Submission
-from xllm_py.instance.engine_link import EngineLink
 from xllm_py.instance.generations import Generations
 from xllm_py.instance.outlets import Destination, Outlets
 from xllm_py.instance.relay import Relay
+from xllm_py.instance.replicas import Engine, worst
 from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, LinkHealth, LinkState
 
 _log = log.get(__name__)
@@ -32,7 +32,7 @@ class ControlService:
     def __init__(  # noqa: PLR0913  the ends of ten wires meet here
         self,
         *,
-        engine: EngineLink,
+        engine: Engine,
         outlets: Outlets,
         generations: Generations,
         relay: Relay,
@@ -164,8 +164,19 @@ class ControlService:
         if not peer.addrs:
             return LinkHealth(works=False, reason=f"{peer.name} has no KV port")
         block_size = min(peer.block_size, self._card().block_size)
-        found = await self._engine.probe(
-            peer.addrs[0], peer.incarnation_id, block_size, fetch, timeout_s=_ENGINE_TIMEOUT_S
+        found = worst(
+            await asyncio.gather(
+                *(
+                    self._engine.probe(
+                        endpoint,
+                        peer.incarnation_id,
+                        block_size,
+                        fetch,
+                        timeout_s=_ENGINE_TIMEOUT_S,
+                    )
+                    for endpoint in peer.addrs
+                )
+            )
         )
         return LinkHealth(
             works=found.works,

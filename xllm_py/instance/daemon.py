@@ -123,7 +123,7 @@ class Instance:
             model=self._config.served_names[0],
             http=http.port,
             control=control,
-            kv=ready.kv_endpoint or "none",
+            kv=",".join(ready.kv_endpoints) or "none",
             device=ready.device,
             dtype=ready.dtype,
         )

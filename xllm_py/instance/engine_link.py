@@ -285,6 +285,11 @@ class EngineLink:
         """Process id of the engine, 0 before it was started."""
         return self._process.pid if self._process is not None else 0
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The same, of an engine that was started."""
+        return (self.pid,) if self.pid else ()
+
     async def close(self) -> None:
         """Close the pipe and wait; an engine that does not leave is killed."""
         self._closing = True

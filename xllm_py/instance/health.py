@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xllm_py.base.clock import Clock
-from xllm_py.instance.engine_link import EngineLink
+from xllm_py.instance.replicas import Engine
 from xllm_py.openai.backend import Readiness
 
 _PATIENCE = 3.0  # times the step the engine announced
@@ -12,7 +12,7 @@ _PATIENCE = 3.0  # times the step the engine announced
 class Health:
     """Owned by the daemon, which sets `loaded` and `draining`."""
 
-    def __init__(self, engine: EngineLink, clock: Clock, stalled_after_s: float) -> None:
+    def __init__(self, engine: Engine, clock: Clock, stalled_after_s: float) -> None:
         self._engine = engine
         self._clock = clock
         self._stalled_after_s = stalled_after_s

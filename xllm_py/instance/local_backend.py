@@ -11,8 +11,8 @@ from collections.abc import AsyncGenerator, Callable
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import DeadlineExceeded, RequestError
 from xllm_py.core.request import Submission
-from xllm_py.instance.engine_link import EngineLink
 from xllm_py.instance.outlets import LocalOutlet, Outlets
+from xllm_py.instance.replicas import Engine
 from xllm_py.openai.backend import Delta, Readiness, ServedModel
 
 # the engine ends a request at its deadline itself; this much later the door stops waiting for it
@@ -25,7 +25,7 @@ class LocalBackend:
     def __init__(
         self,
         *,
-        engine: EngineLink,
+        engine: Engine,
         outlets: Outlets,
         models: Callable[[], tuple[ServedModel, ...]],
         ready: Callable[[], Readiness],

@@ -27,7 +27,7 @@ from xllm_py.instance.announcer import Announcer
 from xllm_py.instance.card import Identity, make_card
 from xllm_py.instance.config import InstanceConfig
 from xllm_py.instance.control_service import ControlService
-from xllm_py.instance.engine_link import EngineHandlers, EngineLink
+from xllm_py.instance.engine_link import EngineHandlers
 from xllm_py.instance.engine_measures import EngineMeasures
 from xllm_py.instance.generations import Generations
 from xllm_py.instance.local_backend import LocalBackend
@@ -36,6 +36,7 @@ from xllm_py.instance.outlets import Destination, Outlets
 from xllm_py.instance.peers import Peers, identified
 from xllm_py.instance.records import Records
 from xllm_py.instance.relay import Relay
+from xllm_py.instance.replicas import make_engine
 from xllm_py.openai.backend import Readiness, ServedModel
 from xllm_py.registry.base import Registry
 from xllm_py.wire import messages as m
@@ -68,7 +69,7 @@ class Parts:
             on_reservations_ended=self.outlets.on_reservations_ended,
             on_progress=self._on_progress,
         )
-        self.engine = EngineLink(handlers=handlers, tasks=tasks, clock=clock)
+        self.engine = make_engine(config.num_replicas, handlers=handlers, tasks=tasks, clock=clock)
         self.cache_log = CacheLog()
         self._measures = EngineMeasures(metrics, lambda: self.engine.progress)
         self.backend = LocalBackend(

@@ -17,7 +17,7 @@ from xllm_py.control.channels import Channels
 from xllm_py.control.client import InstanceClient
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer
 from xllm_py.core.service_config import TlsSlice
-from xllm_py.instance.engine_link import EngineLink
+from xllm_py.instance.replicas import Engine
 from xllm_py.wire.messages import CancelsOut, FirstTaken, FirstTokensOut
 
 _log = log.get(__name__)
@@ -31,7 +31,7 @@ class Peers:
     def __init__(  # noqa: PLR0913  what it takes to call a peer and to be believed
         self,
         *,
-        engine: Callable[[], EngineLink],
+        engine: Callable[[], Engine],
         card_json: Callable[[], bytes],
         identify: Callable[[Offer], Offer],
         cluster_key: bytes,

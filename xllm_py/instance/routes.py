@@ -28,13 +28,13 @@ class InstanceRoutes:
         """Blocks, grants, links, requests, rows, tasks, file handles, resident bytes; engine and API process."""
         parts = self._parts
         counts = await parts.engine.ledger()
-        ours, engines = process.held(), process.held(parts.engine.pid)
+        every = [process.held(), *(process.held(pid) for pid in parts.engine.pids)]
         extra = {
             "outlets": parts.outlets.num_open,
             "tasks": parts.tasks.size,
-            "file_handles": ours.file_handles + engines.file_handles,
-            "threads": ours.threads + engines.threads,
-            "resident_bytes": ours.resident_bytes + engines.resident_bytes,
+            "file_handles": sum(each.file_handles for each in every),
+            "threads": sum(each.threads for each in every),
+            "resident_bytes": sum(each.resident_bytes for each in every),
         }
         if parts.routed is not None:
             extra["unacknowledged"] = parts.routed.generations.num_unacknowledged

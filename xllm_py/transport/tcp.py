@@ -64,13 +64,15 @@ class TcpKvTransport:
         listen: bool = True,
         port_may_move: bool = False,
         num_streams: int = 1,
+        first_stream: int = 0,
         tls: KvTls | None = None,
         shared_memory: bool = False,
         fabric: Fabric | None = None,
         layout_fingerprint: str = "",
         clock: Clock | None = None,
     ) -> None:
-        """port 0: any free port. port_may_move: take the next free one when `port` is busy. num_streams: links to one peer.
+        """port 0: any free port. port_may_move: take the next free one when `port` is busy. num_streams: links to one peer, numbered from first_stream; an incarnation has
+        each number once.
         shared_memory, fabric: peers, of this host or at all, that want it too get their payloads through it.
 
         Raises PortInUse, UsageError when the cluster key is missing, LayoutMismatch when a block exceeds a frame or
@@ -91,7 +93,7 @@ class TcpKvTransport:
         self._clock = clock or RealClock()
         self._counts = Counts(*_COUNTS)
         self._events = EventQueue()
-        self._num_streams = num_streams
+        self._streams = range(first_stream, first_stream + num_streams)
         self._tls = tls
         self._fabric = fabric
         self._shared = shared_memory and shm.supported()
@@ -242,9 +244,9 @@ class TcpKvTransport:
 
     def _place(self, links: dict[Place, Link], endpoint: str, peer: str) -> Place:
         """All frames of a grant go over one link, the one with the fewest grants; a further one is opened when all are busy."""
-        found = [links.get((endpoint, peer, stream)) for stream in range(self._num_streams)]
+        found = [links.get((endpoint, peer, stream)) for stream in self._streams]
         loads = [len(link) if link is not None else 0 for link in found]
-        return endpoint, peer, loads.index(min(loads))
+        return endpoint, peer, self._streams[loads.index(min(loads))]
 
     def _fail(self, grant: bytes, text: str) -> None:
         self._counts.add("failures")

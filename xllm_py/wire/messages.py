@@ -121,7 +121,7 @@ class Ready:
     layout_fingerprint: str = ""
     layout: str = ""  # the same for people
     numerics_fingerprint: str = ""
-    kv_endpoint: str = ""  # host:port of the KV listener; empty without one
+    kv_endpoints: tuple[str, ...] = ()  # host:port of each KV listener
     kv_token_bytes: int = 0
     summary: tuple[str, ...] = ()
 
