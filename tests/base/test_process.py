@@ -47,3 +47,13 @@ def test_the_way_to_a_host_is_an_interface() -> None:
     assert process.interface_towards("127.0.0.1", 9) == process.interface_towards("127.8.9.1", 9)
     assert process.interface_towards("127.0.0.1", 9).startswith("lo")
     assert process.interface_towards("no.such.host.invalid", 9) == ""
+
+
+def test_what_was_freed_is_given_back() -> None:
+    kept = [bytearray(1 << 16) for _ in range(2000)]
+    pinned = kept[-1]
+    del kept
+    before = process.held().resident_bytes
+    process.give_back_memory()
+    assert process.held().resident_bytes <= before
+    assert len(pinned) == 1 << 16

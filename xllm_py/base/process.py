@@ -5,6 +5,7 @@ The ledgers of both daemons, the memory question of device/cpu and the ranks' ch
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from collections.abc import Sequence
@@ -61,6 +62,13 @@ def interface_towards(host: str, port: int) -> str:
         ):
             return name
     return ""
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed and the C library keeps for later; nothing where it is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def num_cores() -> int:

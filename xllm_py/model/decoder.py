@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional
 
+from xllm_py.base.process import give_back_memory
 from xllm_py.device.base import AttentionBatch, Device, Turn
 from xllm_py.model.base import Stored
 from xllm_py.model.config import ModelConfig
@@ -71,7 +72,10 @@ class Decoder(ABC):
         rows = self._vocabulary_part()
         embedding = weights.take("model.embed_tokens.weight", vocabulary, rows)
         self.dtype = embedding.dtype
-        self._layers = [self.layer(parts, index) for index in range(config.num_layers)]
+        self._layers = []
+        for index in range(config.num_layers):
+            self._layers.append(self.layer(parts, index))
+            give_back_memory()  # what tensors were read into: kept, it is an eighth of the model
         self._norm = parts.norm("model.norm")
         head = embedding if config.tied else weights.take("lm_head.weight", vocabulary, rows)
         self._head = device.pack_head(head)
