@@ -20,6 +20,7 @@ from xllm_py.cluster.routing import (
     Facts,
     Route,
     able,
+    kept_by,
     options,
     round_robin,
 )
@@ -77,6 +78,14 @@ def test_only_linked_pairs_are_used() -> None:
     cluster = view(P1, P2, D1, D2, links="p1-d1 p2-d2")
     assert set(places(cluster, 8)) == {("p1", "d1"), ("p2", "d2")}
     assert set(places(view(P1, P2, D1, links="p2-d1"), 4)) == {("p2", "d1")}
+
+
+def test_what_a_giver_has_computed_is_given_by_it_again() -> None:
+    keeping = candidate("p3", Role.PREFILL, enable_prefix_cache=True)
+    found = able(view(P1, P2, keeping, D1, D2, links="p1-d1 p2-d2 p3-d1 p3-d2"), "m", FACTS)
+    assert [giver.key for giver, _ in kept_by(found, keeping.key).pairs] == [keeping.key]
+    assert kept_by(found, P1.key) is found, "it keeps nothing"
+    assert kept_by(found, "somebody else") is found
 
 
 def test_a_slow_instance_is_taken_only_when_nobody_is_ready() -> None:

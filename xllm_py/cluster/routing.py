@@ -278,6 +278,14 @@ def narrowed(view: ClusterView, passed_over: frozenset[str], numerics: str) -> C
     return ClusterView(candidates=kept, linked=view.linked, refused=view.refused)
 
 
+def kept_by(found: Options, giver: str) -> Options:
+    """Only pairs of this P, whose prefix cache still has what it computed; all of them when it is not among those that may give."""
+    pairs = tuple(pair for pair in found.pairs if pair[0].key == giver)
+    if not pairs or not pairs[0][0].card.enable_prefix_cache:
+        return found
+    return Options(mode=found.mode, pairs=pairs)
+
+
 def of_model(view: ClusterView, model: str) -> ClusterView:
     """The part of the cluster that serves a model."""
     if not model:

@@ -67,7 +67,7 @@ class Replicas:
         first = every[0]
         return dataclasses.replace(
             first,
-            num_blocks=sum(ready.num_blocks for ready in every),
+            num_blocks=min(ready.num_blocks for ready in every),  # what one request may have
             device=",".join(ready.device for ready in every),
             kv_endpoints=tuple(where for ready in every for where in ready.kv_endpoints),
         )

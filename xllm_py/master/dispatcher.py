@@ -64,6 +64,7 @@ class Run:
     fingerprint: bytes
     opened: OpenRequest | None = None
     route: Route | None = None  # of the current attempt
+    giver: str = ""  # the P of the attempt before
     numerics: str = ""  # what the tokens so far were computed with, when it was one thing
     failed_at: float | None = None  # an attempt was lost then, and no token has come since
     ahead: float = 0.0  # tokens to be computed before its first one, when it was placed
@@ -233,8 +234,12 @@ class Dispatcher:
             run.submission, attempt=attempts.number, generated_ids=said
         )
         route = run.route = self._router.place(
-            submission, passed_over=attempts.passed_over, numerics=run.numerics
+            submission,
+            passed_over=attempts.passed_over,
+            numerics=run.numerics,
+            giver=run.giver,
         )
+        run.giver = route.first.incarnation_id if route.decode is not None else ""
         run.ahead = self._router.on_placed(submission.request_id, route)
         run.decodes = False
         run.record.route, run.record.attempt = route, attempts.number

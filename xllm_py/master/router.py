@@ -23,6 +23,7 @@ from xllm_py.cluster.routing import (
     Options,
     Route,
     able,
+    kept_by,
     narrowed,
     options,
     round_robin,
@@ -102,11 +103,17 @@ class Router:
         )
 
     def place(
-        self, submission: Submission, *, passed_over: frozenset[str], numerics: str = ""
+        self,
+        submission: Submission,
+        *,
+        passed_over: frozenset[str],
+        numerics: str = "",
+        giver: str = "",
     ) -> Route:
         """Choose. Raises what `able` and `policies.choose` raise.
 
-        passed_over: incarnations that do not count. numerics: only instances that compute the same bits count.
+        passed_over: incarnations that do not count. numerics: only instances that compute the same bits count. giver: the incarnation
+        that computed the prompt for an attempt before this one.
         """
         num_said = len(submission.generated_ids)
         facts = Facts(
@@ -119,7 +126,7 @@ class Router:
             found = standing
         else:
             found = able(narrowed(self.view(), passed_over, numerics), submission.model, facts)
-        route = self._choose(found, submission, facts)
+        route = self._choose(kept_by(found, giver) if giver else found, submission, facts)
         self._turns[0] += 1
         if route.decode is not None:
             self._turns[1] += 1
