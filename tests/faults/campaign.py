@@ -25,7 +25,7 @@ from typing import Any
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import Cluster, Daemon, wait_for
 from tests.faults.clients import TIMEOUT_S, Client, Seen, requests
-from tests.faults.rows import ROWS, in_turn
+from tests.faults.rows import BY_HAND, ROWS, in_turn
 from tests.registry.real_etcd import RealEtcd
 
 CLIENTS = 8
@@ -118,7 +118,7 @@ class Campaign:
         self.wait_whole()
         self._start_clients(0.3)
         time.sleep(self.random.uniform(0.0, 1.0))
-        mend = ROWS[row](self, self.random)
+        mend = {**ROWS, **BY_HAND}[row](self, self.random)
         end = time.monotonic() + TIMEOUT_S
         mended = False
         while not all(client.over for client in self.clients):
@@ -136,13 +136,17 @@ class Campaign:
 
     def _start_clients(self, within_s: float) -> None:
         self.clients = []
-        for _ in range(CLIENTS):
+        self.ask_more(CLIENTS, self.masters, within_s)
+
+    def ask_more(self, count: int, masters: list[Daemon], within_s: float = 0.1) -> None:
+        """New clients beside those that wait, at one of these masters each."""
+        for _ in range(count):
             number = self.random.randrange(len(self.pool))
-            ports = [master.port for master in self.masters]
+            ports = [master.port for master in masters]
             self.random.shuffle(ports)
             key = f"{id(self)} {time.monotonic()}"  # two masters make the same answer of it
             self.clients.append(Client(ports, number, *self.pool[number], key=key))
-            time.sleep(self.random.uniform(0, within_s / CLIENTS))
+            time.sleep(self.random.uniform(0, within_s / count))
 
     def _judge(self) -> None:
         for client in self.clients:
@@ -289,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--row", action="append", choices=sorted(ROWS))
+    parser.add_argument("--row", action="append", choices=sorted({**ROWS, **BY_HAND}))
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     rows = tuple(options.row or ROWS)
