@@ -125,6 +125,19 @@ def test_deaths_at_once_and_deaths_of_instances_that_could_compute_it_do_not() -
     assert it.deadly
 
 
+def test_a_third_death_is_no_chance_however_soon_it_comes() -> None:
+    it = attempts(most=9)
+    for _ in range(2):
+        it.on_death(1.0, spoke=False)
+    assert not it.deadly
+    it.on_death(1.0, spoke=False)
+    assert it.deadly
+    other = attempts(most=9)
+    for spoke in (False, False, True, False):
+        other.on_death(1.0, spoke=spoke)
+    assert not other.deadly, "the third could compute it"
+
+
 @given(
     st.lists(
         st.tuples(

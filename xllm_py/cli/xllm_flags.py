@@ -190,8 +190,8 @@ _CLUSTER = in_group(
     ),
     a("nnodes", "int32", 1, "nodes of this instance"),
     a("node_rank", "int32", 0, "index of this node"),
-    b("dp_size", "int32", 1, "data parallel"),
-    b("ep_size", "int32", 1, "expert parallel"),
+    b("dp_size", "int32", 1, "engines with a model and a cache each; divides the --devices"),
+    b("ep_size", "int32", 1, "groups of ranks with whole experts each; divides the ranks"),
     b("cp_size", "int32", 1, "context parallel"),
     b("kv_split_size", "int32", 1, "1"),
     b(

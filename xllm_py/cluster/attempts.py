@@ -5,7 +5,7 @@
     anything else                                                     the client's
 
 A request that was being computed by two instances when they died, and of which the second had not said a token, is suspected of killing them: it
-ends, and its like is refused for a while (Quarantine). Deaths that come together are one event, a box or a rack, and no request's
+ends, and its like is refused for a while (Quarantine). Two deaths that come together are one event, a box or a rack, and no request's
 doing. Pure; `now` is monotonic seconds. Owned by master/dispatcher.
 """
 
@@ -23,6 +23,7 @@ MOST_PAUSE_S = 1.0
 TOGETHER_S = (
     0.5  # deaths seen no further apart are one event; a busy machine sees each up to 0.3 s late
 )
+_MOST_TOGETHER = 2  # deaths of one request that may be one event: a third is no chance
 REFUSED_S = 600.0
 _MOST_REFUSED = 1000
 
@@ -64,6 +65,7 @@ class Attempts:
     _lost_by: frozenset[str] = frozenset()  # incarnations that lost it once
     _spoke: bool = False  # tokens came of the current attempt
     deadly: bool = False  # it is suspected of killing instances
+    _num_deaths: int = 0  # of instances that computed it, since one of them had said tokens of it
     _died_at: float | None = None  # the last instance that computed it and died
     _waits_since: float | None = None
     _refusal: Failure | None = (
@@ -73,7 +75,9 @@ class Attempts:
 
     def on_death(self, now: float, *, spoke: bool) -> None:
         """An instance died while it computed this request. spoke: it had said tokens of it, so it could compute it."""
-        if self._died_at is not None and now - self._died_at > TOGETHER_S and not spoke:
+        self._num_deaths = 1 if spoke else self._num_deaths + 1
+        apart = self._died_at is not None and now - self._died_at > TOGETHER_S
+        if not spoke and (apart or self._num_deaths > _MOST_TOGETHER):
             self.deadly = True
         self._died_at = now
 
