@@ -90,10 +90,11 @@ class RankGroup:
         config = self._config
         host, port = _where(config)
         patience = timedelta(seconds=config.ranks.patience_s)
-        interface = interface_towards(host, port)
-        for library in ("GLOO", "NCCL", "HCCL") if interface else ():
-            # else by the host's name, or the first one there is
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+        if interface := interface_towards(host, port):
+            # gloo else takes the one of the host's name; the others look for one only where there are several nodes
+            libraries = ("GLOO", "NCCL", "HCCL") if config.ranks.nnodes > 1 else ("GLOO",)
+            for library in libraries:
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
         try:
             store = self.store = TCPStore(
                 host, port, config.num_ranks, config.rank == 0, patience, wait_for_workers=False
