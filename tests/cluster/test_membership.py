@@ -11,6 +11,7 @@ from xllm_py.cluster.membership import (
     STALLED_GONE_S,
     CardRemoved,
     CardSeen,
+    Changed,
     Event,
     Heard,
     InstanceState,
@@ -172,3 +173,15 @@ def test_every_short_story_keeps_the_rules() -> None:
                     assert view.state in (GONE, JOINING)
                 if changes:
                     assert (view.since, bool(view.reason)) == (now, True)
+
+
+def test_only_who_ended_has_died() -> None:
+    def change(before: InstanceState, reason: str) -> Changed:
+        return Changed(before, GONE, reason)
+
+    assert change(READY, "its connection ended").is_death
+    assert change(SUSPECT, "replaced by a new life of the same name").is_death
+    assert not change(DRAINING, "its connection ended").is_death, "by its own will"
+    assert not change(SUSPECT, "silent for 1.0 s").is_death
+    assert not change(SUSPECT, "work is queued and no step is done").is_death
+    assert not Changed(READY, SUSPECT, "its connection ended").is_death

@@ -14,6 +14,14 @@ FOUND = {
     221876: "the same",
     158383: "slow weather: a Submit that takes more than its second is an error of its own",
     20256: "a decode instance that was dead and not known to be gone was tried again, and counted as another loss",
+    30920: "a half full block was copied for one choice and given to another request in the same step: with poison it was filled before it was copied",
+    76305: "the same",
+    178812: "the same",
+    196382: "the same",
+    1145485: "the same",
+    1078089: "an instance that stood still counted as one that died, and an innocent request was quarantined",
+    1080323: "the same",
+    1201009: "the same",
     799: "the reply to a Submit was lost and its answer complete: a second attempt went on behind the end of it",
 }
 

@@ -23,6 +23,9 @@ RECONNECT_S = 0.05  # a connection that ended has so long to come back
 STALLED_GONE_S = (
     0.5  # an engine that is known to be stuck for so long is given up; its requests go on elsewhere
 )
+_REPLACED = "replaced by a new life of the same name"
+_ENDED = "its connection ended"
+_DEATHS = frozenset({_REPLACED, _ENDED})
 
 
 class InstanceState(Enum):
@@ -132,6 +135,12 @@ class Changed:
     after: InstanceState
     reason: str
 
+    @property
+    def is_death(self) -> bool:
+        """Its process ended, and not by its own will. One that is silent or stuck may be cut off or stand still, and comes back."""
+        gone = self.after is InstanceState.GONE and self.before is not InstanceState.DRAINING
+        return gone and self.reason in _DEATHS
+
 
 def step(
     view: View, event: Event, now: float, patience: Patience
@@ -172,12 +181,12 @@ def _note(view: View, event: Event, now: float) -> View:
 
 def _judge(view: View, event: Event, now: float, patience: Patience) -> tuple[InstanceState, str]:
     if isinstance(event, Replaced):
-        return InstanceState.GONE, "replaced by a new life of the same name"
+        return InstanceState.GONE, _REPLACED
     if view.state is InstanceState.GONE:
         heard = isinstance(event, Heard) and view.has_card and not event.stalled
         return (InstanceState.JOINING, "heard again") if heard else (view.state, view.reason)
     if view.ended_at is not None and now >= max(view.ended_at + RECONNECT_S, view.excused_until):
-        return InstanceState.GONE, "its connection ended"
+        return InstanceState.GONE, _ENDED
     if view.heard_at is None:
         return _draining(view, event) or (view.state, view.reason)
     if view.stalled_at is not None and now - view.stalled_at >= STALLED_GONE_S:

@@ -57,6 +57,9 @@ class Batch:
         self._offline_gives_way = config.online_preempts_offline and not config.zero_evict
         self.num_copied = 0  # blocks, since the start
         self.waiting = Waiting(config.priority_strategy)
+        self._copied_from: list[
+            int
+        ] = []  # held until the copies are made: nobody may have these blocks before
         self.running: list[Request] = []  # in the order of core/waiting, or of admission
         self.admitted: list[Request] = []  # to be given away, since the scheduler last looked
 
@@ -101,6 +104,8 @@ class Batch:
         """
         if not in_columns:
             self._dissolve()
+        self._blocks.free(self._copied_from)
+        self._copied_from = []
         planned, self._planned = self._planned, []
         decoding, self._decoding = self._decoding, range(0)
         return planned, decoding
@@ -258,7 +263,7 @@ class Batch:
             plan.copied_from.append(tail)
             plan.copied_to.append(fresh)
             request.block_ids[-1] = fresh
-            self._blocks.free([tail])
+            self._copied_from.append(tail)
             self.num_copied += 1
         request.shares_tail = False
         return True

@@ -136,6 +136,7 @@ class ToyExecutor:
             row.generated.append(result.token_ids[-plan.sample[index]])
 
     def _copy_blocks(self, plan: StepPlan) -> None:
+        assert not set(plan.copied_from) & set(plan.copied_to), "see Device.copy_blocks"
         for source, target in zip(plan.copied_from, plan.copied_to, strict=True):
             for layer in range(_LAYERS):
                 for part in range(PARTS):

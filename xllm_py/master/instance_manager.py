@@ -253,7 +253,7 @@ class InstanceManager:
             member.ready_at = now
         if change.after is InstanceState.GONE:
             for tell_lost in self.on_lost:
-                tell_lost(card, change.reason, lost)
+                tell_lost(card, change.reason, change.is_death)
         self._tell_changed()
 
     def _forget(self, member: Member) -> None:
