@@ -1,16 +1,13 @@
 """The batch: who waits, who runs in which row, and what the next step computes.
 
-Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones in the order of
-core/waiting, until tokens, rows or blocks run out. With --enable_mix_batch=false prompts go first, in steps of their own. A waiting
-one begins behind the blocks that the prefix cache has of it; while another one computes what comes next in it, it lets others pass.
-A request that needs a block when none is free preempts the youngest running one, whose blocks are freed and whose tokens are
-computed again later; the youngest itself waits with what it has. With --enable_online_preempt_offline running requests stand in the
-order of core/waiting, so that offline ones that have not waited long are the first to give way, also to an online one that waits
-for a row or for blocks. A request that is to be given away gets all its blocks when it is admitted and is never preempted, because
-the transport may be reading them.
+Order in a step: running requests first (decodes and unfinished prompts, oldest first), then waiting ones in the order of core/waiting, until tokens, rows or blocks
+run out. With --enable_mix_batch=false prompts go first, in steps of their own. A waiting one begins behind the blocks that the prefix cache has of it; while another one
+computes what comes next in it, it lets others pass. A request that needs a block when none is free preempts the youngest running one, whose blocks are freed and whose tokens
+are computed again later; the youngest itself waits with what it has. With --enable_online_preempt_offline running requests stand in the order of core/waiting, so that offline
+ones that have not waited long are the first to give way, also to an online one that waits for a row or for blocks. A request that is to be given away gets all its blocks
+when it is admitted and is never preempted, because the transport may be reading them.
 
-Used by the scheduler alone. Victims are younger than the request they give way to, and the decodes are written into a plan last
-(core/decodes), so what is already in a plan stays.
+Used by the scheduler alone. Victims are younger than the request they give way to, and the decodes are written into a plan last (core/decodes), so what is in a plan stays.
 """
 
 from __future__ import annotations
@@ -57,9 +54,7 @@ class Batch:
         self._offline_gives_way = config.online_preempts_offline and not config.zero_evict
         self.num_copied = 0  # blocks, since the start
         self.waiting = Waiting(config.priority_strategy)
-        self._copied_from: list[
-            int
-        ] = []  # held until the copies are made: nobody may have these blocks before
+        self._copied_from: list[int] = []  # held until they have been copied
         self.running: list[Request] = []  # in the order of core/waiting, or of admission
         self.admitted: list[Request] = []  # to be given away, since the scheduler last looked
 
