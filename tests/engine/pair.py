@@ -96,7 +96,7 @@ class Engine:
             case m.FirstTaken():
                 self.agent.giving.on_first_taken(command, now)
             case m.PeerGone():
-                self.agent.taking.on_peer_gone(command, now)
+                self.agent.on_peer_gone(command, now)
             case m.Abort():
                 for request_id, attempt in zip(command.request_ids, command.attempts, strict=True):
                     self.scheduler.abort(request_id, attempt, now)

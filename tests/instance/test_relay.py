@@ -179,6 +179,21 @@ async def test_a_taker_that_waits_for_words_hears_that_nobody_wants_the_request(
     giver.relay.cancel("a")  # and once only
 
 
+async def test_the_taker_of_an_attempt_before_hears_that_nobody_wants_it(giver: Giver) -> None:
+    """The next attempt may come to us sooner than the cancel of the last one."""
+    giver.relay.open("a", MASTER, attempt=1)
+    taker = Taker(giver)
+    taker.say(("a", 1, 5, "stop"))
+    await until("the words", lambda: giver.relay._takers)
+    giver.relay.open("a", MASTER, attempt=2)
+    await until("the cancel", lambda: taker.downs)
+    cancels = taker.downs[0].cancels
+    assert (cancels.request_ids, cancels.attempts) == (["a"], [1])
+    assert giver.relay.num_open == 1
+    giver.relay.open("a", MASTER, attempt=2)  # the same one again
+    assert giver.relay.num_open == 1
+
+
 async def test_a_cancel_before_the_taker_spoke_is_our_own(giver: Giver) -> None:
     giver.relay.open("a", MASTER)
     giver.generations.send(MASTER, outputs(("a", 0, 4)))

@@ -22,6 +22,10 @@ FOUND = {
     1078089: "an instance that stood still counted as one that died, and an innocent request was quarantined",
     1080323: "the same",
     1201009: "the same",
+    297950: "a second attempt was taken for begun because words of the first one were unread, and its Submit was withdrawn: the client waited in vain",
+    1263993: "the same",
+    1327689: "the giver's death was heard before what it had given: a landed request was let go of, and nobody said so",
+    1099182: "relayed, the next attempt at the same P came before the cancel of the first: its D waited for words on it for ever",
     799: "the reply to a Submit was lost and its answer complete: a second attempt went on behind the end of it",
 }
 

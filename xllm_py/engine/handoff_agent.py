@@ -73,6 +73,11 @@ class HandoffAgent:
         self.giving.drop_ended(now)
         self.taking.on_offers(command, now)
 
+    def on_peer_gone(self, command: m.PeerGone, now: float) -> None:
+        """D: the reservations of a giver end. What it has given is ours, and the transport may have said so while a step was computed."""
+        self.on_news(now)
+        self.taking.on_peer_gone(command, now)
+
     def before_step(self, plan: StepPlan, now: float) -> None:
         """After a step was planned and before it is computed."""
         self.taking.revoke_ended()

@@ -71,7 +71,7 @@ class EngineLoop:
             m.Answers: agent.giving.on_answers,
             m.FirstTokens: agent.taking.on_first_tokens,
             m.FirstTaken: agent.giving.on_first_taken,
-            m.PeerGone: agent.taking.on_peer_gone,
+            m.PeerGone: agent.on_peer_gone,
             m.Inspect: self._on_inspect,
             m.Drain: self._on_drain,
             m.FlushCache: self._on_flush,

@@ -46,6 +46,9 @@ class Relay:
         timeout_s: float = _TIMEOUT_S,
     ) -> None:
         """A request whose answer will come through here, in place of an earlier attempt. The oldest are forgotten when there are too many."""
+        before = self._attempts.get(request_id, attempt)
+        if before != attempt:
+            self.cancel(request_id, before)  # its D may wait for words on what it said
         self.close(request_id)
         self._masters[request_id], self._attempts[request_id] = master, attempt
         self._deadlines[request_id] = self._clock.now() + timeout_s

@@ -274,8 +274,8 @@ class Dispatcher:
                     opened.news.clear()
                     if opened.log.error is not None:  # lost before the call returned
                         raise request_error(*opened.log.error)
-                    # whoever has it speaks: the answer to the call tells nothing more
-                    if opened.log.has_news:
+                    # whoever has it speaks: the answer to the call tells nothing more. What an attempt before said may be unread still
+                    if opened.log.spoke or opened.log.done:
                         return
                     await opened.news.wait()
         except TimeoutError as error:
