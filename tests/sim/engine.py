@@ -269,7 +269,7 @@ class Engine:
 
     def open_things(self) -> dict[str, int]:
         """What must be nothing when all is quiet."""
-        counts, kv = self.scheduler.ledger(), self.transport.ledger()
+        counts = self.scheduler.ledger()
         assert counts["total"] == sum(counts[name] for name in HOLDINGS), (self.name, counts)
         return {
             "blocks": counts["total"] - counts["free"] - counts["cached"],
@@ -277,9 +277,13 @@ class Engine:
             "rows": counts["rows"],
             "giving": self.agent.giving.num_open,
             "taking": self.agent.taking.num_open,
-            "grants open": kv["grants_open"],
-            "grants given": kv["grants_given"] - self.agent.probing.num_open,
+            "grants open": self.transport.ledger()["grants_open"],
         }
+
+    @property
+    def num_given(self) -> int:
+        """Grants that its transport works on as the giver, less the probes that it asked for; a probe by fetching is counted at one side and asked for at the other."""
+        return self.transport.ledger()["grants_given"] - self.agent.probing.num_open
 
     def die(self) -> None:
         """The process is killed: its links break, its pipe ends."""

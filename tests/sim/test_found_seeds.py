@@ -26,6 +26,7 @@ FOUND = {
     1263993: "the same",
     1327689: "the giver's death was heard before what it had given: a landed request was let go of, and nobody said so",
     1099182: "relayed, the next attempt at the same P came before the cancel of the first: its D waited for words on it for ever",
+    1148655: "the checks took a probe that fetches for a grant that is left, because it is counted at one side and asked for at the other",
     799: "the reply to a Submit was lost and its answer complete: a second attempt went on behind the end of it",
 }
 

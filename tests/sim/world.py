@@ -487,6 +487,9 @@ class World:
             for name, instance in self.instances.items()
             if (things := instance.open_things())
         }
+        given = sum(instance.engine.num_given for instance in self.instances.values())
+        if given:
+            found["grants given"] = given
         found |= {
             name: things
             for name, master in self.masters.items()
