@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from xllm_py.cli import hccn, master_flags, rules, xllm, xllm_flags
+from xllm_py.cli import hccn, master_flags, placement, rules, xllm, xllm_flags
 from xllm_py.cli.flags import FlagCommand, Given
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,8 +81,8 @@ def test_flag_files_hold_flags_that_fit(file: Path, tmp_path: Path) -> None:
             "hccn_conf": str(CONF / "hccn.conf.example"),
         }
         causes = rules.Causes()
-        devices = xllm._devices(causes, values)
-        xllm._ranks(causes, values, devices)
+        devices = placement.named_devices(causes, values)
+        placement.ranks_of(causes, values, devices)
         xllm._role(causes, values)
         ips = hccn.device_ips(causes, Given(values, found.by_hand, ()), devices)
         assert not causes.lines
