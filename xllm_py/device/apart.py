@@ -1,6 +1,6 @@
 """What devices have in common whose memory is not the host's: tensors are copied there, the cache is mirrored, logits come back to be sampled.
 
-The arithmetic here is plain torch and runs wherever torch does. `cuda` adds what only it knows, `npu` puts its own operators in the place
+The arithmetic here is plain torch and runs wherever torch does. `cuda` and `npu` put kernels and operators of their own in the place
 of most of it. Results are as exact as the libraries behind them: engine/self_test finds out at start.
 """
 

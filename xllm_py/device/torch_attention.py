@@ -2,7 +2,7 @@
 
 The softmax is online, in float32, so that a token sees the same sums whether it is prefilled whole, in chunks, or decoded. Windows a token
 cannot see add nothing: a probability of exp(-inf) is exactly 0 and a rescale by exp(0) exactly 1. A model's sliding window is a mask over
-them and moves none. Used by cpu/torch_kernels, by cuda, and behind the simulated npu. What a step looks up is made on the host and
+them and moves none. Used by cpu/torch_kernels, by `apart` where a device has nothing of its own, and behind the simulated npu. What a step looks up is made on the host and
 copied to the cache's device once.
 """
 

@@ -1,4 +1,4 @@
-"""Pieces of the layers' arithmetic in plain torch, on whatever device their tensors are: of cpu's torch form and of cuda."""
+"""Pieces of the layers' arithmetic in plain torch, on whatever device their tensors are: of cpu's torch form and of `apart`."""
 
 from __future__ import annotations
 
