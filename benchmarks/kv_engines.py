@@ -30,10 +30,8 @@ from xllm_py.base import log
 
 CALL_BYTES = 4 << 20
 ENVIRONMENT = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo", "GLOG_minloglevel": "3"}
-ROWS = [
-    (f"{size >> 10} KiB pieces", size, False) for size in (64 << 10, 1 << 20, 4 << 20, 16 << 20)
-]
-ROWS += [("32 KiB blocks, scattered", 32 << 10, True), ("4 KiB blocks, scattered", 4 << 10, True)]
+ROWS = [(f"{kib} KiB pieces", kib << 10, False) for kib in (64, 512, 1024, 4096, 16384)]
+ROWS += [(f"{kib} KiB blocks, scattered", kib << 10, True) for kib in (32, 16, 4)]
 Places = list[tuple[int, int, int]]  # from, to, bytes
 
 

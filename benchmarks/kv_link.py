@@ -12,6 +12,7 @@ do not help. The content is compared before anything is timed. One JSON line per
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -34,6 +35,8 @@ from xllm_py.base.clock import RealClock
 from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.core.service_config import TlsSlice
+from xllm_py.device.cpu.native.build import build, instruction_sets
+from xllm_py.device.cpu.native.library import Library
 from xllm_py.transport import kv_giving, tcp_giver, tcp_taker
 from xllm_py.transport.base import GiverGrant, KvEventKind, TakerGrant
 from xllm_py.transport.fabric import open_fabric
@@ -122,6 +125,7 @@ SHAPES = [
     Shape("0.5B, 16-token blocks, prompt 2048, scattered", 24, 16, 4 << 10, 128, True),
     Shape("0.5B, 128-token blocks, prompt 512", 24, 128, 32 << 10, 4, False),
     Shape("7B, 128-token blocks, prompt 2048", 28, 128, 128 << 10, 16, False),
+    Shape("0.5B, 64-token blocks, prompt 2048, scattered", 24, 64, 16 << 10, 32, True),
 ]
 
 
@@ -134,7 +138,9 @@ def make_memory(shape: Shape, fill: bool) -> tuple[KvMemory, list[memoryview]]:
         if fill:
             region[:] = random.Random(index).randbytes(size)
         regions.append(memoryview(region))
-    return KvMemory(shape.layout, shape.num_blocks, regions), regions
+    native = build(instruction_sets()[0])  # as the cpu device does
+    gather = Library(native, "").gather
+    return KvMemory(shape.layout, shape.num_blocks, regions, gather=gather), regions
 
 
 def content(memory: KvMemory, shape: Shape, grants: list[tuple[int, ...]]) -> int:
@@ -300,12 +306,18 @@ class Giver:
 
 
 def measure(shape: Shape, rounds: int) -> None:
-    """One row."""
-    giver = Giver(shape)
-    try:
+    """One row; scattered blocks beside the same ones in order, round by round."""
+    with contextlib.ExitStack() as stack:
+        giver = stack.enter_context(contextlib.closing(Giver(shape)))
         giver.run_plain()
         giver.run_link(check=True)
-        plain, link, plain_cpu, link_cpu = [], [], [], []
+        in_order = None
+        if shape.scattered:
+            in_order = stack.enter_context(
+                contextlib.closing(Giver(replace(shape, scattered=False)))
+            )
+            in_order.run_link()
+        plain, link, of_order, plain_cpu, link_cpu = [], [], [], [], []
         for _ in range(rounds):
             start = giver.cpu_s()
             plain.append(giver.run_plain())
@@ -313,8 +325,8 @@ def measure(shape: Shape, rounds: int) -> None:
             link.append(giver.run_link())
             plain_cpu.append((middle - start) / shape.num_bytes * 1e9)
             link_cpu.append((giver.cpu_s() - middle) / shape.num_bytes * 1e9)
-    finally:
-        giver.close()
+            if in_order is not None:
+                of_order.append(link[-1] / in_order.run_link())
     share = [ours / theirs for ours, theirs in zip(link, plain, strict=True)]
     emit(
         "kv_link",
@@ -329,6 +341,7 @@ def measure(shape: Shape, rounds: int) -> None:
             "link_gb_s": summary(link),
             "plain_gb_s": summary(plain),
             "share_of_plain": round(statistics.median(share), 3),
+            **({"share_of_contiguous": summary(of_order)} if of_order else {}),
             "link_cpu_s_per_gb": round(statistics.median(link_cpu), 3),
             "plain_cpu_s_per_gb": round(statistics.median(plain_cpu), 3),
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from functools import partial
+from unittest import mock
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from tests.conformance.kv_pair import (
     tls_maker,
 )
 from xllm_py.core.kv_memory import PARTS, KvLayout
+from xllm_py.transport import stage
 from xllm_py.transport.base import GiverGrant, KvEventKind
 
 ACKNOWLEDGED, LANDED = KvEventKind.ACKNOWLEDGED, KvEventKind.LANDED
@@ -37,13 +39,16 @@ MAKERS = {
     "fabric": lambda: fabric_maker("in memory"),
 }
 MAKERS |= {name: partial(fabric_maker, name) for name in FABRICS}
+STAGED = {"tcp, staged": lambda: make_tcp, "shared memory, staged": lambda: make_shared}
+MAKERS |= STAGED  # every frame goes through the stage, as frames of many small pieces do
 
 
 def pair_of(kind: str, pull: bool) -> Iterator[Pair]:
-    pair = Pair(MAKERS[kind](), pull=pull)
-    pair.num_streams = 3 if kind == "tcp streams" else 1
-    yield pair
-    pair.close()
+    with mock.patch.object(stage, "MIN_PIECES", 1 if kind in STAGED else stage.MIN_PIECES):
+        pair = Pair(MAKERS[kind](), pull=pull)
+        pair.num_streams = 3 if kind == "tcp streams" else 1
+        yield pair
+        pair.close()
 
 
 @pytest.fixture(params=[(kind, pull) for pull in (False, True) for kind in MAKERS], ids=str)

@@ -27,6 +27,7 @@ from xllm_py.base.clock import HandClock
 from xllm_py.base.errors import LayoutMismatch, PortInUse, UsageError
 from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
+from xllm_py.transport import stage
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.tcp import TcpKvTransport
 from xllm_py.transport.tcp_giver import ACK_S
@@ -170,6 +171,22 @@ def test_a_grant_revoked_in_mid_frame_gets_no_byte_more(
     assert giver.answer() == kv_session.Refused(GRANT, Reason.REVOKED)
     assert untouched(memory)
     assert taker.poll() == []
+
+
+def test_a_staged_frame_of_a_grant_revoked_meanwhile_writes_nothing(
+    taker: TcpKvTransport, giver: RawGiver, memory: KvMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "MIN_PIECES", 1)
+    giver.sock.sendall(giver.frame(payload_of(2)))
+    until("a whole frame", lambda: bytes(memory.span(0, 0, 9)) == payload_of(1))
+    frame = giver.frame(payload_of(2), part=1)
+    giver.sock.sendall(frame[:-1])
+    taker.revoke(GRANT)
+    wait_for(taker, KvEventKind.RELEASED)
+    giver.sock.sendall(frame[-1:])
+    assert giver.answer() == kv_session.Refused(GRANT, Reason.REVOKED)
+    clean = bytes([CANARY]) * LAYOUT.block_bytes
+    assert all(memory.span(0, 1, block) == clean for block in range(NUM_BLOCKS))
 
 
 def test_a_grant_revoked_in_mid_frame_is_released_once_though_the_link_breaks_then(

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
 from xllm_py.transport.tcp_socket import LinkBroken
 
-RING_BYTES = (
-    16 << 20
-)  # four times the largest payload: two of them, a skip at the end, and what was not told of yet
+RING_BYTES = 16 << 20  # room for four of the largest payloads
+HOT_BYTES = (
+    4 << 20
+)  # payloads of up to a quarter of it stay within it: what is used again soon is in the processor's cache
 TELL_BYTES = 1 << 20  # the taker says how far it is after so many bytes
 
 
@@ -64,13 +66,20 @@ class _Places:
     """Where payloads lie: one after the other, at the beginning again when the end is too near. The same on both sides."""
 
     def __init__(self) -> None:
-        self.total = 0  # bytes so far, skipped ones included
+        self.total = 0  # bytes so far
+        self._next = 0
 
-    def after(self, length: int) -> tuple[int, int]:
-        """(place of the next payload, total then)."""
-        place = self.total % RING_BYTES
-        skip = RING_BYTES - place if place + length > RING_BYTES else 0
-        return (self.total + skip) % RING_BYTES, self.total + skip + length
+    def of(self, length: int) -> int:
+        """The place of the next payload."""
+        end = HOT_BYTES if length <= HOT_BYTES // 4 else RING_BYTES
+        return self._next if self._next + length <= end else 0
+
+    def fill(self, length: int) -> int:
+        """The place of this payload, which is the next one."""
+        place = self.of(length)
+        self._next = place + length
+        self.total += length
+        return place
 
 
 class Memory:
@@ -93,11 +102,12 @@ class Outgoing:
     def __init__(self, view: memoryview) -> None:
         self._view = view
         self._places = _Places()
-        self._taken = 0
+        self._held: deque[tuple[int, int, int]] = deque()  # not taken: total then, place, end
 
     def has_room(self, length: int) -> bool:
         """See PayloadWriter."""
-        return self._places.after(length)[1] - self._taken <= RING_BYTES
+        place = self._places.of(length)
+        return all(end <= place or place + length <= start for _, start, end in self._held)
 
     def put(self, views: Sequence[memoryview], length: int) -> None:
         """See PayloadWriter."""
@@ -105,19 +115,20 @@ class Outgoing:
 
     def _copy_in(self, views: Sequence[memoryview], length: int) -> int:
         """Returns the place."""
-        first, self._places.total = self._places.after(length)
-        place = first
+        place = first = self._places.fill(length)
         for view in views:
             end = place + view.nbytes
             self._view[place:end] = view
             place = end
+        self._held.append((self._places.total, first, place))
         return first
 
     def taken(self, total: int) -> None:
         """See PayloadWriter."""
-        if not self._taken <= total <= self._places.total:
+        if not 0 <= total <= self._places.total:
             raise LinkBroken("the peer says it has taken what was never there")
-        self._taken = total
+        while self._held and self._held[0][0] <= total:
+            self._held.popleft()
 
 
 class Incoming:
@@ -131,7 +142,7 @@ class Incoming:
 
     def begin(self, length: int) -> None:
         """See PayloadReader."""
-        self._place, self._places.total = self._places.after(length)
+        self._place = self._places.fill(length)
 
     def read_into(self, views: Sequence[memoryview]) -> int:
         """See PayloadReader."""

@@ -1,9 +1,8 @@
 """P's end of one KV link over TCP: a thread that sends what the engine thread queues.
 
-Shared by many grants to one peer. The engine thread queues (grant, layer, blocks) and goes on; this thread computes the
-checksums and hands the cache's own memory to the kernel. Made by transport/tcp. It copies no block, save the rest of a frame whose
-grant is abandoned meanwhile. It connects to the taker, or is called by it (PULL; tcp_callers). After a connection that broke comes
-another one and the grants go on under it (transport/kv_giving).
+Shared by many grants to one peer. The engine thread queues (grant, layer, blocks) and goes on; this thread computes the checksums and
+hands the cache's own memory, or small pieces of it by way of transport/stage, to the kernel. Made by transport/tcp. It connects to the
+taker, or is called by it (PULL; tcp_callers). When a connection breaks another one is made, and the grants go on (kv_giving).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind
 from xllm_py.transport.kv_events import Counts, EventQueue, Wake
 from xllm_py.transport.kv_giving import Giving, Givings, Item, frames_of
 from xllm_py.transport.payload_ring import PayloadWriter
+from xllm_py.transport.stage import Stage
 from xllm_py.transport.tcp_handshake import GiverEnd, Hold, Pause
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.wire import codec, kv_session
@@ -56,6 +56,7 @@ class GiverLink:
         self._peer = peer
         self._opening = opening
         self.memory = memory
+        self._stage = Stage(memory)
         self._events = events
         self._counts = counts
         self._clock = clock
@@ -242,6 +243,7 @@ class GiverLink:
         """
         views: list[memoryview] = []
         num_bytes = moved = 0
+        self._stage.clear()
         while moved < BATCH_BYTES and len(views) < codec.MAX_FRAME_BLOCKS:
             with self._state:
                 found = self._givings.next()
@@ -270,7 +272,7 @@ class GiverLink:
         """Header, payload, and the payload's bytes."""
         _, grant, layer, part, first, block_ids = item
         giving.started_s = giving.started_s or self._clock.now()
-        views = self.memory.spans(layer, part, block_ids)
+        views = self._stage.gather(layer, part, block_ids)
         checksum = payload_checksum(*views)
         header, data = session.data(grant, layer, part, first, len(block_ids), checksum)
         giving.frames.sent(header)

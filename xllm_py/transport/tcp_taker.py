@@ -16,6 +16,7 @@ from xllm_py.base.clock import Clock
 from xllm_py.base.hashing import Checksum, payload_checksum
 from xllm_py.transport import tcp_socket
 from xllm_py.transport.kv_taking import Taking
+from xllm_py.transport.stage import Stage
 from xllm_py.transport.tcp_handshake import TakerEnd
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.wire import codec, kv_session
@@ -50,6 +51,8 @@ class TakerLink:
         self._rejected = ""  # why we closed it
         self._told: set[bytes] = set()  # revoked grants of which the peer knows
         self._sink = memoryview(bytearray(_SINK_BYTES))
+        self._memory = taking.memory.at(self._session.block_size)
+        self._stage = Stage(self._memory)
 
     def serve(self) -> str:
         """Until the link ends. Returns why it did."""
@@ -155,8 +158,12 @@ class TakerLink:
 
     def _write_blocks(self, take: Take) -> int:
         header = take.header
-        memory = self._taking.memory.at(self._session.block_size)
-        views = memory.spans(header.layer, header.part, take.block_ids)
+        self._stage.clear()
+        staged = self._stage.wants(take.block_ids)
+        if staged:
+            views = [self._stage.room(header.length)]
+        else:
+            views = self._memory.spans(header.layer, header.part, take.block_ids)
         with self._taking.lock:
             if take.grant is not None:
                 self._taking.arriving(take.grant, self._clock.now())
@@ -164,6 +171,8 @@ class TakerLink:
         if left:
             self._drain(left)
             return header.checksum  # nothing of it is used
+        if staged:
+            self._stage.scatter(header.layer, header.part, take.block_ids, views[0])
         return payload_checksum(*views)
 
     def _fill(self, take: Take, views: list[memoryview], left: int) -> int:

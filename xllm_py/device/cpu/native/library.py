@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import c_char, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 PLAIN, ADD, GATE = 0, 1, 2  # what follows a linear, `After` in linear.h
@@ -111,5 +111,19 @@ class Library:
         self.draw.argtypes, self.draw.restype = [pointer, pointer, size, size, c_int], None
         self.attend = found.xllm_attend
         self.attend.argtypes, self.attend.restype = [pointer, c_int, c_int], None
+        self._gather = found.xllm_gather
+        # region, numbers of rows, out; how many, bytes of one
+        self._gather.argtypes, self._gather.restype = [*[pointer] * 3, *[size] * 2], None
         self.huge_pages = found.xllm_huge_pages
         self.huge_pages.argtypes, self.huge_pages.restype = [pointer, size], None
+
+    def gather(self, region: memoryview, rows: memoryview, out: memoryview) -> None:
+        """See core.kv_memory.Gather."""
+        count = len(rows)
+        if count:
+            self._gather(_at(region), _at(rows), _at(out), count, out.nbytes // count)
+
+
+def _at(view: memoryview) -> int:
+    """Where its bytes are; it is writable."""
+    return ctypes.addressof(c_char.from_buffer(view))
