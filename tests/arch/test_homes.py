@@ -74,7 +74,6 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
             "engine.sampler",
             "engine.self_test",
             "engine.worker",
-            "transport.stage",
         ),
     ),
     "uvicorn": ("uvicorn", ("openai.protocol", "openai.server")),

@@ -16,7 +16,7 @@ from xllm_py.core.kv_memory import KvMemory
 from xllm_py.wire import codec
 
 MIN_PIECES = 8  # of a frame; fewer are not worth the copy
-MAX_PIECE_BYTES = 16 << 10  # on average; larger ones are not either
+MAX_PIECE_BYTES = 32 << 10  # on average; larger ones are not either
 _MAX_REMEMBERED = 64  # block lists, as in KvMemory
 
 
