@@ -76,7 +76,11 @@ class FakeEngine:
         refusal = self.refusals.get(given.request_id, "")
         grant = b"" if refusal else b"g" * 16
         return OfferAnswer(
-            request_id=given.request_id, attempt=given.attempt, grant=grant, refusal=refusal
+            request_id=given.request_id,
+            attempt=given.attempt,
+            grant=grant,
+            endpoints=() if refusal else ("0.0.0.0:26000",),
+            refusal=refusal,
         )
 
     async def probe(
@@ -91,7 +95,7 @@ class FakeEngine:
 
 
 def card(name: str = "d", incarnation: str = "dd", **fields: Any) -> Card:
-    facts = {"dtype": "float32", "block_size": 16, "layout": "l", **fields}
+    facts = {"dtype": "float32", "block_size": 16, "layout": "l", "addrs": ("d:26000",), **fields}
     return Card(
         name=name,
         rpc_address=f"{name}:1",
@@ -170,7 +174,7 @@ async def test_a_peer_is_probed_at_the_address_in_its_card(house: House) -> None
         found = await house.service.probe_peer(raw, fetch)
         assert found == LinkHealth(works=True, round_trip_s=0.5, bytes_per_s=3.0)
     assert house.engine.fetches == [False, True]
-    closed = await house.service.probe_peer(card_to_json(card(), card_key(KEY)), False)
+    closed = await house.service.probe_peer(card_to_json(card(addrs=()), card_key(KEY)), False)
     assert (closed.works, closed.reason) == (False, "d has no KV port")
 
 
@@ -244,6 +248,14 @@ async def test_offers_of_a_giver_that_is_not_linked_are_refused_and_leave_nothin
         ("c", "not_linked"),
     ]
     assert house.outlets.num_open == 1
+
+
+async def test_a_grant_names_the_address_of_the_card_not_where_the_engine_listens(
+    house: House,
+) -> None:
+    await house.link()
+    (answer,) = await house.service.add_new_requests([offer("a")])
+    assert answer.endpoints == ("d:26000",)
 
 
 async def test_a_refused_offer_leaves_no_outlet(house: House) -> None:

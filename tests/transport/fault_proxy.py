@@ -116,13 +116,21 @@ class _Frames:
 class FaultProxy:
     """Listens on loopback; every connection is passed on to `target`."""
 
-    def __init__(self, target: str, plan: Callable[[int], Fault], *, called: bool = False) -> None:
+    def __init__(
+        self,
+        target: str,
+        plan: Callable[[int], Fault],
+        *,
+        called: bool = False,
+        listen: tuple[str, int] = ("127.0.0.1", 0),
+    ) -> None:
         """called: takers connect, the target is a giver."""
         self._called = called
         self._target = split_endpoint(target)
-        self._plan = plan
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self.plan = plan
+        self._server = socket.create_server(listen)
+        self.endpoint = f"{listen[0]}:{self._server.getsockname()[1]}"
+        self._open: set[socket.socket] = set()
         self.num_connections = 0
         self.at_byte: Callable[[], None] | None = None  # called when a fault strikes
         self._closing = threading.Event()
@@ -135,12 +143,18 @@ class FaultProxy:
             thread.join(10.0)
         self._server.close()
 
+    def cut(self) -> None:
+        """End the connections that are open now."""
+        for sock in list(self._open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     def _accept(self) -> None:
         while not self._closing.is_set():
             if not select.select([self._server], [], [], _LOOK_S)[0]:
                 continue
             sock, _ = self._server.accept()
-            fault = self._plan(self.num_connections)
+            fault = self.plan(self.num_connections)
             self.num_connections += 1
             thread = threading.Thread(
                 target=self._carry, args=(sock, fault), name="proxy", daemon=True
@@ -153,7 +167,11 @@ class FaultProxy:
             target = socket.create_connection(self._target)
             with target:
                 giver, taker = (target, caller) if self._called else (caller, target)
-                self._pump(giver, taker, fault)
+                self._open |= {giver, taker}
+                try:
+                    self._pump(giver, taker, fault)
+                finally:
+                    self._open -= {giver, taker}
 
     def _pump(self, giver: socket.socket, taker: socket.socket, fault: Fault) -> None:
         by_frame = "frame" in fault.kind or fault.kind == "replay"

@@ -126,7 +126,13 @@ class ControlService:
         granted = {answer.request_id for answer in answers if not answer.refusal}
         for request_id in fresh.keys() - granted:
             self._outlets.close(request_id, fresh[request_id])
-        return {(answer.request_id, answer.attempt): answer for answer in answers}
+        return {(answer.request_id, answer.attempt): self._announced(answer) for answer in answers}
+
+    def _announced(self, answer: OfferAnswer) -> OfferAnswer:
+        """The engine names where it listens; others reach that where our card says."""
+        where = {addr.rpartition(":")[2]: addr for addr in self._card().addrs}
+        ports = [endpoint.rpartition(":")[2] for endpoint in answer.endpoints]
+        return dataclasses.replace(answer, endpoints=tuple(where[port] for port in ports))
 
     async def first_generation(self, firsts: list[FirstToken]) -> list[bool]:
         """A giver's first tokens."""
