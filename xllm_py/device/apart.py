@@ -26,7 +26,7 @@ from xllm_py.device.base import (
     RowWise,
     Turn,
 )
-from xllm_py.device.mirror import HostMirror
+from xllm_py.device.mirror import PAGEABLE, HostMirror
 from xllm_py.device.paged import PagedCache
 from xllm_py.device.torch_attention import WindowedAttention
 from xllm_py.device.torch_forms import linear8, rms_norm, rotate
@@ -36,6 +36,7 @@ class ApartDevice:
     """Implements device.base.Device on a torch device, but for what it is called and how much memory it has."""
 
     collectives = "gloo"  # over the host, unless the device has its own
+    _pinned = PAGEABLE  # likewise
 
     def __init__(self, at: torch.device) -> None:
         self.name = f"{at.type}:{at.index}"
@@ -113,7 +114,7 @@ class ApartDevice:
             ) from error
         self._use(PagedCache(caches[0::2], caches[1::2], shape.block_size, shape.kv_heads))
         lent = [cache[: shape.num_blocks] for cache in caches]
-        self._mirrored = HostMirror(lent).memory(shape)
+        self._mirrored = HostMirror(lent, self._pinned).memory(shape)
 
     def _use(self, cache: PagedCache) -> None:
         self._cache = cache

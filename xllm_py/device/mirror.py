@@ -1,12 +1,14 @@
 """The host's copy of a cache that lies on a device: what a KV link reads and writes, and the copies between the two.
 
-Host pages are touched only where blocks are handed over, so the copy costs address space, not memory. Implements core.kv_memory.Mirror.
+Host pages are touched only where blocks are handed over, so the copy costs address space, not memory. Between the two lies a little pinned
+memory where the device has such: pages of the whole copy are too many to pin. Implements core.kv_memory.Mirror.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,26 +17,71 @@ from torch import Tensor
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.device.base import KvShape
 
+_AT_ONCE = 16  # blocks of one layer that are copied through pinned memory in one go
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """Host memory that the device copies to and from by itself."""
+
+    alloc: Callable[[Sequence[int], torch.dtype], Tensor]
+    wait: Callable[[], None]  # until every copy that was asked for is done
+
+
+def pinned_memory(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Pages that stay where they are, for the accelerator that torch knows."""
+    return torch.empty(*size, dtype=dtype, pin_memory=True)
+
+
+def in_place(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory like any other, for devices without a better one; copies wait by themselves."""
+    return torch.empty(*size, dtype=dtype)
+
+
+PAGEABLE = Pinned(in_place, lambda: None)
+
 
 class HostMirror:
     """caches: [blocks, block_size, kv_heads, head_dim] on the device, keys and values of each layer in turn."""
 
-    def __init__(self, caches: Sequence[Tensor]) -> None:
+    def __init__(self, caches: Sequence[Tensor], pinned: Pinned = PAGEABLE) -> None:
         self._caches = caches
         self._host = [untouched(cache.shape, cache.dtype) for cache in caches]
+        self._room = pinned.alloc((PARTS, _AT_ONCE, *caches[0].shape[1:]), caches[0].dtype)
+        self._wait = pinned.wait
 
     def take_out(self, layer: int, block_ids: Sequence[int]) -> None:
-        """See Mirror."""
-        here = torch.tensor(block_ids)
-        for index in range(PARTS * layer, PARTS * (layer + 1)):
-            cache = self._caches[index]
-            self._host[index][here] = cache.index_select(0, here.to(cache.device)).cpu()
+        """See Mirror. Keys and values are under way together."""
+        for here, there in self._pieces(block_ids):
+            ways = self._ways(layer, len(here))
+            for cache, _, room in ways:
+                room.copy_(cache.index_select(0, there), non_blocking=True)
+            self._wait()
+            for _, host, room in ways:
+                host[here] = room
 
     def put_in(self, block_ids: Sequence[int]) -> None:
         """See Mirror."""
-        here = torch.tensor(block_ids)
-        for cache, host in zip(self._caches, self._host, strict=True):
-            cache.index_copy_(0, here.to(cache.device), host[here].to(cache.device))
+        for here, there in self._pieces(block_ids):
+            for layer in range(len(self._caches) // PARTS):
+                for cache, host, room in self._ways(layer, len(here)):
+                    torch.index_select(host, 0, here, out=room)
+                    cache.index_copy_(0, there, room.to(cache.device, non_blocking=True))
+                self._wait()  # the room is used again
+
+    def _pieces(self, block_ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some numbers of blocks, on the host and on the device."""
+        for start in range(0, len(block_ids), _AT_ONCE):
+            each = torch.tensor(block_ids[start : start + _AT_ONCE])
+            yield each, each.to(self._caches[0].device)
+
+    def _ways(self, layer: int, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(cache, its mirror, room for so many blocks) of keys and of values."""
+        places = range(PARTS * layer, PARTS * (layer + 1))
+        return [
+            (self._caches[place], self._host[place], room[:count])
+            for place, room in zip(places, self._room, strict=True)
+        ]
 
     def memory(self, shape: KvShape) -> KvMemory:
         """The host's bytes, with this object to bring them up to date."""

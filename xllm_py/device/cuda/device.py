@@ -11,6 +11,7 @@ from torch.nn import functional
 from xllm_py.device.apart import ApartDevice
 from xllm_py.device.base import AttentionBatch, Head, HeadNorms, Linear, Quantized, RowWise, Turn
 from xllm_py.device.cuda import launch
+from xllm_py.device.mirror import Pinned, pinned_memory
 from xllm_py.device.paged import PagedCache
 
 
@@ -91,6 +92,7 @@ class CudaDevice(TritonDevice):
         super().__init__(torch.device("cuda", index))
         self._is_exact = is_exact
         torch.cuda.set_device(index)
+        self._pinned = Pinned(pinned_memory, torch.cuda.current_stream(self._at).synchronize)
         # sums in fewer bits than the numbers have would differ from one shape to another
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

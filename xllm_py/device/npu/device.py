@@ -25,6 +25,7 @@ from xllm_py.device.base import (
     RowWise,
     Turn,
 )
+from xllm_py.device.mirror import Pinned, pinned_memory
 from xllm_py.device.npu.load import choose, load
 from xllm_py.device.npu.simulated_operators import VERSION as SIMULATED
 
@@ -51,6 +52,8 @@ class NpuDevice(ApartDevice):
         super().__init__(choose(self._npu, index))
         if self._ops.__version__ != SIMULATED:
             self.collectives = "hccl"
+            wait = self._npu.current_stream(self._at).synchronize
+            self._pinned = Pinned(pinned_memory, wait)
         self._mask = self.put(torch.ones(_MASK, _MASK, dtype=torch.int8).triu(1))
         self._step: tuple[AttentionBatch, _Step] | None = None
 
