@@ -120,8 +120,8 @@ class ScriptedInstance:
         self._note(mode, timeout_s)
         return 3
 
-    async def describe(self) -> dict[str, Any]:
-        self._note()
+    async def describe(self, stream_id: str) -> dict[str, Any]:
+        self._note(stream_id)
         return {"state": "READY"}
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
@@ -198,7 +198,7 @@ async def test_offers_first_tokens_and_the_rest_keep_their_values() -> None:
         await client.unlink_instance("p", "pp")
         assert await client.cancel(["a", "b"], [1, 0], "deadline") == ["running", "running"]
         assert await client.drain("finish", 2.0) == 3
-        assert await client.describe() == {"state": "READY"}
+        assert await client.describe() == await client.describe("cmpl-1") == {"state": "READY"}
         assert handlers.seen == [
             (OFFER,),
             (first, other),
@@ -208,7 +208,8 @@ async def test_offers_first_tokens_and_the_rest_keep_their_values() -> None:
             ("p", "pp"),
             (["a", "b"], [1, 0], "deadline"),
             ("finish", 2.0),
-            (),
+            ("",),
+            ("cmpl-1",),
         ]
 
 

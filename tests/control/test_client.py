@@ -23,13 +23,13 @@ class Silent:
     def __init__(self) -> None:
         self.asked = asyncio.Event()
 
-    async def describe(self) -> dict[str, Any]:
+    async def describe(self, stream_id: str) -> dict[str, Any]:
         self.asked.set()
         await asyncio.Event().wait()
         raise AssertionError("never")
 
     async def unlink_instance(self, name: str, incarnation: str) -> None:
-        await self.describe()
+        await self.describe("")
 
     generations = None
 

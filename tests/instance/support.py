@@ -42,6 +42,8 @@ def submission(request_id: str = "r1", **fields: Any) -> Submission:
         seed=1,
         temperature=0.0,
         ignore_eos=fields.pop("ignore_eos", False),
+        best_of=fields.pop("best_of", 1),
+        logprobs=fields.pop("logprobs", -1),
     )
     values = {"prompt_ids": (1, 2, 3), "timeout_s": WAIT_S, **fields}
     return Submission(request_id=request_id, sampling=sampling, **values)

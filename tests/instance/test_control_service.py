@@ -35,6 +35,7 @@ from xllm_py.instance.engine_link import EngineLink
 from xllm_py.instance.generations import Generations
 from xllm_py.instance.outlets import Destination, Outlets
 from xllm_py.instance.relay import Relay
+from xllm_py.instance.token_logs import TokenLogs
 from xllm_py.wire.control_messages import LinkHealth
 from xllm_py.wire.messages import Probed
 
@@ -124,7 +125,8 @@ class House:
             on_broken=self.relay.cut,
             on_rerouted=lambda request_ids, to: self.outlets.reroute(request_ids, to),
         )
-        self.outlets = Outlets(self.generations.send)
+        self.token_logs = TokenLogs(HandClock())
+        self.outlets = Outlets(self.generations.send, self.token_logs)
         self.service = ControlService(
             engine=cast("EngineLink", self.engine),
             outlets=self.outlets,
@@ -136,6 +138,7 @@ class House:
             tasks=self.tasks,
             drain=self._drain,
             describe=self._describe,
+            token_logs=self.token_logs,
         )
 
     async def _drain(self, timeout_s: float) -> None:
@@ -426,7 +429,26 @@ async def test_a_masters_cancel_on_the_stream_ends_the_request(house: House) -> 
 async def test_drain_tells_how_many_are_open(house: House) -> None:
     await house.service.submit(submission("a", master="master:1"))
     assert await house.service.drain("finish", 5.0) == 1
-    assert await house.service.describe() == {"state": "READY"}
+    assert await house.service.describe("") == {"state": "READY"}
+
+
+async def test_another_master_hears_what_was_said_and_takes_over_only_what_nobody_listens_to(
+    house: House,
+) -> None:
+    await house.service.submit(submission("a", master="master:1", stream_id="s", origin=b"o"))
+    house.outlets.on_outputs(outputs(("a", 0, 5)))
+    stream = await until(
+        "the stream", lambda: house.network.streams[0:1] and house.network.streams[0]
+    )
+    assert await house.service.describe("s") == {"ids": [5], "origin": "bw=="}
+    assert await house.service.describe("t") == {}
+    assert house.outlets.num_open == 1
+    stream.cut()
+    await until("the break", lambda: house.generations.is_broken(Destination("master:1")))
+    assert (await house.service.describe("s"))["ids"] == [5]
+    assert house.engine.aborted == [("a", 1)]
+    assert house.outlets.num_open == 0
+    assert (await house.service.describe("s"))["ids"] == [5]  # another one may ask too
 
 
 async def test_an_empty_step_opens_no_stream(house: House) -> None:

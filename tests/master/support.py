@@ -24,7 +24,7 @@ from xllm_py.core.sampling import SamplingParams
 from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice
 from xllm_py.master.config import MasterConfig
 from xllm_py.master.parts import Identity, Parts, assemble
-from xllm_py.openai.backend import Delta
+from xllm_py.openai.backend import Delta, Told
 from xllm_py.registry.memory import MemoryRegistry, Store
 from xllm_py.wire.control_messages import (
     GenerationsDown,
@@ -76,6 +76,8 @@ class FakeInstance:
             **{**facts, **card},
         )
         self.submissions: list[Submission] = []
+        self.said: dict[str, dict[str, Any]] = {}  # by stream id
+        self.asked: list[str] = []
         self.cancelled: list[tuple[str, int]] = []
         self.linked: list[bytes] = []
         self.unlinked: list[tuple[str, str]] = []
@@ -250,8 +252,9 @@ class FakeInstance:
     async def drain(self, mode: str, timeout_s: float) -> int:
         return 0
 
-    async def describe(self) -> dict[str, Any]:
-        return {}
+    async def describe(self, stream_id: str) -> dict[str, Any]:
+        self.asked.append(stream_id)
+        return self.said.get(stream_id, {})
 
     async def generations(
         self, ups: AsyncIterator[GenerationsUp]
@@ -354,18 +357,18 @@ class RunningMaster:
     def ledger(self) -> dict[str, int]:
         return self.parts.generations.ledger()
 
-    def read(self, order: Submission) -> Reader:
+    def read(self, order: Submission, told: Told | None = None) -> Reader:
         """Begin to read an answer."""
-        return Reader(self, order)
+        return Reader(self, order, told)
 
 
 class Reader:
     """A client: it reads deltas in a task of its own."""
 
-    def __init__(self, master: RunningMaster, order: Submission) -> None:
+    def __init__(self, master: RunningMaster, order: Submission, told: Told | None) -> None:
         self.deltas: list[Delta] = []
         self.task = master.tasks.start(
-            self._read(master.parts.backend.generate(order)), name=f"read {order.request_id}"
+            self._read(master.parts.backend.generate(order, told)), name=f"read {order.request_id}"
         )
 
     async def _read(self, source: AsyncGenerator[Delta, None]) -> None:

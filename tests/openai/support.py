@@ -17,7 +17,7 @@ from xllm_py.base.logprob import TokenLogprob
 from xllm_py.base.metrics import Metrics
 from xllm_py.core.request import Submission
 from xllm_py.openai.app import App
-from xllm_py.openai.backend import Delta, Readiness, ServedModel
+from xllm_py.openai.backend import Delta, Readiness, ServedModel, Told
 from xllm_py.openai.chat_template import load_chat_template
 from xllm_py.openai.settings import HttpSettings
 from xllm_py.openai.tokenizer import Tokenizer, load_tokenizer
@@ -79,6 +79,12 @@ class EchoBackend:
     num_open: int = 0
     num_tokens: int = 0
     closed_early: list[str] = field(default_factory=list)
+    known: dict[str, Told] = field(default_factory=dict)  # by stream id, of another master
+    recalled: list[str] = field(default_factory=list)
+
+    async def recall(self, stream_id: str) -> Told | None:
+        self.recalled.append(stream_id)
+        return self.known.get(stream_id)
 
     async def until(self, good: Callable[[], bool], what: str) -> None:
         """Wait for a condition over this backend's fields."""
@@ -88,8 +94,13 @@ class EchoBackend:
             await asyncio.sleep(0.002)
         raise AssertionError(f"waited 10 s for: {what}")
 
-    async def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, submission: Submission, told: Told | None = None
+    ) -> AsyncGenerator[Delta, None]:
         self.submissions.append(submission)
+        start = len(told.ids) if told is not None else 0
+        if told is not None and told.ids:
+            yield Delta(position=0, token_ids=told.ids)
         self.num_open += 1
         finished = False
         best_of = submission.sampling.best_of
@@ -99,7 +110,7 @@ class EchoBackend:
         lengths = [min(len(each), limit) for each in said]
         num_going_on = best_of
         try:
-            for at in range(0, max(lengths), self.piece):
+            for at in range(start, max(lengths), self.piece):
                 if at <= self.hold_at < at + self.piece:
                     await self.release.wait()
                 if at <= self.fail_at < at + self.piece and self.failure is not None:

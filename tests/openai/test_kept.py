@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
 from tests.openai.support import Call, Door, EchoBackend, check_error
 from xllm_py.base.clock import HandClock
-from xllm_py.base.errors import IdempotencyConflict, InvalidValue, QueueFull, RequestNotFound
-from xllm_py.openai.kept import KEEP_S, MOST_KEY, KeptAnswers, place_after
+from xllm_py.base.errors import IdempotencyConflict, InvalidValue, QueueFull
+from xllm_py.openai.backend import Told
+from xllm_py.openai.kept import (
+    KEEP_S,
+    MOST_KEY,
+    MOST_ORIGIN,
+    KeptAnswers,
+    Origin,
+    place_after,
+    unpacked,
+)
 
 PROMPT = "abcdefghij"
 BODY = {"model": "tiny", "prompt": PROMPT, "stream": True}
@@ -176,8 +186,7 @@ def test_what_is_done_is_forgotten_and_what_nobody_reads_is_given_up() -> None:
     clock.turn(KEEP_S - 1)
     assert table.open("", "k", "/p", b"{}") == (kept, False)
     clock.turn(2)
-    with pytest.raises(RequestNotFound):
-        table.find("", "r")
+    assert table.find("", "r") is None
     assert len(table) == 0
 
 
@@ -189,6 +198,90 @@ def test_keys_are_bounded_and_tied_to_path_and_body() -> None:
     with pytest.raises(InvalidValue):
         table.open("t", "a\nb", "/p", b"{}")
     assert table.open("u", "k" * MOST_KEY, "/q", b"{}")[0] is not kept
+
+
+# ---- at another master
+
+
+ASKED = json.dumps(BODY).encode()
+
+
+def told(said: tuple[int, ...], tenant: str = "") -> Told:
+    """What instances know when the other master has said these tokens."""
+    return Told(ids=said, origin=Origin(tenant, "k", "/v1/completions", ASKED).packed())
+
+
+async def test_every_master_gives_an_answer_the_same_id_and_computes_it_under_its_own_name(
+    make,
+) -> None:
+    one, other = make(), make()
+    first, second = await post(one, "k").done(), await post(other, "k").done()
+    assert id_of(first) == id_of(second) != id_of(await post(one, "l").done())
+    (mine,), (theirs,) = one.backend.submissions[:1], other.backend.submissions
+    assert mine.stream_id == theirs.stream_id == id_of(first)
+    assert mine.request_id != theirs.request_id
+    assert unpacked(mine.origin) == Origin("", "k", "/v1/completions", ASKED)
+
+
+async def test_the_rest_of_a_stream_comes_from_a_master_that_has_only_its_id(make) -> None:
+    one, other = make(), make()
+    whole = await post(one, "k").done()
+    other.backend.known[id_of(whole)] = told(one.backend.submissions[0].prompt_ids[:4])
+    rest = await other.ask("GET", f"/v1/streams/{id_of(whole)}?starting_after=2")
+    assert rest.status == 200
+    assert rest.text() == PROMPT[3:]
+    assert whole.body.endswith(rest.body)
+    assert other.backend.num_tokens == len(PROMPT) - 4  # what was said is not computed again
+
+
+@pytest.mark.parametrize(
+    "known", [None, Told(), Told(origin=b"\xff"), told((4,), tenant="somebody")]
+)
+async def test_a_stream_of_somebody_else_or_of_nobody_is_not_found(
+    make, known: Told | None
+) -> None:
+    door = make()
+    if known is not None:
+        door.backend.known["cmpl-1"] = known
+    answer = await door.ask("GET", "/v1/streams/cmpl-1")
+    check_error(answer, 404, "request_not_found", None)
+    assert door.backend.submissions == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "asks"),
+    [
+        ({}, False),
+        ({"x_stainless_retry_count": "0"}, False),
+        ({"x_stainless_retry_count": "1"}, True),
+        ({"last_event_id": "cmpl-1:0:3"}, True),
+    ],
+)
+async def test_instances_are_asked_only_for_what_was_asked_before(
+    make, headers: dict[str, str], asks: bool
+) -> None:
+    door = make()
+    answer = await post(door, "k", **headers).done()
+    assert door.backend.recalled == ([answer_id(door)] if asks else [])
+    assert answer.text() == (PROMPT[4:] if "last_event_id" in headers else PROMPT)
+
+
+def answer_id(door: Door) -> str:
+    return door.backend.submissions[0].stream_id
+
+
+async def test_a_request_with_several_prompts_is_made_anew(make) -> None:
+    door = make()
+    body = {**BODY, "prompt": ["ab", "cd"]}
+    await post(door, "k", body, x_stainless_retry_count="1").done()
+    names = [each.stream_id for each in door.backend.submissions]
+    assert names == [names[0], f"{names[0]}-1"]
+    assert [bool(each.origin) for each in door.backend.submissions] == [True, False]
+    assert door.backend.recalled == []
+
+
+def test_what_was_asked_goes_along_unless_it_is_long() -> None:
+    assert Origin("", "k", "/v1/completions", bytes(MOST_ORIGIN)).packed() == b""
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,16 @@ def request_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
+def life_of(request_id: str) -> str:
+    """A name for one time that this request is computed: the id, and 32 random bits in hex behind a dot."""
+    return f"{request_id}.{secrets.token_hex(4)}"
+
+
+def is_life_of(life: str, request_id: str) -> bool:
+    """Whether `life_of` made it of this id."""
+    return life.rpartition(".")[0] == request_id
+
+
 def incarnation_id() -> str:
     """128 random bits in hex, made once per process."""
     return secrets.token_hex(16)

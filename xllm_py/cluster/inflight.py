@@ -203,8 +203,9 @@ class Inflight:
         decode: str = "",
         max_tokens: int,
         num_choices: int = 1,
+        told: tuple[int, ...] = (),
     ) -> RequestLog:
-        """Begin a request. first, decode: incarnations. The request id must not be open already."""
+        """Begin a request. first, decode: incarnations. told: tokens that its reader has already. The request id must not be open already."""
         if request_id in self._logs:
             raise ValueError(f"request {request_id} is open already")
         log = RequestLog(
@@ -216,6 +217,8 @@ class Inflight:
             needed={first, decode} - {""},
             choices=[ChoiceLog() for _ in range(num_choices)],
         )
+        log.choices[0].ids += told
+        log.choices[0].num_read = len(told)
         self._logs[request_id] = log
         return log
 

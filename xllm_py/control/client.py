@@ -212,10 +212,13 @@ class InstanceClient:
         reply = await self._caller.unary("Drain", message, pb.DrainReply, self._timeout_s)
         return reply.num_open
 
-    async def describe(self) -> dict[str, Any]:
-        """Card, state, load and ledger, for people and for new masters."""
+    async def describe(self, stream_id: str = "") -> dict[str, Any]:
+        """Card, state, load and ledger, for people; with a stream's id what was said of that request, for another master."""
         reply = await self._caller.unary(
-            "Describe", pb.DescribeRequest(), pb.DescribeReply, DESCRIBE_TIMEOUT_S
+            "Describe",
+            pb.DescribeRequest(stream_id=stream_id),
+            pb.DescribeReply,
+            DESCRIBE_TIMEOUT_S,
         )
         try:
             value = json.loads(reply.json)

@@ -15,6 +15,7 @@ from xllm_py.control.bounds import (
     MAX_GRAMMAR,
     MAX_IDS,
     MAX_OFFERS,
+    MAX_ORIGIN,
     MAX_TEXT,
     check,
     column,
@@ -76,6 +77,8 @@ def from_submission(submission: Submission) -> pb.Submission:
         ttft_slo_ms=submission.ttft_slo_ms,
         tpot_slo_ms=submission.tpot_slo_ms,
         trace=submission.trace,
+        stream_id=submission.stream_id,
+        origin=submission.origin,
     )
 
 
@@ -86,6 +89,7 @@ def to_submission(message: pb.Submission) -> Submission:
     num_ids = len(message.prompt_ids) + len(message.generated_ids)
     check(len(message.prompt_ids) > 0 and num_ids <= MAX_IDS, f"a submission of {num_ids} tokens")
     check(0 < message.timeout_s < float("inf"), "a submission without time")
+    check(len(message.origin) <= MAX_ORIGIN, "the origin of a submission is too long")
     receiver = message.receiver
     return Submission(
         request_id=label(message.request_id),
@@ -110,6 +114,8 @@ def to_submission(message: pb.Submission) -> Submission:
         ttft_slo_ms=message.ttft_slo_ms,
         tpot_slo_ms=message.tpot_slo_ms,
         trace=label(message.trace),
+        stream_id=label(message.stream_id),
+        origin=message.origin,
     )
 
 

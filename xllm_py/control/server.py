@@ -27,6 +27,7 @@ from xllm_py.base.errors import (
 )
 from xllm_py.base.ports import port_taken
 from xllm_py.control import convert, convert_streams, methods, proof, status
+from xllm_py.control.bounds import label
 from xllm_py.control.channels import SERVER_OPTIONS
 from xllm_py.control.pb import xllm_pb2 as pb
 from xllm_py.control.tls import server_credentials
@@ -62,7 +63,7 @@ class InstanceHandlers(Protocol):
         self, request_ids: list[str], attempts: list[int], reason: str
     ) -> list[str]: ...
     async def drain(self, mode: str, timeout_s: float) -> int: ...
-    async def describe(self) -> dict[str, Any]: ...
+    async def describe(self, stream_id: str) -> dict[str, Any]: ...
 
     def generations(
         self, ups: AsyncIterator[GenerationsUp]
@@ -301,7 +302,9 @@ def _instance_table(guard: _Guard, to: InstanceHandlers) -> dict[str, MethodHand
         return pb.DrainReply(num_open=await to.drain(message.mode, message.timeout_s))
 
     async def describe(message: pb.DescribeRequest) -> Message:
-        return pb.DescribeReply(json=json.dumps(await to.describe()).encode())
+        return pb.DescribeReply(
+            json=json.dumps(await to.describe(label(message.stream_id))).encode()
+        )
 
     return {
         "Submit": guard.unary("Submit", pb.SubmitRequest, submit),

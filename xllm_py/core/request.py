@@ -49,6 +49,10 @@ class Submission:
     ttft_slo_ms: float = 0.0  # what the client hopes for; 0: nothing in particular
     tpot_slo_ms: float = 0.0
     trace: str = ""  # the client's `traceparent` with a span of ours; empty: none
+    stream_id: str = ""  # under which the client may ask another master for it; empty: it will not
+    origin: bytes = (
+        b""  # what another master needs to make the answer; empty: only the client has it
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,10 +20,12 @@ from xllm_py.instance.generations import Generations
 from xllm_py.instance.outlets import Destination, Outlets
 from xllm_py.instance.relay import Relay
 from xllm_py.instance.replicas import Engine, worst
+from xllm_py.instance.token_logs import TokenLog, TokenLogs, as_json
 from xllm_py.wire.control_messages import GenerationsDown, GenerationsUp, LinkHealth, LinkState
 
 _log = log.get(__name__)
 _ENGINE_TIMEOUT_S = 30.0  # the engine answers between two steps, and a step may be a long prefill
+_LOOK_S, _LOOKS = 0.1, 10  # how often, and how many times it is looked whether a master is dead
 
 
 class ControlService:
@@ -42,6 +44,7 @@ class ControlService:
         tasks: TaskFamily,
         drain: Callable[[float], Awaitable[None]],
         describe: Callable[[], Awaitable[dict[str, Any]]],
+        token_logs: TokenLogs,
     ) -> None:
         self._engine = engine
         self._outlets = outlets
@@ -53,6 +56,7 @@ class ControlService:
         self._tasks = tasks
         self._drain = drain
         self._describe = describe
+        self._token_logs = token_logs
         self._givers: dict[str, Card] = {}  # by incarnation
         self._refused: dict[str, str] = {}  # name -> why, as it was logged
         self.draining = False
@@ -136,6 +140,8 @@ class ControlService:
 
     async def first_generation(self, firsts: list[FirstToken]) -> list[bool]:
         """A giver's first tokens."""
+        for first in firsts:
+            self._outlets.on_first(first)
         return await self._engine.first_tokens(firsts, timeout_s=_ENGINE_TIMEOUT_S)
 
     async def link_instance(self, card_json: bytes) -> None:
@@ -227,9 +233,31 @@ class ControlService:
         await self._drain(timeout_s if mode == "finish" else 0.0)
         return self._outlets.num_open
 
-    async def describe(self) -> dict[str, Any]:
-        """Card, state, load and ledger."""
-        return await self._describe()
+    async def describe(self, stream_id: str) -> dict[str, Any]:
+        """Card, state, load and ledger; or what was said of one request, which ends here when its own master does not listen."""
+        if not stream_id:
+            return await self._describe()
+        found = self._token_logs.find(stream_id)
+        if found is not None and not self._give_over(found):
+            self._tasks.start(self._give_over_soon(found), name=f"give over {found.request_id}")
+        return as_json(found)
+
+    def _give_over(self, log: TokenLog) -> bool:
+        """Another master goes on with this one: end it when its own does not listen. Whether it has ended."""
+        if log.ended_at is None:
+            to = self._outlets.destination(log.request_id)
+            if to is None or not self._generations.is_broken(to):
+                return False
+            _log.info("taken over by another master", request=log.request_id)
+            self.end([log.request_id], [log.attempt])
+        return True
+
+    async def _give_over_soon(self, log: TokenLog) -> None:
+        """The other master may have been asked before we saw that ours is dead."""
+        for _ in range(_LOOKS):
+            await asyncio.sleep(_LOOK_S)
+            if self._give_over(log):
+                return
 
     async def generations(
         self, ups: AsyncIterator[GenerationsUp]

@@ -30,12 +30,18 @@ class EngineMeasures:
             told: metrics.counter(f"prefix_cache_{name}", text) for told, name, text in _COUNTERS
         }
         self._seen = dict.fromkeys(self._counters, 0)
+        self._steps = metrics.counter("engine_steps", "Steps that the engine has computed")
+        self._tokens = metrics.counter("engine_tokens", "Tokens of answers that it has sampled")
+        self._told = m.Progress()
         blocks = metrics.gauge("kv_blocks", _BLOCKS, ("state",))
         for state in ("free", "active", "cached", "staged", "quarantined"):
             blocks.labels(state).set_function(_reader(progress, state))
 
     def on_progress(self, progress: m.Progress) -> None:
         """The engine has spoken."""
+        self._steps.inc(max(0, progress.steps - self._told.steps))
+        self._tokens.inc(max(0, progress.tokens - self._told.tokens))
+        self._told = progress
         for name, total in progress.prefix.items():
             self._counters[name].inc(total - self._seen[name])
             self._seen[name] = total

@@ -135,6 +135,11 @@ class Generations:
         for talk in self._streams.values():
             talk.forget(request_id, attempt)
 
+    def is_broken(self, destination: Destination) -> bool:
+        """Whether the stream there ended and nobody was heard since."""
+        talk = self._streams.get(destination)
+        return talk is not None and talk.broken
+
     @property
     def num_unacknowledged(self) -> int:
         """Requests with entries that were not acknowledged, for the ledger."""
@@ -149,6 +154,7 @@ class _Talk:
         self.destination = destination
         self.told: dict[Key, _Told] = {}
         self.task: asyncio.Task[None] | None = None  # that talks
+        self.broken = False  # nobody was heard since it broke
         self._queue: list[GenerationsUp] = []
         self._news = asyncio.Event()
         self._sequence = 0
@@ -205,6 +211,7 @@ class _Talk:
                 reason = "closed by the other side"
             except XllmError as error:
                 reason = error.message
+            self.broken = True
             now = clock.now()
             if now - began > 1.0:
                 broken_at, retry_s = now, _FIRST_RETRY_S
@@ -270,6 +277,7 @@ class _Talk:
         return None
 
     def _on_down(self, down: GenerationsDown) -> None:
+        self.broken = False
         acks = zip(
             down.acks.request_ids,
             down.acks.attempts,

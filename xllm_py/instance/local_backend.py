@@ -13,7 +13,7 @@ from xllm_py.base.errors import DeadlineExceeded, RequestError
 from xllm_py.core.request import Submission
 from xllm_py.instance.outlets import LocalOutlet, Outlets
 from xllm_py.instance.replicas import Engine
-from xllm_py.openai.backend import Delta, Readiness, ServedModel
+from xllm_py.openai.backend import Delta, Readiness, ServedModel, Told
 
 # the engine ends a request at its deadline itself; this much later the door stops waiting for it
 _GRACE_S = 2.0
@@ -39,8 +39,10 @@ class LocalBackend:
         self._clock = clock
         self._on_journey = on_journey
 
-    async def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
-        """See Backend.generate."""
+    async def generate(
+        self, submission: Submission, told: Told | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """See Backend.generate; nothing is ever told here."""
         outlet = self._outlets.open_local(submission.request_id)
         state = "cancelled"
         num_going_on = submission.sampling.best_of
@@ -75,6 +77,10 @@ class LocalBackend:
         taken = _coalesce(list(outlet.deltas))
         outlet.deltas.clear()
         return taken
+
+    async def recall(self, stream_id: str) -> Told | None:
+        """An instance's own door has no other beside it."""
+        return None
 
     def models(self) -> tuple[ServedModel, ...]:
         """One model under each of its served names."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from xllm_py.base.errors import RequestError, request_error
 from xllm_py.core.plan import FINISH_LENGTH, FINISH_STOP, Outputs
-from xllm_py.core.request import Submission
+from xllm_py.core.request import FirstToken, Submission
+from xllm_py.instance.token_logs import TokenLog, TokenLogs
 from xllm_py.openai.backend import Delta
 from xllm_py.wire import messages as m
 
@@ -40,6 +41,7 @@ class RemoteOutlet:
     destination: Destination
     attempt: int
     num_going_on: int
+    log: TokenLog | None = None  # what it says, when that is kept
 
 
 @dataclass(slots=True)
@@ -65,8 +67,12 @@ class LocalOutlet:
 class Outlets:
     """All open requests of this instance, by id."""
 
-    def __init__(self, send: Callable[[Destination, Outputs], None]) -> None:
+    def __init__(
+        self, send: Callable[[Destination, Outputs], None], logs: TokenLogs | None = None
+    ) -> None:
+        """logs: of an instance that masters speak to."""
         self._send = send
+        self._logs = logs
         self._local: dict[str, LocalOutlet] = {}
         self._remote: dict[str, RemoteOutlet] = {}
 
@@ -78,7 +84,10 @@ class Outlets:
     def open_remote(self, submission: Submission, destination: Destination) -> None:
         """For a request a master or a giver sent us; a later attempt takes the place of an earlier one."""
         self._remote[submission.request_id] = RemoteOutlet(
-            destination, submission.attempt, submission.sampling.best_of
+            destination,
+            submission.attempt,
+            submission.sampling.best_of,
+            self._logs.open(submission) if self._logs is not None else None,
         )
 
     def close(self, request_id: str, attempt: int = 0) -> None:
@@ -86,14 +95,25 @@ class Outlets:
         self._local.pop(request_id, None)
         outlet = self._remote.get(request_id)
         if outlet is not None and attempt in (0, outlet.attempt):
-            del self._remote[request_id]
+            self._drop(request_id, outlet)
+
+    def _drop(self, request_id: str, outlet: RemoteOutlet) -> None:
+        del self._remote[request_id]
+        if outlet.log is not None and self._logs is not None:
+            self._logs.end(outlet.log)
+
+    def on_first(self, first: FirstToken) -> None:
+        """The giver has said this token, behind those of earlier attempts."""
+        outlet = self._remote.get(first.request_id)
+        if outlet is not None and outlet.log is not None and outlet.attempt == first.attempt:
+            outlet.log.put(outlet.log.num_before, first.token_ids[0])
 
     def on_reservations_ended(self, ended: m.ReservationsEnded) -> None:
         """What was promised to a giver and will never run says nothing any more."""
         for request_id, attempt in zip(ended.request_ids, ended.attempts, strict=True):
             outlet = self._remote.get(request_id)
             if outlet is not None and outlet.attempt == attempt:
-                del self._remote[request_id]
+                self._drop(request_id, outlet)
 
     def on_outputs(self, outputs: Outputs) -> None:
         """Distribute one step."""
@@ -108,9 +128,11 @@ class Outlets:
                 continue
             column = columns.setdefault(remote.destination, Outputs(step=outputs.step))
             copy_entry(outputs, index, column)
+            if remote.log is not None and outputs.token_ids[index] >= 0:
+                remote.log.put(outputs.positions[index], outputs.token_ids[index])
             reason = outputs.finish_reasons[index]
             if reason and reason not in GOOD_FINISHES:
-                del self._remote[request_id]
+                self._drop(request_id, remote)
             elif reason:
                 self._choice_ended(request_id, remote)
         for destination, column in columns.items():
@@ -121,7 +143,7 @@ class Outlets:
         if left.num_going_on:
             self._remote[request_id] = left
         else:
-            del self._remote[request_id]
+            self._drop(request_id, remote)
 
     def reroute(self, request_ids: list[str], destination: Destination) -> None:
         """What these say from now on goes elsewhere; those that have ended meanwhile are passed over."""

@@ -37,6 +37,7 @@ from xllm_py.instance.peers import Peers, identified
 from xllm_py.instance.records import Records
 from xllm_py.instance.relay import Relay
 from xllm_py.instance.replicas import make_engine
+from xllm_py.instance.token_logs import TokenLogs
 from xllm_py.openai.backend import Readiness, ServedModel
 from xllm_py.registry.base import Registry
 from xllm_py.wire import messages as m
@@ -59,7 +60,8 @@ class Parts:
         self.engine_ready = m.Ready()  # nothing, before it is loaded
         self.ready: Callable[[], Readiness] = lambda: Readiness(ready=False, reasons=("loading",))
         self.records = Records(clock)
-        self.outlets = Outlets(self._send)
+        self.token_logs = TokenLogs(clock)
+        self.outlets = Outlets(self._send, self.token_logs)
         handlers = EngineHandlers(
             on_outputs=self.outlets.on_outputs,
             on_offers=lambda offers: self._in_cluster().peers.on_offers(offers),
@@ -253,6 +255,7 @@ async def routed_parts(
         tasks=parts.tasks,
         drain=drain,
         describe=functools.partial(_describe, parts, identity),
+        token_logs=parts.token_logs,
     )
     control = await _open_control(parts, identity, service)
     routed = Routed(

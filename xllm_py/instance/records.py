@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from xllm_py.base import ids
 from xllm_py.base.clock import Clock
 
 _MOST = 1000
@@ -25,6 +26,9 @@ class Records:
             self._records.popitem(last=False)
 
     def get(self, request_id: str) -> tuple[str, dict[str, float]] | None:
-        """State and moments; None when it is unknown or forgotten."""
+        """State and moments, by the request's own name or the id its client sees; None when it is unknown or forgotten."""
         found = self._records.get(request_id)
+        if found is None:
+            lives = (name for name in reversed(self._records) if ids.is_life_of(name, request_id))
+            found = self._records.get(next(lives, ""))
         return found[1:] if found is not None else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import RequestError
@@ -19,30 +19,41 @@ from xllm_py.master.dispatcher import Dispatcher, Run, late
 from xllm_py.master.generations import OpenRequest
 from xllm_py.master.journeys import Journeys
 from xllm_py.master.router import Router
-from xllm_py.openai.backend import Delta, Readiness, ServedModel
+from xllm_py.openai.backend import Delta, Readiness, ServedModel, Told
 
 
 class ClusterBackend:
     """Implements openai.backend.Backend."""
 
     def __init__(
-        self, *, router: Router, dispatcher: Dispatcher, journeys: Journeys, clock: Clock
+        self,
+        router: Router,
+        dispatcher: Dispatcher,
+        journeys: Journeys,
+        recall: Callable[[str], Awaitable[Told | None]],
+        clock: Clock,
     ) -> None:
+        """recall: asks the instances what they have said of a request by the id of its stream."""
         self._router = router
+        self._recall = recall
         self._dispatcher = dispatcher
         self._journeys = journeys
         self._clock = clock
 
     # ---- Backend ----
 
-    async def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, submission: Submission, told: Told | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """See Backend.generate."""
         received = self._clock.now()
         record = self._journeys.open(submission.request_id, received, submission.trace)
         num_going_on = submission.sampling.best_of
         run = None
         try:
-            run = self._dispatcher.begin(submission, record, received)
+            run = self._dispatcher.begin(submission, record, received, told or Told())
+            if run.told.ids:
+                yield Delta(position=0, token_ids=run.told.ids)
             opened = await self._dispatcher.start(run)
             while num_going_on:
                 for delta in await self._next(run, opened):
@@ -57,6 +68,10 @@ class ClusterBackend:
                 record.state = "cancelled" if num_going_on else "finished"
             if run is not None:
                 self._dispatcher.close(run, finished=not num_going_on)
+
+    async def recall(self, stream_id: str) -> Told | None:
+        """See Backend."""
+        return await self._recall(stream_id)
 
     def models(self) -> tuple[ServedModel, ...]:
         """Every name that routable instances serve, with the limits all of them keep."""

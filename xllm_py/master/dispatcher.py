@@ -34,11 +34,13 @@ from xllm_py.master.journeys import Record
 from xllm_py.master.peers import Peers
 from xllm_py.master.router import Router
 from xllm_py.master.waiting_room import WaitingRoom
+from xllm_py.openai.backend import Told
 
 _log = log.get(__name__)
 _CANCEL_TRIES = 3
 _CANCEL_WAIT_S = 0.2
 _CLOSE_S = 1.0
+NOTHING = Told()
 _PACED_TOKENS = 16  # of an answer between two looks at its pace
 
 
@@ -62,6 +64,7 @@ class Run:
     deadline: float
     attempts: Attempts
     fingerprint: bytes
+    told: Told = NOTHING  # its log begins with it
     opened: OpenRequest | None = None
     route: Route | None = None  # of the current attempt
     giver: str = ""  # the P of the attempt before
@@ -108,8 +111,10 @@ class Dispatcher:
             "failover_seconds", "From the loss of an attempt to the next token"
         )
 
-    def begin(self, submission: Submission, record: Record, received: float) -> Run:
-        """A request comes in. Raises RequestQuarantined."""
+    def begin(
+        self, submission: Submission, record: Record, received: float, told: Told = NOTHING
+    ) -> Run:
+        """A request comes in. told: what the client has of it already. Raises RequestQuarantined."""
         fingerprint = _fingerprint(submission)
         if self._quarantine.refuses(fingerprint, received):
             raise RequestQuarantined(
@@ -123,6 +128,8 @@ class Dispatcher:
                 most=self._terms.max_attempts, patience_s=self._terms.queue_timeout_s
             ),
             fingerprint=fingerprint,
+            told=told,
+            numerics=told.numerics,
         )
 
     def counts(self) -> dict[str, int]:
@@ -229,7 +236,7 @@ class Dispatcher:
         """Choose instances and open the log, or go on with it. Raises as Router.place."""
         run.route = None
         attempts = run.attempts
-        said = run.opened.log.generated_ids if run.opened is not None else ()
+        said = run.opened.log.generated_ids if run.opened is not None else run.told.ids
         submission = dataclasses.replace(
             run.submission, attempt=attempts.number, generated_ids=said
         )

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from xllm_py.base.errors import NoInstances
 from xllm_py.core.request import Submission
 from xllm_py.master.admin import ROUTES, AdminRoutes
-from xllm_py.openai.backend import Backend, Delta, Readiness, ServedModel
+from xllm_py.openai.backend import Backend, Delta, Readiness, ServedModel, Told
 from xllm_py.openai.exchange import Handler, Request
 
 
@@ -39,11 +39,17 @@ class Front:
 
         return handle
 
-    def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
+    def generate(
+        self, submission: Submission, told: Told | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """See Backend."""
         if self._backend is None:
             raise NoInstances("the master is still starting")
-        return self._backend.generate(submission)
+        return self._backend.generate(submission, told)
+
+    async def recall(self, stream_id: str) -> Told | None:
+        """See Backend."""
+        return await self._backend.recall(stream_id) if self._backend is not None else None
 
     def models(self) -> tuple[ServedModel, ...]:
         """See Backend."""

@@ -103,6 +103,7 @@ class Generations:
                 decode=route.decode.incarnation_id if route.decode else "",
                 max_tokens=submission.sampling.max_tokens,
                 num_choices=submission.sampling.best_of,
+                told=submission.generated_ids,
             ),
             record=record,
         )

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from xllm_py.base import ids
 from xllm_py.cluster.routing import Route
 from xllm_py.core.journey import Moment
 
@@ -140,5 +141,9 @@ class Journeys:
         return reversed(self._records.values())
 
     def get(self, request_id: str) -> Record | None:
-        """A request that is not forgotten yet."""
-        return self._records.get(request_id)
+        """A request that is not forgotten yet, by its own name or by the id its client sees."""
+        found = self._records.get(request_id)
+        lives = (
+            each for each in self.newest_first() if ids.is_life_of(each.request_id, request_id)
+        )
+        return found or next(lives, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from xllm_py.master.instance_manager import InstanceManager
 from xllm_py.master.journeys import Journeys
 from xllm_py.master.links import Links
 from xllm_py.master.peers import Peers
+from xllm_py.master.recall import recall
 from xllm_py.master.roles import Roles
 from xllm_py.master.router import Policy, Router
 
@@ -145,7 +147,8 @@ def assemble(
         metrics=metrics,
         terms=_terms(config, identity),
     )
-    backend = ClusterBackend(router=router, dispatcher=dispatcher, journeys=journeys, clock=clock)
+    remember = functools.partial(recall, manager, peers)
+    backend = ClusterBackend(router, dispatcher, journeys, remember, clock)
     return Parts(
         manager=manager,
         peers=peers,

@@ -25,6 +25,7 @@ from xllm_py.base.errors import (
     InvalidValue,
     MethodNotAllowed,
     RequestError,
+    RequestNotFound,
     RequestReadTimeout,
 )
 from xllm_py.base.metrics import Metrics
@@ -35,7 +36,7 @@ from xllm_py.openai.exchange import Exchange, Handler, HeaderList, Message, Plai
 from xllm_py.openai.generation import Generation, Outlet
 from xllm_py.openai.host_check import check_host
 from xllm_py.openai.intake import Intake, Order
-from xllm_py.openai.kept import Kept, KeptAnswers, TokenByToken, place_after
+from xllm_py.openai.kept import Kept, KeptAnswers, TokenByToken, place_after, unpacked
 from xllm_py.openai.key_check import KeyRing
 from xllm_py.openai.measures import Measures
 from xllm_py.openai.plain_routes import PlainRoutes
@@ -244,23 +245,32 @@ class App:
         after = place_after(exchange.headers.get("last-event-id"), None)
         kept, fresh = self._kept.open(self._tenant(exchange), key, exchange.path, data)
         if fresh:
-            timeout_s, trace = self._timeout_s(exchange), exchange.trace
-            work = self._produce(kept, data, timeout_s, trace, chat=chat)
-            kept.task = self._tasks.start(work, name="kept answer")
-            kept.task.add_done_callback(lambda _: self._on_produced(kept))
+            retried = exchange.headers.get("x-stainless-retry-count", "0") != "0"
+            self._begin(exchange, kept, data, chat=chat, recall=retried or after is not None)
         await self._follow(exchange, kept, after)
 
-    async def _produce(
-        self, kept: Kept, data: bytes, timeout_s: float, trace: str, *, chat: bool
+    def _begin(
+        self, exchange: Exchange, kept: Kept, data: bytes, *, chat: bool, recall: bool
     ) -> None:
+        timeout_s, trace = self._timeout_s(exchange), exchange.trace
+        work = self._produce(kept, data, timeout_s, trace, chat=chat, recall=recall)
+        kept.task = self._tasks.start(work, name="kept answer")
+        kept.task.add_done_callback(lambda _: self._on_produced(kept))
+
+    async def _produce(
+        self, kept: Kept, data: bytes, timeout_s: float, trace: str, *, chat: bool, recall: bool
+    ) -> None:
+        """recall: it may have been asked for elsewhere before."""
         try:
             async with self._deadline(timeout_s):
                 take = self._intake.chat if chat else self._intake.completion
                 order = await take(data, timeout_s, kept.tenant, kept.identity)
-                order = order.traced(trace)
-                kept.request_id = order.response_id
+                order = order.traced(trace).kept_as(kept.identity, kept.origin)
+                kept.request_id, told = order.response_id, None
+                if recall and len(order.submissions) == 1:
+                    told = await self._backend.recall(order.response_id)
                 generation = self._generation(kept, order)
-                await generation.run(TokenByToken(self._backend), self._tasks)
+                await generation.run(TokenByToken(self._backend, told), self._tasks)
         except RequestError as error:
             self._kept.drop(kept)
             kept.fail(error)
@@ -283,7 +293,6 @@ class App:
         """GET /v1/streams/{id}: the rest of an answer whose connection was lost."""
         query = exchange.request(params).query
         after = place_after(exchange.headers.get("last-event-id"), query.get("starting_after"))
-        kept = self._kept.find(self._tenant(exchange), params["id"])
         self._open.add(exchange)
         self._idle.clear()
         try:
@@ -291,9 +300,26 @@ class App:
                 self._deadline(self.settings.request_timeout_s),
                 exchange.attended(self._tasks, self.settings.keepalive_s),
             ):
+                kept = self._kept.find(self._tenant(exchange), params["id"])
+                kept = kept or await self._recalled(exchange, params["id"])
                 await self._follow(exchange, kept, after)
         finally:
             self._close_exchange(exchange)
+
+    async def _recalled(self, exchange: Exchange, stream_id: str) -> Kept:
+        """An answer that was asked for at another master; what was asked is found with it. Raises RequestNotFound."""
+        self._admit_new()
+        told = await self._backend.recall(stream_id)
+        origin = unpacked(told.origin) if told is not None else None
+        if origin is None or origin.tenant != self._tenant(exchange):
+            raise RequestNotFound(
+                "no such stream is known; send the request again with its Idempotency-Key"
+            )
+        kept, fresh = self._kept.open(origin.tenant, origin.key, origin.path, origin.body)
+        if fresh:
+            chat = origin.path.endswith("/chat/completions")
+            self._begin(exchange, kept, origin.body, chat=chat, recall=True)
+        return kept
 
     def _close_exchange(self, exchange: Exchange) -> None:
         self._open.discard(exchange)
@@ -303,9 +329,12 @@ class App:
     def _tenant(self, exchange: Exchange) -> str:
         return self._keys.holder(exchange.headers.get("authorization")) or ""
 
-    def _admit(self) -> None:
+    def _admit_new(self) -> None:
         if self._draining:
             raise Draining("the server is stopping; send the request to another one")
+
+    def _admit(self) -> None:
+        self._admit_new()
         if len(self._open) >= self.settings.open_limit:
             raise ConcurrencyLimit(
                 f"{len(self._open)} requests are open, which is the limit; try again soon"

@@ -34,6 +34,15 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What others are known to have said of a request already: a new answer goes on behind it."""
+
+    ids: tuple[int, ...] = ()  # of its one choice
+    numerics: str = ""  # what they were computed with, when it was one thing
+    origin: bytes = b""  # Submission.origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
     """One row of /v1/models and the limits the door checks."""
 
@@ -56,14 +65,20 @@ class Readiness:
 
 
 class Backend(Protocol):
-    """One verb that computes, two that tell."""
+    """One verb that computes, and others that tell."""
 
-    def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
-        """Deltas until each choice has finished.
+    def generate(
+        self, submission: Submission, told: Told | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """Deltas until each choice has finished, of what was told already first.
 
         Raises a RequestError leaf, before or after the first delta. Closing the generator early (aclose, or
         cancellation of its consumer) ends the request everywhere at once. Never runs past submission.timeout_s.
         """
+        ...
+
+    async def recall(self, stream_id: str) -> Told | None:
+        """What is known of a request that somebody else was asked for; None when nothing is."""
         ...
 
     def models(self) -> tuple[ServedModel, ...]:

@@ -77,6 +77,21 @@ class Order:
         traced = tuple(replace(each, trace=trace) for each in self.submissions)
         return replace(self, submissions=traced)
 
+    def kept_as(self, identity: bytes, origin: bytes) -> Order:
+        """Under an id that every master gives it; within the cluster its requests go by names of their own, so that two masters may have it."""
+        shown = f"{self.response_id.partition('-')[0]}-{identity.hex()[:24]}"
+        life = ids.life_of(shown)
+        named = tuple(
+            replace(
+                each,
+                request_id=life if index == 0 else f"{life}-{index}",
+                stream_id=shown if index == 0 else f"{shown}-{index}",
+                origin=origin if index == 0 else b"",
+            )
+            for index, each in enumerate(self.submissions)
+        )
+        return replace(self, response_id=shown, submissions=named)
+
 
 @dataclass(frozen=True, slots=True)
 class _Caller:

@@ -4,8 +4,9 @@ The answer is produced once, into a list of events; every connection that asks f
 lost its connection asks again, with the same key and body, or by GET /v1/streams/{id}, and goes on behind the last event it saw; and one that
 asks twice gets one answer. An answer is kept for a minute after its end, and given up a minute after the last reader left.
 
-Another master knows nothing of the list, but makes the same one: seeds come from key and body where the body has none, and an event never holds more
-than one token, so that "after position n" is the same place in both. Held in memory, bounded in number and bytes.
+Another master knows nothing of the list, but makes the same one: seeds and the id come from key and body, and an event never holds more than one
+token, so that "after position n" is the same place in both. It asks the instances what they have said of it already (Backend.recall), and what was
+asked when the client brings nothing but the id. Held in memory, bounded in number and bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import (
     ConcurrencyLimit,
@@ -23,17 +26,39 @@ from xllm_py.base.errors import (
     InvalidValue,
     PositionBeyondEnd,
     RequestError,
-    RequestNotFound,
 )
 from xllm_py.core.request import Submission
-from xllm_py.openai.backend import Backend, Delta, Readiness, ServedModel
+from xllm_py.openai.backend import Backend, Delta, Readiness, ServedModel, Told
 from xllm_py.openai.exchange import Exchange
 
 KEEP_S = 60.0
 MOST_KEPT = 1000
 MOST_BYTES = 256 << 20  # of all; what grows already may pass it
 MOST_KEY = 255  # characters
+MOST_ORIGIN = 256 << 10  # bytes of a request that go to instances, for another master to find
 Place = tuple[int, int]  # choice, position
+
+
+class Origin(msgspec.Struct, array_like=True, frozen=True):
+    """What was asked, as it goes along to the instances: whoever finds it there can answer it too."""
+
+    tenant: str
+    key: str
+    path: str
+    body: bytes
+
+    def packed(self) -> bytes:
+        """Empty when it is too long: then only the client can ask again."""
+        packed = msgspec.msgpack.encode(self)
+        return packed if len(packed) <= MOST_ORIGIN else b""
+
+
+def unpacked(origin: bytes) -> Origin | None:
+    """None when there is none, or it makes no sense."""
+    try:
+        return msgspec.msgpack.decode(origin, type=Origin) if origin else None
+    except msgspec.DecodeError:
+        return None
 
 
 @dataclass(slots=True, eq=False)
@@ -41,8 +66,9 @@ class Kept:
     """One answer, whole or growing."""
 
     digest: bytes  # of path and body
-    identity: bytes  # what its seeds come from
+    identity: bytes  # what its seeds and its id come from
     tenant: str
+    origin: bytes
     arrived: float
     arrived_wall: int
     request_id: str = ""
@@ -153,21 +179,20 @@ class KeptAnswers:
             digest=digest,
             identity=hashlib.blake2b(name, key=digest, digest_size=16).digest(),
             tenant=tenant,
+            origin=Origin(tenant, key, path, body).packed(),
             arrived=self._clock.now(),
             arrived_wall=int(self._clock.wall()),
             idle_since=self._clock.now(),
         )
         return kept, True
 
-    def find(self, tenant: str, request_id: str) -> Kept:
-        """By the answer's own id, of the same tenant only. Raises RequestNotFound."""
+    def find(self, tenant: str, request_id: str) -> Kept | None:
+        """By the answer's own id, of the same tenant only."""
         self.sweep()
         for kept in self._by_key.values():
             if kept.request_id == request_id and kept.tenant == tenant:
                 return kept
-        raise RequestNotFound(
-            "no such stream is kept here; send the request again with its Idempotency-Key"
-        )
+        return None
 
     def drop(self, kept: Kept) -> None:
         """A failure is not kept: who asks again is served anew."""
@@ -207,20 +232,27 @@ def place_after(last_event_id: str | None, starting_after: str | None) -> Place 
 
 
 class TokenByToken:
-    """Another backend, never more than one token in a Delta. Implements Backend."""
+    """Another backend, never more than one token in a Delta. Implements Backend. told: of the one request it will be asked for."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, told: Told | None = None) -> None:
         self._backend = backend
+        self._told = told
 
-    async def generate(self, submission: Submission) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, submission: Submission, told: Told | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """See Backend."""
-        source = self._backend.generate(submission)
+        source = self._backend.generate(submission, told or self._told)
         try:
             async for delta in source:
                 for each in _singles(delta):
                     yield each
         finally:
             await source.aclose()
+
+    async def recall(self, stream_id: str) -> Told | None:
+        """See Backend."""
+        return await self._backend.recall(stream_id)
 
     def models(self) -> tuple[ServedModel, ...]:
         """See Backend."""

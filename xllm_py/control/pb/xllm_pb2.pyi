@@ -62,7 +62,7 @@ class Receiver(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_ids", "generated_ids", "sampling", "timeout_s", "receiver", "master", "relay", "model", "cache_salt", "priority", "offline", "ttft_slo_ms", "tpot_slo_ms", "trace")
+    __slots__ = ("request_id", "attempt", "prompt_ids", "generated_ids", "sampling", "timeout_s", "receiver", "master", "relay", "model", "cache_salt", "priority", "offline", "ttft_slo_ms", "tpot_slo_ms", "trace", "stream_id", "origin")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,8 @@ class Submission(_message.Message):
     TTFT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
     TPOT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -95,7 +97,9 @@ class Submission(_message.Message):
     ttft_slo_ms: float
     tpot_slo_ms: float
     trace: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., receiver: _Optional[_Union[Receiver, _Mapping]] = ..., master: _Optional[str] = ..., relay: bool = ..., model: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., offline: bool = ..., ttft_slo_ms: _Optional[float] = ..., tpot_slo_ms: _Optional[float] = ..., trace: _Optional[str] = ...) -> None: ...
+    stream_id: str
+    origin: bytes
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., generated_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., receiver: _Optional[_Union[Receiver, _Mapping]] = ..., master: _Optional[str] = ..., relay: bool = ..., model: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., offline: bool = ..., ttft_slo_ms: _Optional[float] = ..., tpot_slo_ms: _Optional[float] = ..., trace: _Optional[str] = ..., stream_id: _Optional[str] = ..., origin: _Optional[bytes] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("submission",)
@@ -266,8 +270,10 @@ class DrainReply(_message.Message):
     def __init__(self, num_open: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("stream_id",)
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    stream_id: str
+    def __init__(self, stream_id: _Optional[str] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
     __slots__ = ("json",)
