@@ -187,7 +187,7 @@ default_backend_type string xllm C
 MASTER_AS_XLLM = """
 request_timeout_s max_queue_size drain_timeout_s max_body_bytes max_best_of max_logprobs cluster_key_file tls_cert_file
 tls_key_file tls_ca_file api_key_file allow_insecure_http allowed_hosts log_level log_format verbose metrics debug_endpoints
-etcd_timeout_s etcd_start_timeout_s
+etcd_timeout_s etcd_start_timeout_s enable_failpoints
 """
 MASTER_C = """
 http_server_num_threads rpc_server_num_threads num_threads max_concurrency port listen_addr idle_timeout_s

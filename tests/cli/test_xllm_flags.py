@@ -344,8 +344,32 @@ def test_etcd_credentials_come_from_the_environment_and_are_not_echoed(build, mo
 
 def test_switches_of_the_original_in_the_environment_are_named_in_one_line(build, monkeypatch):
     monkeypatch.setenv("MC_TCP_PROTO", "1")
-    monkeypatch.setenv("XLLM_FAILPOINTS", "")
-    assert build().warnings == ("in the environment, ignored here: XLLM_FAILPOINTS, MC_TCP_PROTO",)
+    monkeypatch.setenv("ENABLE_XLLM_DEBUG_LOG", "")
+    assert build().warnings == (
+        "in the environment, ignored here: MC_TCP_PROTO, ENABLE_XLLM_DEBUG_LOG",
+    )
+
+
+def test_failpoints_need_their_flag_and_a_key_that_is_none(build, refused, tmp_path, monkeypatch):
+    keys = {}
+    for name, text in (("test", "test" * 8), ("real", "real" * 8)):
+        keys[name] = tmp_path / name
+        keys[name].write_text(text)
+        keys[name].chmod(0o600)
+    test, real = (f"--cluster_key_file={keys[name]}" for name in ("test", "real"))
+    monkeypatch.setenv("XLLM_FAILPOINTS", "d.step:kill9")
+    config = build(test)
+    assert config.engine.failpoints == ""
+    assert config.warnings == (
+        "in the environment, ignored without --enable_failpoints: XLLM_FAILPOINTS",
+    )
+    assert build(test, "--enable_failpoints").engine.failpoints == "d.step:kill9"
+    for words in ([], [real]):
+        (line,) = refused("--enable_failpoints", *words)
+        assert "must begin with 'test'" in line
+    monkeypatch.setenv("XLLM_FAILPOINTS", "d.step")
+    (line,) = refused("--enable_failpoints", test)
+    assert "'d.step' is not name" in line
 
 
 def test_the_model_root_may_come_from_the_environment(tmp_path, monkeypatch):

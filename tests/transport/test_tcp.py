@@ -612,7 +612,12 @@ def test_a_commit_that_is_still_under_way_on_a_slow_link_is_waited_for(
 ) -> None:
     """The kernel had taken it at once; the answer counts from when the peer's kernel has it."""
     (link,) = committed.giver._links.values()
-    until("the kernel", lambda: not link._givings._queue and not link._reading)
+
+    def at_rest() -> bool:
+        with link._state:
+            return not link._givings._queue and not link._reading
+
+    until("the kernel", at_rest)
     committed.clock.turn(ACK_S + 1)
     other = b"o" * 16
     committed.connect(other)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xllm_py.base import failpoints
+from xllm_py.base.errors import UsageError
 from xllm_py.cli.flag_types import FALSE, TRUE
 from xllm_py.cli.flags import one_line
 from xllm_py.core.sampling import MAX_BEST_OF, MAX_LOGPROBS
@@ -18,7 +20,6 @@ from xllm_py.core.service_config import EtcdSlice, HttpSlice, LogSlice, TlsSlice
 _ENDPOINT = re.compile(r"(https?://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _MIN_KEY_BYTES = 32
 _FOREIGN = (
-    "XLLM_FAILPOINTS",
     "MC_TCP_PROTO",
     "XLLM_PYTHON_MODEL_PATH",
     "ENABLE_XLLM_DEBUG_LOG",
@@ -315,10 +316,24 @@ def logs(causes: Causes, values: Mapping[str, Any]) -> LogSlice:
 
 
 def foreign_environment(causes: Causes) -> None:
-    """Switches of the original and of fault tests that do nothing here."""
+    """Switches of the original that do nothing here."""
     found = [name for name in _FOREIGN if name in os.environ]
     if found:
         causes.warn(f"in the environment, ignored here: {', '.join(found)}")
+
+
+def failpoints_of(causes: Causes, values: Mapping[str, Any], cluster_key: bytes) -> str:
+    """What XLLM_FAILPOINTS says, when --enable_failpoints lets it."""
+    plan = os.environ.get("XLLM_FAILPOINTS", "")
+    if not values["enable_failpoints"]:
+        if plan:
+            causes.warn("in the environment, ignored without --enable_failpoints: XLLM_FAILPOINTS")
+        return ""
+    try:
+        failpoints.check(plan, cluster_key)
+    except UsageError as error:
+        causes.need(False, error.message)
+    return plan
 
 
 def environment_bool(causes: Causes, name: str, default: bool) -> bool:

@@ -36,6 +36,13 @@ def service() -> list[Flag]:
         b("max_logprobs", "int32", 20, "upper bound of top logprobs"),
         a("metrics", "bool", True, "serve /metrics"),
         a("debug_endpoints", "bool", False, "serve /debug/*; beyond loopback only with api keys"),
+        Flag(
+            "enable_failpoints",
+            "bool",
+            False,
+            "C",
+            "fault tests only: XLLM_FAILPOINTS in the environment says where this daemon dies; the cluster key must begin with 'test'",
+        ),
         b("reasoning_parser", "string", "", "reasoning format of the model; empty is off"),
         b("tool_call_parser", "string", "", "tool call format of the model; empty is off"),
     ]

@@ -80,6 +80,7 @@ def build(given: Given) -> InstanceConfig:
     ips = device_ips(causes, given, devices)
     ranks = ranks_of(causes, values, devices)
     affinity = cores(causes, values)
+    points = rules.failpoints_of(causes, values, cluster.cluster_key)
     if causes.lines:
         raise UsageError("\n".join(causes.lines))
     folder = find_model(
@@ -92,7 +93,7 @@ def build(given: Given) -> InstanceConfig:
         served_names=tuple(dict.fromkeys(name for name in names if name)),
         num_replicas=values["dp_size"],
         engine=dataclasses.replace(
-            _engine(given, str(folder), devices, host), kv_tls=tls, ranks=ranks
+            _engine(given, str(folder), devices, host), kv_tls=tls, ranks=ranks, failpoints=points
         ),
         addresses=addresses,
         http=http,

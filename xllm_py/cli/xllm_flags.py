@@ -225,7 +225,6 @@ _CLUSTER = in_group(
         idle=True,
     ),
     a("enable_local_decode", "bool", True, "P may decode a request that no D takes"),
-    Flag("enable_failpoints", "bool", False, "C", "fault tests only", True),
 )
 _C_BOOLS = """acl_graph acl_graph_no_padding aclnn_matmul aclnn_swiglu adaptive_speculative_decode atb_spec_kernel
 beam_search_kernel block_copy_kernel cache_upload constrained_decoding continuous_kvcache control_h2d_block_num

@@ -33,6 +33,7 @@ def build(given: Given) -> MasterConfig:
     _check_simple(causes, values)
     rules.foreign_environment(causes)
     host = values["server_host"] or "127.0.0.1"
+    key = rules.security(causes, values, host, has_peers=True)
     config = MasterConfig(
         tokenizer_path=values["tokenizer_path"],
         host=host,
@@ -41,7 +42,7 @@ def build(given: Given) -> MasterConfig:
         rpc_port=rules.port(causes, values, "rpc_server_port", zero=False),
         etcd=rules.etcd(causes, values, _LEASE_S),
         embedded_etcd=values["embedded_etcd"],
-        cluster_key=rules.security(causes, values, host, has_peers=True),
+        cluster_key=key,
         tls=rules.tls(causes, values),
         max_attempts=values["max_attempts"],
         queue_timeout_s=values["queue_timeout_s"],
@@ -63,6 +64,7 @@ def build(given: Given) -> MasterConfig:
         suspect_after_s=values["suspect_after_ms"] / 1000,
         gone_after_s=values["gone_after_ms"] / 1000,
         forget_gone_after_s=float(values["detect_disconnected_instance_interval"]),
+        failpoints=rules.failpoints_of(causes, values, key),
         log=rules.logs(causes, values),
         warnings=(*given.warnings, *causes.warnings),
         given=echo_given(given),

@@ -78,6 +78,7 @@ class EngineConfig:
     dtype: str = "auto"
     load_format: str = "auto"
     quantization: str = ""  # or "w8a8"
+    failpoints: str = ""  # base/failpoints, of this daemon's processes
     profile_to: str = ""  # a file: steps are timed and written there before anything else
     max_model_len: int = 0
     logprobs_mode: str = "raw"  # or "processed": after penalties, bias, temperature and cuts

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 
-from xllm_py.base import log
+from xllm_py.base import failpoints, log
 from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import PeerUnavailable, StartError
 from xllm_py.base.hashing import chain_root
@@ -152,6 +152,7 @@ def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
 
 def serve(pipe: EnginePipe, config: EngineConfig) -> None:
     """Open what the engine needs, tell the API process, and loop until the pipe ends."""
+    failpoints.arm(config.failpoints, config.cluster_key)
     executor = _open_executor(pipe, config)
     transport = None
     try:

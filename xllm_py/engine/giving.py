@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xllm_py.base import ids, log
+from xllm_py.base import failpoints, ids, log
 from xllm_py.base.errors import LayoutMismatch
 from xllm_py.base.hashing import prompt_digest
 from xllm_py.core import handoff
@@ -256,6 +256,7 @@ class GivingAgent:
             case handoff.Push(first=first, count=count):
                 self._push(giving, first, count)
             case handoff.Commit():
+                failpoints.hit("p.kv.pre_commit")
                 self._require_transport().commit(giving.grant)
             case handoff.SendFirst():
                 self._send_first(giving)
@@ -272,6 +273,7 @@ class GivingAgent:
         key = (giving.request.request_id, giving.request.submission.attempt)
         match action:
             case handoff.FreeBlocks():
+                failpoints.hit("p.release")
                 self._scheduler.on_given(*key, now)
             case handoff.Keep():
                 self._scheduler.keep(*key, now)
@@ -324,6 +326,7 @@ class GivingAgent:
             transport.push(giving.grant, layer, first, block_ids)
 
     def _send_first(self, giving: _Giving) -> None:
+        failpoints.hit("p.first_token")
         submission = giving.request.submission
         if submission.receiver is None:
             raise LayoutMismatch("a first token for a request without a receiver")

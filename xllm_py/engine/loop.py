@@ -13,7 +13,7 @@ import select
 from collections.abc import Callable
 from typing import Any
 
-from xllm_py.base import ids, log
+from xllm_py.base import failpoints, ids, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import (
     IllegalTransition,
@@ -110,6 +110,10 @@ class EngineLoop:
         estimate = self._s_per_token * num_tokens
         if estimate > _PROGRESS_S:
             self._tell_progress(announced_s=estimate, force=True)
+        if plan.rows:
+            failpoints.hit(
+                "d.step" if max(plan.num_tokens) == 1 else "p.prefill.chunk", plan.token_ids
+            )
         try:
             result = self._executor.execute(plan, self._layer_done)
         except PeerUnavailable:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
-from xllm_py.base import log
+from xllm_py.base import failpoints, log
 from xllm_py.base.errors import Draining, LayoutMismatch, UnsupportedValue, XllmError
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Card, card_from_json, card_key, differences
@@ -70,6 +70,7 @@ class ControlService:
 
     async def submit(self, submission: Submission) -> None:
         """A master's request. What the engine refuses comes back as an output."""
+        failpoints.hit("p.recv")
         if self.draining:
             raise Draining("this instance is draining; send the request to another one")
         if submission.receiver is not None and not self._takes_handoffs:
@@ -91,6 +92,7 @@ class ControlService:
 
     async def add_new_requests(self, offers: list[Offer]) -> list[OfferAnswer]:
         """A giver's offers, put before our engine."""
+        failpoints.hit("d.grant.pre")
         known = [
             self._with_source(offer) for offer in offers if offer.giver_incarnation in self._givers
         ]
@@ -102,6 +104,7 @@ class ControlService:
             if isinstance(answered, XllmError):
                 raise answered
             answers = answered
+            failpoints.hit("d.grant.post")
         return [answers.get(_key(offer.submission)) or _not_linked(offer) for offer in offers]
 
     def _with_source(self, offer: Offer) -> Offer:
@@ -142,7 +145,10 @@ class ControlService:
         """A giver's first tokens."""
         for first in firsts:
             self._outlets.on_first(first)
-        return await self._engine.first_tokens(firsts, timeout_s=_ENGINE_TIMEOUT_S)
+        failpoints.hit("d.first_generation.pre")
+        accepted = await self._engine.first_tokens(firsts, timeout_s=_ENGINE_TIMEOUT_S)
+        failpoints.hit("d.first_generation.post")
+        return accepted
 
     async def link_instance(self, card_json: bytes) -> None:
         """Accept offers of this giver from now on. Raises LayoutMismatch naming every field that differs."""

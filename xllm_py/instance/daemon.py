@@ -14,7 +14,7 @@ import signal
 import uvloop
 
 from xllm_py import __version__
-from xllm_py.base import ids, log
+from xllm_py.base import failpoints, ids, log
 from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import EngineDied, EngineDown, PeerUnavailable, RegistryUnavailable
 from xllm_py.base.metrics import Metrics
@@ -91,6 +91,7 @@ class Instance:
         if registry is not None and not key:
             key = await cluster_key_of(registry)
             self._tasks.start(keep_cluster_key(registry, key), name="cluster key")
+        failpoints.arm(config.engine.failpoints, key)
         identity = Identity(
             incarnation=ids.incarnation_id(),
             cluster_key=key,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from xllm_py.base import log
+from xllm_py.base import failpoints, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import XllmError
 from xllm_py.base.tasks import TaskFamily
@@ -253,7 +253,7 @@ class _Talk:
                 self._news.clear()
                 queue, self._queue = self._queue, []
                 for up in queue:
-                    await stream.send(up)
+                    await _send(stream, up)
                 if not self._queue:
                     await self._news.wait()
             broken = await reader
@@ -309,3 +309,14 @@ class _Talk:
             told.entries = kept
         else:
             del self.told[key]
+
+
+async def _send(stream: Stream, up: GenerationsUp) -> None:
+    said = bool(up.outputs.request_ids)
+    if said:
+        failpoints.hit("d.delta.pre_send")
+    await stream.send(up)
+    if said:
+        failpoints.hit("d.delta.post_send")
+    if any(up.outputs.finish_reasons):
+        failpoints.hit("d.fin")

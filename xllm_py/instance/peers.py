@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable
 
-from xllm_py.base import log
+from xllm_py.base import failpoints, log
 from xllm_py.base.errors import LayoutMismatch, StaleIncarnation, XllmError
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.control.channels import Channels
@@ -89,7 +89,9 @@ class Peers:
     async def _offer(self, address: str, incarnation: str, offers: list[Offer]) -> None:
         client = self._client(address, incarnation)
         try:
+            failpoints.hit("p.offer.pre")
             answers = await client.add_new_requests(offers)
+            failpoints.hit("p.offer.post")
             if any(answer.refusal == "not_linked" for answer in answers):
                 await client.link_instance(self._card_json())
         except LayoutMismatch as error:
@@ -108,7 +110,9 @@ class Peers:
     async def _tell_first(self, address: str, first: FirstToken) -> None:
         accepted, reached = False, True
         try:
+            failpoints.hit("p.first_generation.pre")
             accepted = (await self._client(address).first_generation([first]))[0]
+            failpoints.hit("p.first_generation.post")
         except XllmError as error:
             reached = False
             _log.warning(

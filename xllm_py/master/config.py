@@ -33,6 +33,7 @@ class MasterConfig:
     suspect_after_s: float = 0.5
     gone_after_s: float = 1.0
     forget_gone_after_s: float = 15.0
+    failpoints: str = ""  # base/failpoints
     log: LogSlice
     warnings: tuple[str, ...] = ()
     given: str = ""  # all flags that were given, for the log

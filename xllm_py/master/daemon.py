@@ -13,7 +13,7 @@ import signal
 import uvloop
 
 from xllm_py import __version__
-from xllm_py.base import ids, log
+from xllm_py.base import failpoints, ids, log
 from xllm_py.base.clock import Clock, RealClock
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.notify import feed_watchdog, notify
@@ -81,6 +81,7 @@ class Master:
         if not cluster_key:
             cluster_key = await cluster_key_of(registry)
             self._tasks.start(keep_cluster_key(registry, cluster_key), name="cluster key")
+        failpoints.arm(config.failpoints, cluster_key)
         identity = Identity(
             incarnation=ids.incarnation_id(),
             cluster_key=cluster_key,

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 from dataclasses import dataclass
 
-from xllm_py.base import hashing, log
+from xllm_py.base import failpoints, hashing, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import (
     DeadlineExceeded,
@@ -296,7 +296,9 @@ class Dispatcher:
     async def _call(self, card: Card, order: Submission) -> RequestError | None:
         """Submit. What goes wrong is a result, because a lost peer is no failure of this task."""
         try:
+            failpoints.hit("m.submit.pre")
             await self._peers.of(card).submit(order)
+            failpoints.hit("m.submit.post")
         except PeerUnavailable as error:
             _log.warning(
                 "submit failed",

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from xllm_py.base import log
+from xllm_py.base import failpoints, log
 from xllm_py.base.metrics import Metrics
 from xllm_py.cluster.inflight import Entry, Inflight, Judged, Judgement, RequestLog
 from xllm_py.cluster.instance_info import Card
@@ -173,6 +173,8 @@ class Generations:
         """Put one message into the log; the answer for the instance."""
         answer = _Answer()
         outputs = up.outputs
+        if outputs.request_ids:
+            failpoints.hit("m.delta.pre_accept")
         for index, request_id in enumerate(outputs.request_ids):
             entry = _entry(up, index)
             judged = self._inflight.take(request_id, entry)
@@ -183,6 +185,8 @@ class Generations:
                     answer.acknowledge(request_id, entry, judged.next)
                 self._note(opened, outputs, index, up.incarnation)
         self._take_verdicts(up.incarnation, up.verdicts)
+        if outputs.request_ids:
+            failpoints.hit("m.delta.post_accept")
         return answer.down()
 
     def _judge(self, answer: _Answer, request_id: str, entry: Entry, judged: Judged) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
-from xllm_py.base import ids, log
+from xllm_py.base import failpoints, ids, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import (
     BodyTooLarge,
@@ -242,7 +242,9 @@ class Exchange:
                 headers = [*sse.HEADERS, *self._common_headers()]
                 await self._send({"type": "http.response.start", "status": 200, "headers": headers})
             self._complete = last
+            failpoints.hit("m.client.pre_write")
             await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+            failpoints.hit("m.client.post_write")
             self._ended = last
             self._last_write = self._clock.now()
 

@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 
-from xllm_py.base import log
+from xllm_py.base import failpoints, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import InternalError
 from xllm_py.base.hashing import payload_checksum
@@ -292,12 +292,7 @@ class GiverLink:
     def _write(self, end: GiverEnd, views: list[memoryview], num_bytes: int) -> None:
         try:
             tcp_socket.write_views(
-                end.sock,
-                views,
-                num_bytes,
-                clock=self._clock,
-                is_void=self._is_abandoned,
-                let_go=self._stop_reading,
+                end.sock, views, num_bytes, self._clock, self._is_abandoned, self._stop_reading
             )
         except OSError:
             self._hear_last_words(end)
@@ -335,6 +330,8 @@ class GiverLink:
         now = self._clock.now()
         with self._state:
             waiting = [giving for giving in self._givings if giving.committed_s]
+        if waiting:
+            failpoints.hit("p.kv.post_commit")
         if not any(now - giving.committed_s > ACK_S for giving in waiting):
             return
         if not tcp_socket.num_under_way(sock):

@@ -141,7 +141,6 @@ def write_views(
     sock: socket.socket,
     views: list[memoryview],
     num_bytes: int,
-    *,
     clock: Clock,
     is_void: Callable[[], bool],
     let_go: Callable[[], None],

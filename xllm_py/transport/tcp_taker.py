@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from xllm_py.base import log
+from xllm_py.base import failpoints, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.hashing import Checksum, payload_checksum
 from xllm_py.transport import tcp_socket
@@ -127,6 +127,7 @@ class TakerLink:
 
     def _answer(self, result: kv_session.Result) -> bool:
         if isinstance(result, kv_session.Landed):
+            failpoints.hit("d.kv.post_commit")
             tcp_socket.write_all(self._sock, self._session.ack(result.grant), self._clock)
         elif isinstance(result, kv_session.Probed):
             if self._on_probed is not None:
@@ -149,6 +150,7 @@ class TakerLink:
         if self._ring is not None:
             self._ring.begin(take.header.length)
         if take.is_commit:
+            failpoints.hit("d.kv.pre_commit")
             payload = bytearray(take.header.length)
             self._fill(take, [memoryview(payload)], len(payload))
             return payload_checksum(payload), bytes(payload)
@@ -157,6 +159,7 @@ class TakerLink:
         return self._drain(take.header.length), b""
 
     def _write_blocks(self, take: Take) -> int:
+        failpoints.hit("d.kv.frame")
         header = take.header
         self._stage.clear()
         staged = self._stage.wants(take.block_ids)
