@@ -82,10 +82,14 @@ class Daemons:
     def _start(
         self, name: str, program: str, port: int, flags: list[str], core: int | None = None
     ) -> Daemon:
-        log_file = self.folder / f"{name}-{len(self.running)}.log"
         command = [sys.executable, "-m", *program.split(), *flags]
         if core is not None:
             command = ["taskset", "-c", str(core), *command]
+        return self.start_other(name, command, port)
+
+    def start_other(self, name: str, command: list[str], port: int) -> Daemon:
+        """A program that is none of ours, with an HTTP port; returns at once."""
+        log_file = self.folder / f"{name}-{len(self.running)}.log"
         with log_file.open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         daemon = Daemon(name, process, port, log_file)

@@ -79,7 +79,7 @@ async def whole_requests(url: str, workload: Workload, clients: int, each: int) 
                 connection = await connect(url)
             stream = await connection.post(body)
             if stream.status != 200:
-                raise SystemExit(f"an answer of status {stream.status}")
+                raise SystemExit(f"an answer of status {stream.status} from {url}")
         connection.close()
 
     began = time.perf_counter()

@@ -24,6 +24,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What tests/sim runs."""
     group = parser.getgroup("simulation")
-    group.addoption("--sim-seeds", type=int, default=10_000, help="how many seeds tests/sim runs")
+    group.addoption("--sim-seeds", type=int, default=5_000, help="how many seeds tests/sim runs")
     group.addoption("--sim-first", type=int, default=0, help="the first of them")
     group.addoption("--sim-seed", type=int, default=None, help="run this one only")

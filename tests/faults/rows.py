@@ -181,6 +181,16 @@ def etcd_away(campaign: Campaign, random: Random) -> Mend:
     return _nothing
 
 
+def etcd_away_for_long(campaign: Campaign, random: Random) -> Mend:
+    """E-1: for five minutes, and new requests all the while."""
+    campaign.registry.kill()
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        campaign.ask_more(2, campaign.masters, within_s=2.0)
+    campaign.registry.start()
+    return _nothing
+
+
 def etcd_away_and_kill_d(campaign: Campaign, random: Random) -> Mend:
     """E-2."""
     campaign.registry.kill()
@@ -262,7 +272,10 @@ ROWS: dict[str, Fault] = {
 }
 
 # takes too long for the gate
-BY_HAND: dict[str, Fault] = {"M-4 rolling restart": rolling_restart}
+BY_HAND: dict[str, Fault] = {
+    "M-4 rolling restart": rolling_restart,
+    "E-1 etcd away for five minutes": etcd_away_for_long,
+}
 
 
 def in_turn(names: tuple[str, ...], random: Random) -> Iterator[str]:

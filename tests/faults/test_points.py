@@ -10,13 +10,10 @@ from tests.faults.points import House, house, kill_at, query_of_death
 
 SOME = (
     "p.prefill.chunk.2",
-    "p.kv.pre_commit",
     "p.kv.post_commit",
-    "p.first_generation.pre",
     "d.grant.post",
     "d.kv.post_commit",
     "d.first_generation.post",
-    "d.step.16",
     "d.delta.post_send",
     "m.delta.post_accept.3",
 )
