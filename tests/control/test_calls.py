@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import Any
@@ -17,6 +18,7 @@ from xllm_py.base.errors import (
     LayoutMismatch,
     PeerUnavailable,
     PortInUse,
+    ProtocolViolation,
     QueueFull,
     RequestNotFound,
     StaleIncarnation,
@@ -24,6 +26,7 @@ from xllm_py.base.errors import (
 from xllm_py.cluster.instance_info import Role
 from xllm_py.cluster.load import Load, Progress
 from xllm_py.control import convert, methods, proof
+from xllm_py.control.bounds import MAX_SUBMISSIONS
 from xllm_py.control.channels import Channels
 from xllm_py.control.client import GenerationsStream, InstanceClient, MasterClient
 from xllm_py.control.pb import xllm_pb2 as pb
@@ -177,9 +180,39 @@ async def instance() -> AsyncIterator[tuple[ScriptedInstance, InstanceClient]]:
             await client.close()
 
 
+async def submit(client: InstanceClient) -> None:
+    (refusal,) = await client.submit([SUBMISSION])
+    if refusal is not None:
+        raise refusal
+
+
+async def test_each_of_many_submissions_is_accepted_or_refused_by_itself() -> None:
+    class Choosy(ScriptedInstance):
+        async def submit(self, submission: Submission) -> None:
+            await super().submit(submission)
+            if submission.request_id == "second":
+                raise QueueFull("the queue is full", retry_after_s=1.5)
+
+    handlers = Choosy()
+    sent = [
+        dataclasses.replace(SUBMISSION, request_id=name) for name in ("first", "second", "third")
+    ]
+    async with instance_server(handlers) as server:
+        client = InstanceClient(server.address, cluster_key=KEY, sender="me", timeout_s=5.0)
+        first, second, third = await client.submit(sent)
+        assert first is third is None
+        assert isinstance(second, QueueFull)
+        assert second.retry_after_s == 1.5
+        assert handlers.seen == [(each,) for each in sent]
+        for count in (0, MAX_SUBMISSIONS + 1):
+            with pytest.raises(ProtocolViolation, match=f"{count} submissions"):
+                await client.submit([SUBMISSION] * count)
+        await client.close()
+
+
 async def test_a_submission_arrives_as_it_was_sent() -> None:
     async with instance() as (handlers, client):
-        await client.submit(SUBMISSION)
+        await submit(client)
         assert handlers.seen == [(SUBMISSION,)]
 
 
@@ -217,7 +250,7 @@ async def test_a_refusal_is_rebuilt_as_the_same_leaf() -> None:
     async with instance() as (handlers, client):
         handlers.error = QueueFull("the queue is full", param="model", retry_after_s=1.5)
         with pytest.raises(QueueFull) as caught:
-            await client.submit(SUBMISSION)
+            await submit(client)
         assert caught.value.message == "the queue is full"
         assert (caught.value.param, caught.value.retry_after_s) == ("model", 1.5)
         handlers.error = LayoutMismatch("block_size: 16 here, 32 there")
@@ -229,10 +262,10 @@ async def test_an_unforeseen_error_ends_only_its_call_and_hides_its_text() -> No
     async with instance() as (handlers, client):
         handlers.error = ZeroDivisionError("a secret")
         with pytest.raises(Exception, match="failed inside this process") as caught:
-            await client.submit(SUBMISSION)
+            await submit(client)
         assert "secret" not in str(caught.value)
         handlers.error = None
-        await client.submit(SUBMISSION)
+        await submit(client)
 
 
 async def test_another_cluster_key_is_unauthenticated() -> None:
@@ -242,7 +275,7 @@ async def test_another_cluster_key_is_unauthenticated() -> None:
             server.address, cluster_key=b"x" * 32, sender="me", addressee="here", timeout_s=5.0
         )
         with pytest.raises(InvalidApiKey):
-            await client.submit(SUBMISSION)
+            await submit(client)
         await client.close()
         assert handlers.seen == []
 
@@ -254,7 +287,7 @@ async def test_another_life_at_the_address_refuses() -> None:
             server.address, cluster_key=KEY, sender="me", addressee="before", timeout_s=5.0
         )
         with pytest.raises(StaleIncarnation):
-            await client.submit(SUBMISSION)
+            await submit(client)
         await client.close()
         assert handlers.seen == []
 
@@ -277,7 +310,9 @@ async def test_a_call_without_deadline_proof_or_sense_is_refused() -> None:
     ):
         call = channel.unary_unary(path)
         code = grpc.StatusCode
-        good = pb.SubmitRequest(submission=convert.from_submission(SUBMISSION)).SerializeToString()
+        good = pb.SubmitRequest(
+            submissions=[convert.from_submission(SUBMISSION)]
+        ).SerializeToString()
         assert await _status_of(call(good, metadata=proven)) is code.INVALID_ARGUMENT
         assert await _status_of(call(empty, timeout=5)) is code.UNAUTHENTICATED
         assert await _status_of(call(empty, timeout=5, metadata=elsewhere)) is code.UNAUTHENTICATED
@@ -298,7 +333,7 @@ async def test_nobody_at_the_address_is_peer_unavailable() -> None:
         port = probe.getsockname()[1]
     client = InstanceClient(f"127.0.0.1:{port}", cluster_key=KEY, sender="me", timeout_s=5.0)
     with pytest.raises(PeerUnavailable):
-        await client.submit(SUBMISSION)
+        await submit(client)
     await client.close()
 
 
@@ -310,7 +345,7 @@ async def test_an_answer_that_never_comes_is_peer_unavailable() -> None:
     async with instance_server(Silent()) as server:
         client = InstanceClient(server.address, cluster_key=KEY, sender="me", timeout_s=0.1)
         with pytest.raises(PeerUnavailable):
-            await client.submit(SUBMISSION)
+            await submit(client)
         await client.close()
 
 
@@ -438,7 +473,7 @@ async def test_clients_of_one_address_share_a_channel() -> None:
 
 async def test_hundreds_of_calls_at_once_all_end_well() -> None:
     async with instance() as (handlers, client):
-        await asyncio.gather(*(client.submit(SUBMISSION) for _ in range(1500)))
+        await asyncio.gather(*(submit(client) for _ in range(1500)))
         assert len(handlers.seen) == 1500
 
 

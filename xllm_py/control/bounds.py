@@ -10,6 +10,7 @@ from xllm_py.base.errors import ProtocolViolation
 MAX_IDS = 1 << 20  # tokens of one request
 MAX_ENTRIES = 1 << 16  # of one message
 MAX_OFFERS = 4096
+MAX_SUBMISSIONS = 256
 MAX_LABEL = 512  # characters of an id, a name or an address
 MAX_TEXT = 4096
 MAX_GRAMMAR = 256 * 1024

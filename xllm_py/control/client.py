@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
+import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
@@ -158,10 +159,19 @@ class InstanceClient:
             channels=channels,
         )
 
-    async def submit(self, submission: Submission) -> None:
-        """Hand a request over. Returns when it was accepted; raises its refusal."""
-        message = pb.SubmitRequest(submission=convert.from_submission(submission))
-        await self._caller.unary("Submit", message, pb.SubmitReply, self._timeout_s)
+    async def submit(self, submissions: Sequence[Submission]) -> list[XllmError | None]:
+        """Hand requests over; of each its refusal, or None when it was accepted. At most MAX_SUBMISSIONS."""
+        message = pb.SubmitRequest(
+            submissions=[convert.from_submission(each) for each in submissions]
+        )
+        reply = await self._caller.unary("Submit", message, pb.SubmitReply, self._timeout_s)
+        refusals: list[XllmError | None] = [None] * len(submissions)
+        for row in reply.refusals:
+            if row.index >= len(refusals):
+                raise ProtocolViolation("Submit: a refusal of a request that was not sent")
+            error = status.from_status(grpc.StatusCode.UNKNOWN, row.message, row.told.items())
+            refusals[row.index] = _named("Submit", error)
+        return refusals
 
     async def add_new_requests(self, offers: Sequence[Offer]) -> list[OfferAnswer]:
         """P asks D to take requests; one answer per offer, in order."""

@@ -16,6 +16,7 @@ from xllm_py.control.bounds import (
     MAX_IDS,
     MAX_OFFERS,
     MAX_ORIGIN,
+    MAX_SUBMISSIONS,
     MAX_TEXT,
     check,
     column,
@@ -80,6 +81,13 @@ def from_submission(submission: Submission) -> pb.Submission:
         stream_id=submission.stream_id,
         origin=submission.origin,
     )
+
+
+def to_submissions(message: pb.SubmitRequest) -> list[Submission]:
+    """From protobuf."""
+    count = len(message.submissions)
+    check(0 < count <= MAX_SUBMISSIONS, f"{count} submissions")
+    return [to_submission(each) for each in message.submissions]
 
 
 def to_submission(message: pb.Submission) -> Submission:

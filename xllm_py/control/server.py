@@ -212,7 +212,7 @@ class _Guard:
                 self._check(method, context)
                 return (await call(_decoded(kind, raw))).SerializeToString()
             except Exception as error:  # noqa: BLE001 - the gRPC edge: one call fails, nothing else
-                failure = self._status(method, error)
+                failure = self.failure(method, error)
             await context.abort(*failure)
             raise AssertionError("abort does not return")
 
@@ -231,7 +231,7 @@ class _Guard:
                         await context.write(convert_streams.from_down(down).SerializeToString())
                 return
             except Exception as error:  # noqa: BLE001 - the gRPC edge: one stream ends, nothing else
-                failure = self._status(method, error)
+                failure = self.failure(method, error)
             await context.abort(*failure)
 
         return grpc.stream_stream_rpc_method_handler(serve)
@@ -243,9 +243,10 @@ class _Guard:
         if context.time_remaining() is None:
             raise InvalidValue("a control call must carry a deadline")
 
-    def _status(
+    def failure(
         self, method: str, error: Exception
     ) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+        """What the caller is told; logged when it is not about a request."""
         if not isinstance(error, RequestError):
             _log.warning(
                 "control call failed",
@@ -271,10 +272,21 @@ async def _ups(raws: AsyncIterator[bytes]) -> AsyncIterator[GenerationsUp]:
         yield convert_streams.to_up(_decoded(pb.GenerationsUp, raw))
 
 
+async def _submit(guard: _Guard, to: InstanceHandlers, message: pb.SubmitRequest) -> Message:
+    """One after the other; a refusal of one is not the call's."""
+    reply = pb.SubmitReply()
+    for index, submission in enumerate(convert.to_submissions(message)):
+        try:
+            await to.submit(submission)
+        except XllmError as error:
+            _, text, told = guard.failure("Submit", error)
+            reply.refusals.add(index=index, message=text, told=dict(told))
+    return reply
+
+
 def _instance_table(guard: _Guard, to: InstanceHandlers) -> dict[str, MethodHandler]:
     async def submit(message: pb.SubmitRequest) -> Message:
-        await to.submit(convert.to_submission(message.submission))
-        return pb.SubmitReply()
+        return await _submit(guard, to, message)
 
     async def add_new_requests(message: pb.AddNewRequestsRequest) -> Message:
         return convert.from_answers(await to.add_new_requests(convert.to_offers(message)))

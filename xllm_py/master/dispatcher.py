@@ -297,7 +297,7 @@ class Dispatcher:
         """Submit. What goes wrong is a result, because a lost peer is no failure of this task."""
         try:
             failpoints.hit("m.submit.pre")
-            await self._peers.of(card).submit(order)
+            await self._peers.submit(card, order)
             failpoints.hit("m.submit.post")
         except PeerUnavailable as error:
             _log.warning(

@@ -84,8 +84,9 @@ def _patience(config: MasterConfig) -> Patience:
     return Patience(suspect_after_s=config.suspect_after_s, gone_after_s=config.gone_after_s)
 
 
-def _peers(config: MasterConfig, identity: Identity) -> Peers:
+def _peers(config: MasterConfig, identity: Identity, tasks: TaskFamily) -> Peers:
     return Peers(
+        tasks=tasks,
         cluster_key=identity.cluster_key,
         sender=identity.incarnation,
         timeout_s=config.rpc_timeout_s,
@@ -123,7 +124,7 @@ def assemble(
 ) -> Parts:
     """Make and connect everything."""
     manager = _manager(config, identity, clock, metrics)
-    peers = _peers(config, identity)
+    peers = _peers(config, identity, tasks)
 
     def forget(card: Card) -> None:
         tasks.start(peers.forget(card), name=f"forget {card.name}")

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Card
 from xllm_py.control.channels import Channels
 from xllm_py.control.client import InstanceClient
+from xllm_py.core.request import Submission
+from xllm_py.master.submitter import Submitter
 
 
 class Peers:
     """Opened once by the daemon."""
 
     def __init__(
-        self, *, cluster_key: bytes, sender: str, timeout_s: float, channels: Channels
+        self,
+        *,
+        cluster_key: bytes,
+        sender: str,
+        timeout_s: float,
+        channels: Channels,
+        tasks: TaskFamily,
     ) -> None:
         self._cluster_key = cluster_key
         self._sender = sender
         self._timeout_s = timeout_s
         self._channels = channels
+        self._tasks = tasks
         self._clients: dict[str, InstanceClient] = {}
+        self._submitters: dict[str, Submitter] = {}
 
     def of(self, card: Card) -> InstanceClient:
         """The client of one life of an instance; a later life refuses its calls."""
@@ -33,8 +44,18 @@ class Peers:
             )
         return client
 
+    async def submit(self, card: Card, submission: Submission) -> None:
+        """Hand a request to one life of an instance; see Submitter."""
+        submitter = self._submitters.get(card.incarnation_id)
+        if submitter is None:
+            submitter = self._submitters[card.incarnation_id] = Submitter(
+                self.of(card), self._tasks
+            )
+        await submitter.submit(submission)
+
     async def forget(self, card: Card) -> None:
         """An incarnation is gone; its channel goes unless another one lives at the address."""
+        self._submitters.pop(card.incarnation_id, None)
         if self._clients.pop(card.incarnation_id, None) is None:
             return
         if all(client.address != card.rpc_address for client in self._clients.values()):
