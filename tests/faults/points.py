@@ -40,7 +40,7 @@ OF_P = (
     "p.first_generation.pre",
     "p.first_generation.post",
     "p.release",
-    "d.delta.post_send",  # P's own first token
+    "P:d.delta.post_send",  # its own first token
 )
 OF_D = (
     "d.grant.pre",
@@ -100,7 +100,7 @@ class House:
     @contextlib.contextmanager
     def victim(self, point: str, action: str = "kill9") -> Iterator[Daemon]:
         """One more instance, or master, that will not live long."""
-        env = {"XLLM_FAILPOINTS": f"{point}:{action}"}
+        env = {"XLLM_FAILPOINTS": f"{point.removeprefix('P:')}:{action}"}
         if point in OF_MASTER:
             key = f"--cluster_key_file={self.key_file}"
             daemon = self.cluster.start_master(key, "--enable_failpoints", name="victim", env=env)
@@ -182,7 +182,8 @@ def kill_instance_at(made: House, point: str) -> None:
                 assert answer.status == 200, (point, answer.body)
                 texts.append(answer.body["choices"][0]["text"])
             prompts += more
-        assert f"failpoint {point.rstrip('.0123456789')}: " in victim.log(), victim.tail()
+        name = point.removeprefix("P:").rstrip(".0123456789")
+        assert f"failpoint {name}: " in victim.log(), victim.tail()
     made.answers_right(prompts, texts)
     made.settles()
 
