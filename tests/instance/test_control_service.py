@@ -432,6 +432,15 @@ async def test_drain_tells_how_many_are_open(house: House) -> None:
     assert await house.service.describe("") == {"state": "READY"}
 
 
+async def test_a_first_token_is_remembered_once_the_engine_has_taken_it(house: House) -> None:
+    await house.link()
+    await house.service.add_new_requests([offer("a", stream_id="s")])
+    for grant, ids in ((b"x" * 16, []), (b"g" * 16, [7])):
+        first = FirstToken(request_id="a", attempt=1, grant=grant, token_ids=(7,))
+        assert await house.service.first_generation([first]) == [bool(ids)]
+        assert (await house.service.describe("s"))["ids"] == ids
+
+
 async def test_another_master_hears_what_was_said_and_takes_over_only_what_nobody_listens_to(
     house: House,
 ) -> None:

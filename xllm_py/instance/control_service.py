@@ -143,11 +143,12 @@ class ControlService:
 
     async def first_generation(self, firsts: list[FirstToken]) -> list[bool]:
         """A giver's first tokens."""
-        for first in firsts:
-            self._outlets.on_first(first)
         failpoints.hit("d.first_generation.pre")
         accepted = await self._engine.first_tokens(firsts, timeout_s=_ENGINE_TIMEOUT_S)
         failpoints.hit("d.first_generation.post")
+        for first, taken in zip(firsts, accepted, strict=True):
+            if taken:
+                self._outlets.on_first(first)
         return accepted
 
     async def link_instance(self, card_json: bytes) -> None:
