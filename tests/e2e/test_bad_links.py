@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Site:
     """A P, and a D behind proxies."""
 
     cluster: Cluster
-    proxy: FaultProxy
+    proxy: FaultProxy  # to the KV port
+    calls: FaultProxy  # to the control port
 
     @property
     def master(self) -> Daemon:
@@ -83,9 +85,12 @@ def behind_proxies(folder: Path, model: Path, mode: str) -> Iterator[Site]:
     )
     common = (f"--block_size={BLOCK}", f"--kv_cache_transfer_mode={mode}", "--kv_streams=1")
     with ExitStack() as stack:
-        for each in (port, control_port):
-            passing = FaultProxy(f"127.0.0.1:{each}", lambda _: PASS, listen=(ADDRESS, each))
-            stack.callback(passing.close)
+        passing = [
+            FaultProxy(f"127.0.0.1:{each}", lambda _: PASS, listen=(ADDRESS, each))
+            for each in (port, control_port)
+        ]
+        for each in passing:
+            stack.callback(each.close)
         proxy = FaultProxy(
             f"127.0.0.1:{kv_port}",
             lambda _: PASS,
@@ -100,7 +105,7 @@ def behind_proxies(folder: Path, model: Path, mode: str) -> Iterator[Site]:
             daemon = cluster.start_instance(name, role, *common, *(hidden if called else ()))
             daemon.port = port if called else daemon.port
         cluster.wait_ready()
-        yield Site(cluster, proxy)
+        yield Site(cluster, proxy, passing[1])
 
 
 @pytest.fixture(scope="module", params=["PUSH", "PULL"])
@@ -177,6 +182,20 @@ def test_a_link_that_comes_and_goes_starves_nobody(site: Site) -> None:
     finally:
         over.set()
         flapping.join()
+    for seed, answer in zip(seeds, found, strict=True):
+        assert answer.status == 200, answer.body
+        assert answer.body["choices"][0]["text"] == expected(site, seed)
+
+
+def test_nobody_gets_a_call_through_to_one_that_itself_reaches_everybody(site: Site) -> None:
+    """N-11, one direction: of the pair only the other one is called, or nobody is while it lasts; nothing is lost."""
+    seeds = range(161, 164)
+    site.calls.plan = lambda _: Fault("reset", 0)
+    site.calls.cut()
+    pending = [Pending(site.master, body(prompt(seed), max_tokens=12)) for seed in seeds]
+    time.sleep(1.0)
+    site.calls.plan = lambda _: PASS
+    found = [each.answer() for each in pending]
     for seed, answer in zip(seeds, found, strict=True):
         assert answer.status == 200, answer.body
         assert answer.body["choices"][0]["text"] == expected(site, seed)
