@@ -10,7 +10,7 @@ from tests.instance.support import outputs, submission
 from xllm_py.base.clock import HandClock
 from xllm_py.core.request import FirstToken
 from xllm_py.instance.outlets import Destination, Outlets
-from xllm_py.instance.token_logs import KEEP_S, MOST_KEPT, UNKNOWN, TokenLogs, as_json
+from xllm_py.instance.token_logs import KEEP_S, MOST_BYTES, MOST_KEPT, UNKNOWN, TokenLogs, as_json
 
 MASTER = Destination("master:1")
 
@@ -96,3 +96,14 @@ def test_the_oldest_make_room(house: House) -> None:
         house.open(f"r{number}", stream_id=f"s{number}")
     assert house.ids("s0") is None
     assert house.ids(f"s{MOST_KEPT + 1}") == []
+
+
+def test_what_was_asked_is_bounded_in_bytes(house: House) -> None:
+    asked = bytes(MOST_BYTES // 4)
+    for turn in range(3):  # again under the same ids: each counts once
+        for number in range(4):
+            house.open(f"r{number}", stream_id=f"s{number}", attempt=turn + 1, origin=asked)
+    assert [house.ids(f"s{number}") for number in range(4)] == [[]] * 4
+    house.open("r4", stream_id="s4", origin=b"one more")
+    assert house.ids("s0") is None
+    assert house.ids("s1") == house.ids("s4") == []

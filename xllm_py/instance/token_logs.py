@@ -17,6 +17,7 @@ from xllm_py.core.request import Submission
 
 KEEP_S = 15.0  # after the end; longer than a master is waited for
 MOST_KEPT = 2000
+MOST_BYTES = 64 << 20  # of what was asked
 UNKNOWN = -1  # a token that another instance said
 
 
@@ -47,13 +48,14 @@ class TokenLogs:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._logs: OrderedDict[str, TokenLog] = OrderedDict()
+        self._num_bytes = 0  # of their origins
 
     def open(self, submission: Submission) -> TokenLog | None:
         """Begin one, in place of an earlier attempt's; None when it is not to be kept."""
         sampling = submission.sampling
         if not submission.stream_id or sampling.best_of > 1 or sampling.logprobs >= 0:
             return None
-        self._sweep()
+        self._drop(submission.stream_id)
         log = TokenLog(
             submission.request_id,
             submission.attempt,
@@ -62,7 +64,8 @@ class TokenLogs:
             list(submission.generated_ids),
         )
         self._logs[submission.stream_id] = log
-        self._logs.move_to_end(submission.stream_id)
+        self._num_bytes += len(log.origin)
+        self._sweep()
         return log
 
     def end(self, log: TokenLog) -> None:
@@ -82,9 +85,14 @@ class TokenLogs:
             if log.ended_at is not None and now - log.ended_at > KEEP_S
         ]
         for name in over:
-            del self._logs[name]
-        while len(self._logs) > MOST_KEPT:
-            self._logs.popitem(last=False)
+            self._drop(name)
+        while len(self._logs) > MOST_KEPT or self._num_bytes > MOST_BYTES:
+            self._drop(next(iter(self._logs)))
+
+    def _drop(self, stream_id: str) -> None:
+        log = self._logs.pop(stream_id, None)
+        if log is not None:
+            self._num_bytes -= len(log.origin)
 
 
 def as_json(log: TokenLog | None) -> dict[str, Any]:
