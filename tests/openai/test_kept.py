@@ -10,11 +10,11 @@ import pytest
 from tests.openai.support import Call, Door, EchoBackend, check_error
 from xllm_py.base.clock import HandClock
 from xllm_py.base.errors import IdempotencyConflict, InvalidValue, QueueFull
+from xllm_py.core.request import MAX_ORIGIN
 from xllm_py.openai.backend import Told
 from xllm_py.openai.kept import (
     KEEP_S,
     MOST_KEY,
-    MOST_ORIGIN,
     KeptAnswers,
     Origin,
     place_after,
@@ -281,7 +281,7 @@ async def test_a_request_with_several_prompts_is_made_anew(make) -> None:
 
 
 def test_what_was_asked_goes_along_unless_it_is_long() -> None:
-    assert Origin("", "k", "/v1/completions", bytes(MOST_ORIGIN)).packed() == b""
+    assert Origin("", "k", "/v1/completions", bytes(MAX_ORIGIN)).packed() == b""
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """How flags are declared, turned into click options, shown in help, and warned about. Each flag is declared once, in a table.
 
-Priorities are those of SPEC section 2: A is shown by --help, B by --helpfull, C is accepted and ignored. A flag marked idle parses
+Priorities are those of SPEC section 2: A is shown by --help, B by --helpfull, C is accepted and ignored (enable_failpoints is not). A flag marked idle parses
 but does nothing yet, and says so when it is given.
 """
 

@@ -14,7 +14,6 @@ MAX_SUBMISSIONS = 256
 MAX_LABEL = 512  # characters of an id, a name or an address
 MAX_TEXT = 4096
 MAX_GRAMMAR = 256 * 1024
-MAX_ORIGIN = 256 * 1024  # bytes of a client's request, as the door keeps it
 MAX_TOP = 2000  # most likely tokens told beside one
 MAX_CARD_BYTES = 64 * 1024
 MAX_MOMENTS = 16

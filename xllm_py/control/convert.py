@@ -15,7 +15,6 @@ from xllm_py.control.bounds import (
     MAX_GRAMMAR,
     MAX_IDS,
     MAX_OFFERS,
-    MAX_ORIGIN,
     MAX_SUBMISSIONS,
     MAX_TEXT,
     check,
@@ -24,7 +23,14 @@ from xllm_py.control.bounds import (
     labels,
 )
 from xllm_py.control.pb import xllm_pb2 as pb
-from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Receiver, Submission
+from xllm_py.core.request import (
+    MAX_ORIGIN,
+    FirstToken,
+    Offer,
+    OfferAnswer,
+    Receiver,
+    Submission,
+)
 from xllm_py.core.sampling import MAX_BEST_OF, SamplingParams
 from xllm_py.wire.control_messages import LinkHealth
 

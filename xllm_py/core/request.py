@@ -29,6 +29,9 @@ class Receiver:
     incarnation: str
 
 
+MAX_ORIGIN = 256 << 10  # bytes of Submission.origin
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """A request on its way to an engine; complete in itself, so that it can be sent again elsewhere."""

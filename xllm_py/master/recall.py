@@ -16,7 +16,8 @@ from xllm_py.base import log
 from xllm_py.base.errors import XllmError
 from xllm_py.cluster.instance_info import Card
 from xllm_py.cluster.membership import InstanceState
-from xllm_py.control.bounds import MAX_IDS, MAX_ORIGIN
+from xllm_py.control.bounds import MAX_IDS
+from xllm_py.core.request import MAX_ORIGIN
 from xllm_py.master.instance_manager import InstanceManager
 from xllm_py.master.peers import Peers
 from xllm_py.openai.backend import Told

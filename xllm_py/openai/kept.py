@@ -27,7 +27,7 @@ from xllm_py.base.errors import (
     PositionBeyondEnd,
     RequestError,
 )
-from xllm_py.core.request import Submission
+from xllm_py.core.request import MAX_ORIGIN, Submission
 from xllm_py.openai.backend import Backend, Delta, Readiness, ServedModel, Told
 from xllm_py.openai.exchange import Exchange
 
@@ -35,7 +35,6 @@ KEEP_S = 60.0
 MOST_KEPT = 1000
 MOST_BYTES = 256 << 20  # of all; what grows already may pass it
 MOST_KEY = 255  # characters
-MOST_ORIGIN = 256 << 10  # bytes of a request that go to instances, for another master to find
 Place = tuple[int, int]  # choice, position
 
 
@@ -50,7 +49,7 @@ class Origin(msgspec.Struct, array_like=True, frozen=True):
     def packed(self) -> bytes:
         """Empty when it is too long: then only the client can ask again."""
         packed = msgspec.msgpack.encode(self)
-        return packed if len(packed) <= MOST_ORIGIN else b""
+        return packed if len(packed) <= MAX_ORIGIN else b""
 
 
 def unpacked(origin: bytes) -> Origin | None:
