@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm_py.cluster.attempts import (
+    AFTER_LOSS_S,
     LOST,
     MOST_PAUSE_S,
     NO_ROOM,
@@ -43,6 +44,19 @@ def test_a_lost_attempt_is_followed_at_once_by_one_elsewhere_until_there_were_to
     verdict = it.on_failed(lost(P), 3.0)
     assert isinstance(verdict, GiveUp)
     assert verdict.code == "instance_lost"
+
+
+def test_who_lost_it_is_asked_again_when_nobody_else_is_left_and_the_second_time_not_soon() -> None:
+    """So that a moment's trouble of the only pair, in which each attempt says a token, does not cost them all."""
+    it, pauses = attempts(), []
+    for now in (1.0, 2.0):
+        it.on_taken()
+        assert it.on_failed(lost(D), now) == Again(0.0)
+        again = it.on_failed(Failure("no_instances"), now)
+        assert isinstance(again, Again)
+        pauses.append(again.pause_s)
+        assert it.passed_over == frozenset()
+    assert tuple(pauses) == AFTER_LOSS_S
 
 
 def test_who_has_no_room_is_passed_over_and_when_nobody_is_left_all_are_asked_again_after_a_pause() -> (

@@ -1,4 +1,4 @@
-"""Rows N-1 to N-9 and N-11 of the fault matrix between whole daemons: whatever befalls the link that KV takes, the text is the one it would have been.
+"""Rows N-1 to N-9, N-11 and N-12 of the fault matrix between whole daemons: whatever befalls the link that KV takes, the text is the one it would have been.
 
 D announces an address at which proxies listen: the one of its KV port spoils what passes, the others only pass it on.
 """
@@ -6,6 +6,7 @@ D announces an address at which proxies listen: the one of its KV port spoils wh
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -160,6 +161,35 @@ def test_a_slow_or_distant_link_is_only_that(site: Site, fault: Fault) -> None:
     found = site.text(prompt(seed))
     site.spoil([])
     assert found == expected(site, seed)
+
+
+def test_a_link_that_comes_and_goes_starves_nobody(site: Site) -> None:
+    """N-12, for some seconds, with no other pair: for one second of two connections are cut, and new ones as well."""
+    over = threading.Event()
+
+    def flap() -> None:
+        while not over.is_set():
+            site.proxy.plan = lambda _: Fault("reset", 0)
+            site.proxy.cut()
+            over.wait(1.0)
+            site.proxy.plan = lambda _: PASS
+            over.wait(1.0)
+
+    flapping = threading.Thread(target=flap)
+    flapping.start()
+    seeds = range(121, 133)
+    pending = []
+    try:
+        for seed in seeds:
+            pending.append(Pending(site.master, body(prompt(seed), max_tokens=12)))
+            over.wait(0.4)
+        found = [each.answer() for each in pending]
+    finally:
+        over.set()
+        flapping.join()
+    for seed, answer in zip(seeds, found, strict=True):
+        assert answer.status == 200, answer.body
+        assert answer.body["choices"][0]["text"] == expected(site, seed)
 
 
 def test_nobody_gets_a_call_through_to_one_that_itself_reaches_everybody(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from tests.conformance.kv_pair import LAYOUT, Pair, make_memory, make_tcp
+from tests.transport.fault_proxy import PASS, Fault, FaultProxy
 from tests.transport.test_tcp import identity, read, until
 from xllm_py.base.clock import RealClock
 from xllm_py.transport import tcp_callers, tcp_socket
@@ -24,7 +26,8 @@ from xllm_py.wire.kv_handshake import answering
 from xllm_py.wire.kv_session import GiverSession
 from xllm_py.wire.kv_taker import TakerSession
 
-ACKNOWLEDGED, LANDED, FAILED = KvEventKind.ACKNOWLEDGED, KvEventKind.LANDED, KvEventKind.FAILED
+ACKNOWLEDGED, LANDED = KvEventKind.ACKNOWLEDGED, KvEventKind.LANDED
+FAILED, RELEASED = KvEventKind.FAILED, KvEventKind.RELEASED
 
 
 @pytest.fixture
@@ -182,6 +185,27 @@ def test_a_giver_that_is_silent_fails_what_waits_for_it(
     assert "silent" in pair.taken_event(FAILED, grant).text
     assert len(silent.socks) > 1
     silent.close()
+
+
+def test_a_giver_hears_over_the_next_link_what_nobody_waits_for_any_more(pair: Pair) -> None:
+    """It does not know that the last one is lost, so what it holds would wait for ever."""
+    with contextlib.closing(FaultProxy(pair.giver.endpoint, lambda _: PASS, called=True)) as proxy:
+        pair.way = proxy.endpoint
+        land(pair, (1, 2), (14, 15))
+        lost = pair.grant((10, 11))
+        pair.connect(lost)
+        proxy.plan = lambda _: Fault("reset")
+        proxy.cut()
+        pair.taken_event(FAILED, lost)
+        pair.taker.revoke(lost)
+        pair.taken_event(RELEASED, lost)
+        pair.push(lost, (1, 2))
+        pair.giver.commit(lost)
+        proxy.plan = lambda _: PASS
+        land(pair, (3, 4), (12, 13))
+        assert codec.TEXTS[codec.Reason.REVOKED] in pair.given_event(FAILED, lost).text
+        assert pair.giver.ledger()["grants_given"] == 0
+        pair.assert_untouched(but=(12, 13, 14, 15))
 
 
 def test_closing_waits_for_nobody(pair: Pair) -> None:

@@ -1,6 +1,6 @@
 """The attempts of one request: what a failure of one means for the next, and which requests are tried no more.
 
-    lost       the instance died, fell silent, or lost the handoff    next attempt at once, others first; counted
+    lost       the instance died, fell silent, or lost the handoff    next attempt at once by others, else after a pause; counted
     no room    full, draining, queue full, or nothing to route to     next attempt after a pause, others first; not counted
     anything else                                                     the client's
 
@@ -20,6 +20,8 @@ NO_ROOM = frozenset(
 )
 FIRST_PAUSE_S = 0.05
 MOST_PAUSE_S = 1.0
+# before whoever lost it is asked again, nobody else being left: once soon, then only when what is bad for a moment has passed
+AFTER_LOSS_S = (0.1, MOST_PAUSE_S)
 TOGETHER_S = (
     0.5  # deaths seen no further apart are one event; a busy machine sees each up to 0.3 s late
 )
@@ -99,6 +101,7 @@ class Attempts:
                 # it was tried again for want of others, and has not come back yet: no news, and not another loss
                 return self._on_no_room(failure, now)
             self._lost_by |= failure.at_fault
+            self._pause_s = AFTER_LOSS_S[min(self.num_lost, len(AFTER_LOSS_S) - 1)]
             self.num_lost += 1
             self.passed_over |= failure.at_fault
             if self.num_lost >= self.most:

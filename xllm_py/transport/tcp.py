@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import socket
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -37,6 +38,9 @@ from xllm_py.wire.kv_taker import TakerSession
 _log = log.get(__name__)
 
 MIN_KEY_BYTES = 16
+MAX_LEFT = (
+    64  # givers to which the way was lost, and that hear later what nobody waits for any more
+)
 _COUNTS = (
     "bytes_sent",
     "bytes_received",
@@ -101,6 +105,7 @@ class TcpKvTransport:
         self._closed = False
         self._links: dict[Place, GiverLink] = {}
         self._fetchers: dict[Place, FetchLink] = {}
+        self._left: OrderedDict[Place, dict[bytes, bytes]] = OrderedDict()  # by those that ended
         self._callers = Callers(self._clock)
         self._by_grant: dict[bytes, GiverLink] = {}
         self._taking = Taking(memory=memory, events=self._events, counts=self._counts)
@@ -200,6 +205,7 @@ class TcpKvTransport:
             ),
             taking=self._taking,
             clock=self._clock,
+            wanted=self._left.pop(place, {}),
         )
         ask(link)
         link.start()
@@ -257,6 +263,11 @@ class TcpKvTransport:
         """Give back what ended links still hold."""
         with self._lock:
             _close_ended(self._links)
+        for place, link in self._fetchers.items():
+            if link.ended and link.left:
+                self._left[place] = link.left
+        while len(self._left) > MAX_LEFT:
+            self._left.popitem(last=False)
         _close_ended(self._fetchers)
 
     def _way(self, endpoint: str, peer: str) -> Way:

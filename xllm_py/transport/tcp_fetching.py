@@ -63,13 +63,15 @@ class FetchLink:
         make_session: Callable[[], TakerSession],
         taking: Taking,
         clock: Clock,
+        wanted: dict[bytes, bytes],
     ) -> None:
+        """wanted: what the link before this one did not get (see `left`)."""
         self._way, self._peer = way, peer
         self._make_session = make_session
         self._taking = taking
         self._clock = clock
         self._state = threading.Condition()  # guards everything down to _ended
-        self._wanted: dict[bytes, bytes] = {}  # grant -> what allows to read for it
+        self._wanted = dict(wanted)  # grant -> what allows to read for it
         self._probes: dict[bytes, tuple[int, float]] = {}  # name -> bytes, when it was asked for
         self._unsaid: list[tuple[bytes, int]] = []  # to be asked for on the connection there is
         self._sock: socket.socket | None = None
@@ -92,6 +94,12 @@ class FetchLink:
         """Nothing can be asked for any more."""
         with self._state:
             return self._ended
+
+    @property
+    def left(self) -> dict[bytes, bytes]:
+        """What it was to fetch and did not, by grant: over another link the giver hears that nobody waits for it."""
+        with self._state:
+            return dict(self._wanted)
 
     def __len__(self) -> int:
         """Grants that wait for their blocks."""

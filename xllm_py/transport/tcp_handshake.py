@@ -23,7 +23,7 @@ from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_session import GiverSession
 from xllm_py.wire.kv_taker import TakerSession
 
-REOPEN_S = 0.25  # a connection that cannot be had within so long, and at the second try, has failed
+REOPEN_S = 0.6  # a connection that cannot be had within so long, and at the second try, has failed; less than tcp_listener.RETURN_S
 _FIRST_WAIT_S = 0.02  # between two tries, doubling
 
 Hold = Callable[
@@ -94,7 +94,7 @@ def dial(
     """Connect and shake hands, a few tries. again: after a connection that broke. Raises LinkBroken."""
     if again and not pause(_FIRST_WAIT_S):
         raise LinkBroken("closed")
-    since, tries = clock.now(), 0
+    since, tries, waited_s = clock.now(), 0, 0.0
     while True:
         try:
             return _dial_once(way, shake, hold)
@@ -102,11 +102,12 @@ def dial(
             reason = broken.message
         except OSError as error:
             reason = error.strerror or str(error)
-        wait_s = _FIRST_WAIT_S * 2**tries
-        tries += 1
-        late = tries > 1 and clock.now() + wait_s - since > REOPEN_S
-        if late or not pause(wait_s):
+        left_s = REOPEN_S - max(waited_s, clock.now() - since)
+        wait_s = min(_FIRST_WAIT_S * 2**tries, max(left_s, 0.0)) if tries else _FIRST_WAIT_S
+        if not wait_s or not pause(wait_s):
             raise LinkBroken(reason)
+        waited_s += wait_s
+        tries += 1
 
 
 def _dial_once(way: Way, shake: Callable[[socket.socket], End], hold: Hold) -> End:
