@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Everything that must hold: style, types, floors, sizes, generated code, then the whole suite with real processes. Sets up what it
-# needs: .venv with the test tools and, for root on Debian, etcd, gflags and a C++ compiler. Words are passed on to pytest: scripts/test.sh tests/core -x
+# needs: .venv with the test tools and, for root on Debian, etcd, gflags, a C++ compiler and iptables. Words are passed on to pytest: scripts/test.sh tests/core -x
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 
 scripts/setup_env.sh test
 
-# a real etcd, the real gflags for the table of command lines, a compiler for the kernels; nothing of it is started here (RUNLEVEL=1)
+# a real etcd, the real gflags for the table of command lines, a compiler for the kernels, what makes networks lose
+# packets; nothing of it is started here (RUNLEVEL=1)
 missing=()
 command -v etcd >/dev/null || missing+=(etcd-server)
 command -v etcdctl >/dev/null || missing+=(etcd-client)
 [ -e /usr/include/gflags/gflags.h ] || missing+=(libgflags-dev)
 command -v c++ >/dev/null || missing+=(g++)
+command -v ip >/dev/null || missing+=(iproute2)
+command -v iptables >/dev/null || missing+=(iptables)
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
     install=(env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}")
     "${install[@]}" >/dev/null 2>&1 || { apt-get update -q >/dev/null && "${install[@]}" >/dev/null; } ||
