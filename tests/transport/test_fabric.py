@@ -23,6 +23,7 @@ from xllm_py.transport.tcp_socket import LinkBroken, split_endpoint
 from xllm_py.wire import codec
 from xllm_py.wire.codec import Payloads
 from xllm_py.wire.kv_grants import GrantTable
+from xllm_py.wire.kv_handshake import Peer
 from xllm_py.wire.kv_taker import TakerSession
 
 
@@ -118,7 +119,7 @@ def test_a_landing_that_nobody_signed_is_refused(engine: FakeFabric) -> None:
     pair = Pair(lambda **made: make_tcp(fabric=engine, **made), pull=True)
     for envelope in (codec.pack_landing(b"x", codec.Signer(b"?" * 32)), b"????" + bytes(40)):
         mine = replace(identity("d-1"), payloads=Payloads.NIXL)
-        taker = TakerSession(mine, GrantTable(), calls="p-1")
+        taker = TakerSession(mine, GrantTable(), calls=Peer("p-1"))
         with socket.create_connection(split_endpoint(pair.giver.endpoint), 10.0) as sock:
             sock.sendall(taker.call())
             welcome = taker.on_hello(read(sock, codec.HELLO_BYTES))

@@ -36,7 +36,7 @@ from xllm_py.transport.tcp_socket import split_endpoint, tune
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Reason
 from xllm_py.wire.kv_grants import GrantTable
-from xllm_py.wire.kv_handshake import Identity
+from xllm_py.wire.kv_handshake import Identity, Peer
 from xllm_py.wire.kv_session import GiverSession
 from xllm_py.wire.kv_taker import TakerSession
 
@@ -82,7 +82,7 @@ class RawGiver:
 
     def __init__(self, endpoint: str) -> None:
         self.sock = socket.create_connection(split_endpoint(endpoint), DEADLINE_S)
-        self.session = GiverSession(identity("p-1"), "d-1")
+        self.session = GiverSession(identity("p-1"), Peer("d-1"))
         self.sock.sendall(self.session.hello())
         proof = self.session.on_welcome(read(self.sock, kv_session.WELCOME_BYTES))
         assert isinstance(proof, bytes)
@@ -668,13 +668,9 @@ def test_a_busy_port_is_an_error_or_moves_on(taker: TcpKvTransport, memory: KvMe
     moved.close()
 
 
-def test_a_missing_key_and_a_false_layout_are_start_errors(memory: KvMemory) -> None:
+def test_a_missing_key_and_a_block_larger_than_a_frame_are_start_errors(memory: KvMemory) -> None:
     with pytest.raises(UsageError, match="cluster key"):
         TcpKvTransport(memory=memory, incarnation="d", cluster_key=b"")
-    with pytest.raises(LayoutMismatch):
-        TcpKvTransport(
-            memory=memory, incarnation="d", cluster_key=KEY, layout_fingerprint="another"
-        )
     huge = KvLayout(num_layers=1, block_size=1, block_bytes=(4 << 20) + 1, shape="huge")
     with pytest.raises(LayoutMismatch, match="block_size"):
         TcpKvTransport(memory=make_memory(None, huge, 1), incarnation="d", cluster_key=KEY)

@@ -22,7 +22,7 @@ from xllm_py.transport.tcp_handshake import GiverEnd
 from xllm_py.transport.tcp_socket import LinkBroken, split_endpoint
 from xllm_py.wire import codec
 from xllm_py.wire.kv_grants import GrantTable
-from xllm_py.wire.kv_handshake import answering
+from xllm_py.wire.kv_handshake import Peer, answering
 from xllm_py.wire.kv_session import GiverSession
 from xllm_py.wire.kv_taker import TakerSession
 
@@ -44,7 +44,7 @@ class RawTaker:
         self.sock = socket.create_connection(split_endpoint(endpoint), 10.0)
         mine = identity(name)
         self.session = TakerSession(
-            replace(mine, cluster_key=key or mine.cluster_key), GrantTable(), calls="p-1"
+            replace(mine, cluster_key=key or mine.cluster_key), GrantTable(), calls=Peer("p-1")
         )
         self.sock.sendall(self.session.call())
         welcome = self.session.on_hello(read(self.sock, codec.HELLO_BYTES))
@@ -224,7 +224,7 @@ def test_a_layout_of_the_takers_that_is_none_of_ours_is_refused(pair: Pair) -> N
     other = replace(LAYOUT, shape="another dtype")
     stranger = pair.add(memory=make_memory(None, other), incarnation="d-3")
     assert stranger.endpoint
-    taker = TakerSession(identity("d-3", other), GrantTable(), calls="p-1")
+    taker = TakerSession(identity("d-3", other), GrantTable(), calls=Peer("p-1"))
     with socket.create_connection(split_endpoint(pair.giver.endpoint), 10.0) as sock:
         sock.sendall(taker.call())
         assert taker.on_hello(read(sock, codec.HELLO_BYTES)) is codec.Reason.WRONG_LAYOUT
@@ -232,7 +232,7 @@ def test_a_layout_of_the_takers_that_is_none_of_ours_is_refused(pair: Pair) -> N
 
 def test_a_connection_that_is_not_wanted_any_more_is_closed() -> None:
     ours, theirs = socket.socketpair()
-    session = GiverSession(identity("p-1"), "d-1", b"call")
+    session = GiverSession(identity("p-1"), Peer("d-1"), b"call")
     callers = tcp_callers.Callers(RealClock())
     callers.put(GiverEnd(ours, session, None))
 

@@ -7,7 +7,7 @@ from xllm_py.core.kv_memory import PARTS, KvLayout
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import FrameLog, FrameType, Header, Signer
 from xllm_py.wire.kv_grants import Grant, GrantTable
-from xllm_py.wire.kv_handshake import Identity
+from xllm_py.wire.kv_handshake import Identity, Peer
 from xllm_py.wire.kv_session import GiverSession, Take
 from xllm_py.wire.kv_taker import TakerSession
 
@@ -69,7 +69,7 @@ class Link:
 
     def __init__(self, taker: Taker, giver: str, nonce: int) -> None:
         self.taker = taker
-        self.giver = GiverSession(identity(giver, nonce), "d")
+        self.giver = GiverSession(identity(giver, nonce), Peer("d"))
         self.session = TakerSession(identity("d", nonce + 1), taker.grants)
         welcome = self.session.on_hello(self.giver.hello())
         assert isinstance(welcome, bytes)

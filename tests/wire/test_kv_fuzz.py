@@ -10,6 +10,7 @@ from xllm_py.base.hashing import payload_checksum
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Header
 from xllm_py.wire.kv_grants import GrantState, GrantTable
+from xllm_py.wire.kv_handshake import Peer
 from xllm_py.wire.kv_session import GiverSession, Take
 from xllm_py.wire.kv_taker import TakerSession
 
@@ -38,7 +39,7 @@ def test_random_headers_are_rejected_by_both_sides(data: bytes, known: bool) -> 
 @given(data=st.binary(min_size=kv_session.WELCOME_BYTES, max_size=kv_session.WELCOME_BYTES))
 @settings(max_examples=500, deadline=None)
 def test_random_handshakes_open_nothing(data: bytes) -> None:
-    giver = GiverSession(identity("p", 1), "d")
+    giver = GiverSession(identity("p", 1), Peer("d"))
     taker = TakerSession(identity("d", 2), GrantTable())
     assert isinstance(giver.on_welcome(data), codec.Reason)
     taker.on_hello(data[: codec.HELLO_BYTES])

@@ -12,7 +12,7 @@ from xllm_py.core.kv_memory import KvLayout
 from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameType, Header, Reason, Step
 from xllm_py.wire.kv_grants import MAX_REMEMBERED, GrantState, GrantTable
-from xllm_py.wire.kv_handshake import answering
+from xllm_py.wire.kv_handshake import Peer, answering
 from xllm_py.wire.kv_session import (
     Acknowledged,
     Again,
@@ -58,23 +58,23 @@ def shake(giver: GiverSession, taker: TakerSession) -> tuple[object, object]:
 
 
 def test_two_sides_with_one_key_open_a_link() -> None:
-    giver = GiverSession(identity("p", 1), "d")
+    giver = GiverSession(identity("p", 1), Peer("d"))
     assert shake(giver, TakerSession(identity("d", 2), GrantTable())) == ("open", "open")
 
 
 def test_another_cluster_key_is_seen_by_the_giver_before_it_proves_anything() -> None:
-    giver = GiverSession(identity("p", 1, key=b"x" * 32), "d")
+    giver = GiverSession(identity("p", 1, key=b"x" * 32), Peer("d"))
     assert shake(giver, TakerSession(identity("d", 2), GrantTable()))[0] is Reason.WRONG_KEY
 
 
 def test_a_giver_that_only_pretends_to_know_the_key_is_refused() -> None:
     taker = TakerSession(identity("d", 2), GrantTable())
-    taker.on_hello(GiverSession(identity("p", 1), "d").hello())
+    taker.on_hello(GiverSession(identity("p", 1), Peer("d")).hello())
     assert taker.on_proof(codec.pack_proof(b"?" * 32)) is Reason.WRONG_KEY
 
 
 def test_a_recorded_handshake_does_not_open_a_second_link() -> None:
-    giver = GiverSession(identity("p", 1), "d")
+    giver = GiverSession(identity("p", 1), Peer("d"))
     welcome = TakerSession(identity("d", 2), GrantTable()).on_hello(giver.hello())
     assert isinstance(welcome, bytes)
     recorded = giver.on_welcome(welcome)
@@ -86,7 +86,7 @@ def test_a_recorded_handshake_does_not_open_a_second_link() -> None:
 
 def test_the_takers_own_proof_cannot_be_sent_back_to_it() -> None:
     taker = TakerSession(identity("d", 2), GrantTable())
-    welcome = taker.on_hello(GiverSession(identity("p", 1), "d").hello())
+    welcome = taker.on_hello(GiverSession(identity("p", 1), Peer("d")).hello())
     assert isinstance(welcome, bytes)
     assert taker.on_proof(welcome[codec.HELLO_BYTES :]) is Reason.WRONG_KEY
 
@@ -97,13 +97,13 @@ def test_a_proof_without_a_hello_is_refused() -> None:
 
 
 def test_another_incarnation_than_the_expected_one_is_refused() -> None:
-    giver = GiverSession(identity("p", 1), "d-before")
+    giver = GiverSession(identity("p", 1), Peer("d-before"))
     assert shake(giver, TakerSession(identity("d", 2), GrantTable()))[0] is Reason.WRONG_INCARNATION
 
 
 def test_another_layout_is_refused_by_both() -> None:
     other = KvLayout(num_layers=3, block_size=4, block_bytes=8, shape="test")
-    giver = GiverSession(identity("p", 1, layout=other), "d")
+    giver = GiverSession(identity("p", 1, layout=other), Peer("d"))
     taker = TakerSession(identity("d", 2), GrantTable())
     assert shake(giver, taker)[0] is Reason.WRONG_LAYOUT
     welcome = taker.on_hello(giver.hello())
@@ -114,7 +114,7 @@ def test_another_layout_is_refused_by_both() -> None:
 
 @pytest.mark.parametrize("place", [0, 5, 4])
 def test_garbage_in_the_handshake_is_refused_by_both(place: int) -> None:
-    giver = GiverSession(identity("p", 1), "d")
+    giver = GiverSession(identity("p", 1), Peer("d"))
     taker = TakerSession(identity("d", 2), GrantTable())
     hello, welcome = bytearray(giver.hello()), taker.on_hello(giver.hello())
     assert isinstance(welcome, bytes)
@@ -204,7 +204,7 @@ def test_a_length_is_computed_and_never_believed(taker: Taker, link: Link, lengt
 def test_a_frame_larger_than_the_limit_is_refused_even_when_it_is_consistent() -> None:
     big = KvLayout(num_layers=1, block_size=4, block_bytes=3 << 20, shape="big")
     grants = GrantTable()
-    giver = GiverSession(identity("p", 1, layout=big), "d")
+    giver = GiverSession(identity("p", 1, layout=big), Peer("d"))
     taker = TakerSession(identity("d", 2, layout=big), grants)
     assert shake(giver, taker) == ("open", "open")
     grants.open(grant(1, (0, 1)))
@@ -439,7 +439,7 @@ def call(
         for each in (size, giver_size)
     ]
     mine = replace(identity("d", 2, layout=layouts[0]), stream=stream)
-    taker = TakerSession(mine, GrantTable(), calls=expects)
+    taker = TakerSession(mine, GrantTable(), calls=Peer(expects))
     found = answering(taker.call(), identity("p", 1, layout=layouts[1], key=key))
     assert not isinstance(found, Reason)
     giver = GiverSession(found[1], found[0], taker.call())
@@ -463,7 +463,7 @@ def test_a_taker_may_call_for_a_stream_and_a_size_of_blocks(size: int) -> None:
 def test_who_answers_a_call_must_be_the_one_that_was_called() -> None:
     assert call(expects="p-before")[1] is Reason.WRONG_INCARNATION
     assert call(key=b"x" * 32)[0] is Reason.WRONG_KEY
-    taker = TakerSession(replace(identity("d", 2), stream=1), GrantTable(), calls="p")
+    taker = TakerSession(replace(identity("d", 2), stream=1), GrantTable(), calls=Peer("p"))
     assert taker.on_hello(identity("p", 1).hello(Step.HELLO)) is Reason.WRONG_INCARNATION
 
 
@@ -472,7 +472,7 @@ def test_a_size_that_is_no_part_of_the_givers_opens_no_link() -> None:
 
 
 def test_a_call_that_was_changed_on_its_way_opens_no_link() -> None:
-    taker = TakerSession(identity("d", 2), GrantTable(), calls="p")
+    taker = TakerSession(identity("d", 2), GrantTable(), calls=Peer("p"))
     changed = bytearray(taker.call())
     changed[-1] ^= 1  # of the nonce, of which nobody makes use
     found = answering(bytes(changed), identity("p", 1))
@@ -511,7 +511,7 @@ def test_a_taker_that_called_fetches_and_no_other_does(link: Link) -> None:
 def test_payloads_go_another_way_when_both_sides_say_the_same(
     here: codec.Payloads, there: codec.Payloads
 ) -> None:
-    giver = GiverSession(replace(identity("p", 1), payloads=here), "d")
+    giver = GiverSession(replace(identity("p", 1), payloads=here), Peer("d"))
     taker = TakerSession(replace(identity("d", 2), payloads=there), GrantTable())
     assert shake(giver, taker) == ("open", "open")
     assert giver.payloads == taker.payloads == (here if here == there else codec.Payloads.SOCKET)
@@ -545,7 +545,7 @@ def test_a_grant_that_is_open_fails_once_and_a_landed_one_never(taker: Taker, li
 def giver_of(block_size: int) -> GiverSession:
     """It counts in blocks of so many tokens, of the same size each."""
     layout = KvLayout(num_layers=2, block_size=block_size, block_bytes=2 * block_size, shape="test")
-    return GiverSession(identity("p", 1, layout=layout), "d")
+    return GiverSession(identity("p", 1, layout=layout), Peer("d"))
 
 
 def test_a_giver_may_count_in_parts_of_our_blocks() -> None:

@@ -30,13 +30,23 @@ class KvLayout:
     num_layers: int
     block_size: int  # tokens
     block_bytes: int  # of one block of one layer and part
-    shape: str  # for people and for the fingerprint: "kv_heads=2 head_dim=64 dtype=bfloat16"
+    shape: str  # of a head, for people and for the fingerprint: "head_dim=64 dtype=bfloat16"
+    num_heads: int = 1  # KV heads in these bytes: those of the model, or of one rank, or that go from one rank to another
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"layers={self.num_layers} kv_heads={self.num_heads} {self.shape}"
 
     @property
     def fingerprint(self) -> str:
         """Hex name of what a token's KV looks like; size and number of blocks are not part of it."""
-        token_bytes = self.block_bytes // self.block_size
-        return fingerprint(str(self.num_layers), str(token_bytes), self.shape)
+        return fingerprint(self.text, str(self.block_bytes // self.block_size))
+
+    def heads(self, count: int) -> KvLayout:
+        """With another number of heads."""
+        head_bytes = self.block_bytes // self.num_heads
+        return replace(self, num_heads=count, block_bytes=head_bytes * count)
 
     def at(self, block_size: int) -> KvLayout:
         """The same memory in smaller blocks. Raises ValueError when ours are no multiple of them."""
@@ -86,7 +96,9 @@ class KvMemory:
         self.mirror = mirror
         self.gather = gather
         self._regions = [region.cast("B") for region in regions]
+        self.token = slice(None)  # bytes of each token that are meant (see `heads`)
         self._finer: dict[int, KvMemory] = {layout.block_size: self}
+        self._cut: dict[tuple[int, int], KvMemory] = {}
         self._places = lru_cache(maxsize=_MAX_REMEMBERED)(self._locate)
 
     def at(self, block_size: int) -> KvMemory:
@@ -100,16 +112,39 @@ class KvMemory:
             )
         return found
 
+    def heads(self, first: int, count: int) -> KvMemory:
+        """Of each token only these heads. Where that is not all of them they do not lie together: `span` and `spans` are not for such a
+        memory, and transport/stage copies. Raises ValueError when they are not all there.
+        """
+        total = self.layout.num_heads
+        if not (first >= 0 and count >= 1 and first + count <= total):
+            raise ValueError(f"heads {first}+{count} of {total}")
+        if count == total:
+            return self
+        found = self._cut.get((first, count))
+        if found is None:
+            found = KvMemory(self.layout, self.num_blocks, self._regions, self.mirror, self.gather)
+            self._cut[first, count] = found
+            found.layout = self.layout.heads(count)
+            head_bytes = self.layout.block_bytes // self.layout.block_size // total
+            found.token = slice(first * head_bytes, (first + count) * head_bytes)
+        return found
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it has only some heads of each token."""
+        return self.token != slice(None)
+
     def span(self, layer: int, part: int, first_block: int, count: int = 1) -> memoryview:
         """Bytes of `count` adjacent blocks. Raises IndexError when they are not all in the cache."""
         if not (first_block >= 0 and count >= 1 and first_block + count <= self.num_blocks):
             raise IndexError(f"blocks {first_block}+{count} of {self.num_blocks}")
         size = self.layout.block_bytes
-        return self._region(layer, part)[first_block * size : (first_block + count) * size]
+        return self.region(layer, part)[first_block * size : (first_block + count) * size]
 
     def spans(self, layer: int, part: int, block_ids: tuple[int, ...]) -> list[memoryview]:
         """Bytes of these blocks in their order, adjacent ones in one view. Raises IndexError as `span` does."""
-        region = self._region(layer, part)
+        region = self.region(layer, part)
         return [region[place] for place in self._places(block_ids)]
 
     def num_pieces(self, block_ids: tuple[int, ...]) -> int:
@@ -118,7 +153,7 @@ class KvMemory:
 
     def check(self, layer: int, block_ids: tuple[int, ...]) -> None:
         """Raises IndexError where `spans` would."""
-        self._region(layer, 0)
+        self.region(layer, 0)
         self._places(block_ids)
 
     def poison(self, block_ids: Sequence[int]) -> None:
@@ -130,7 +165,8 @@ class KvMemory:
         if self.mirror is not None:
             self.mirror.put_in(block_ids)
 
-    def _region(self, layer: int, part: int) -> memoryview:
+    def region(self, layer: int, part: int) -> memoryview:
+        """All blocks, with every head. Raises IndexError."""
         if not (0 <= layer < self.layout.num_layers and 0 <= part < PARTS):
             raise IndexError(f"layer {layer}, part {part}")
         return self._regions[layer * PARTS + part]

@@ -33,27 +33,70 @@ def heads_of(rank: int, num_ranks: int, num_heads: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
+MAX_RANKS = 1024  # a peer may say what it likes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Which rank a process is, of how many, and how many KV heads the model has in all."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    num_heads: int = 1
+
+    def route_to(self, rank: int, num_ranks: int) -> HeadRoute | None:
+        """What this rank of P gives to a rank of D; None when that gets nothing from it."""
+        routes = routes_to(rank, num_ranks, self.num_ranks, self.num_heads)
+        return next((route for route in routes if route.giver_rank == self.rank), None)
+
+    def route_from(self, rank: int, num_ranks: int) -> HeadRoute | None:
+        """What this rank of D gets from a rank of P; likewise."""
+        routes = routes_to(self.rank, self.num_ranks, num_ranks, self.num_heads)
+        return next((route for route in routes if route.giver_rank == rank), None)
+
+
 def head_routes(num_giver_ranks: int, num_taker_ranks: int, num_heads: int) -> list[HeadRoute]:
     """Every route, by rank of D. Where several ranks of P have a head, ranks of D are spread over them. Raises ValueError."""
     if num_giver_ranks < 1 or num_taker_ranks < 1:
         raise ValueError("KV heads cannot be shared out among no ranks")
+    return [
+        route
+        for taker_rank in range(num_taker_ranks)
+        for route in _routes(taker_rank, num_taker_ranks, num_giver_ranks, num_heads)
+    ]
+
+
+def routes_to(
+    taker_rank: int, num_taker_ranks: int, num_giver_ranks: int, num_heads: int
+) -> list[HeadRoute]:
+    """Those to one rank of D; none where ranks are not such as can share."""
+    counts = (num_taker_ranks, num_giver_ranks)
+    if not (0 <= taker_rank < num_taker_ranks and 1 <= min(counts) <= max(counts) <= MAX_RANKS):
+        return []
+    try:
+        return _routes(taker_rank, num_taker_ranks, num_giver_ranks, num_heads)
+    except ValueError:
+        return []
+
+
+def _routes(
+    taker_rank: int, num_taker_ranks: int, num_giver_ranks: int, num_heads: int
+) -> list[HeadRoute]:
     givers = [heads_of(rank, num_giver_ranks, num_heads) for rank in range(num_giver_ranks)]
-    routes = []
-    for taker_rank in range(num_taker_ranks):
-        wanted = heads_of(taker_rank, num_taker_ranks, num_heads)
-        head = wanted.start
-        while head < wanted.stop:
-            able = [rank for rank, owned in enumerate(givers) if head in owned]
-            rank = able[taker_rank % len(able)]
-            count = min(givers[rank].stop, wanted.stop) - head
-            routes.append(
-                HeadRoute(
-                    giver_rank=rank,
-                    taker_rank=taker_rank,
-                    source=head - givers[rank].start,
-                    target=head - wanted.start,
-                    count=count,
-                )
+    wanted = heads_of(taker_rank, num_taker_ranks, num_heads)
+    routes, head = [], wanted.start
+    while head < wanted.stop:
+        able = [rank for rank, owned in enumerate(givers) if head in owned]
+        rank = able[taker_rank % len(able)]
+        count = min(givers[rank].stop, wanted.stop) - head
+        routes.append(
+            HeadRoute(
+                giver_rank=rank,
+                taker_rank=taker_rank,
+                source=head - givers[rank].start,
+                target=head - wanted.start,
+                count=count,
             )
-            head += count
+        )
+        head += count
     return routes

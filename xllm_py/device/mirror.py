@@ -107,5 +107,6 @@ def kv_layout(shape: KvShape) -> KvLayout:
         num_layers=shape.num_layers,
         block_size=shape.block_size,
         block_bytes=shape.block_size * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
-        shape=f"kv_heads={shape.kv_heads} head_dim={shape.head_dim} dtype={name}",
+        shape=f"head_dim={shape.head_dim} dtype={name}",
+        num_heads=shape.kv_heads,
     )

@@ -107,7 +107,6 @@ def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | N
         shared_memory=config.kv_transport == "auto",
         fabric=_open_fabric(config),
         tls=KvTls(config.kv_tls) if config.kv_tls is not None else None,
-        layout_fingerprint=memory.layout.fingerprint,
     )
     return mirrored.over(transport, memory)
 
@@ -142,7 +141,7 @@ def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
         device=capacity.device,
         model_fingerprint=capacity.model_fingerprint,
         layout_fingerprint=layout.fingerprint,
-        layout=f"layers={layout.num_layers} {layout.shape}",
+        layout=layout.text,
         numerics_fingerprint=capacity.numerics_fingerprint,
         kv_endpoints=(transport.endpoint,) if transport is not None else (),
         kv_token_bytes=PARTS * layout.num_layers * layout.block_bytes // layout.block_size,

@@ -27,6 +27,8 @@ class TakerGrant:
     prompt_digest: bytes  # base.hashing.prompt_digest of the prompt, 16 bytes
     source: str = ""  # host:port of the giver's KV listener: connect there and fetch; empty: the giver connects and pushes
     read_grant: bytes = b""  # what allows that: 16 random bytes of the giver's
+    peer_rank: int = 0  # of the peer's ranks, which one
+    peer_ranks: int = 1  # how many it has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,8 @@ class GiverGrant:
     prompt_digest: bytes
     read_grant: bytes = b""  # our word that the peer may read, 16 random bytes: nothing is sent before it fetches. Empty: push
     stream: int = 0  # over which of its links it fetches
+    peer_rank: int = 0  # of the peer's ranks, which one
+    peer_ranks: int = 1  # how many it has
 
 
 class KvEventKind(Enum):

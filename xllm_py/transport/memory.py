@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from xllm_py.base.clock import Clock
 from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import PARTS, KvMemory
+from xllm_py.core.kv_plan import Share
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.kv_events import Counts, EventQueue
 from xllm_py.transport.kv_taking import Taking
 from xllm_py.transport.memory_queue import Sending, Sent
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import Header, Reason
-from xllm_py.wire.kv_handshake import Identity
+from xllm_py.wire.kv_handshake import Identity, Peer
 from xllm_py.wire.kv_session import GiverSession, Take
 from xllm_py.wire.kv_taker import TakerSession
 
@@ -70,7 +71,7 @@ class _Link:
         self.faults = giver.network.faults(giver.incarnation, taker.incarnation)
         self.sending = Sending()
         self.open = True
-        self._out = GiverSession(giver.identity(peer.block_size), peer.peer_incarnation)
+        self._out = GiverSession(giver.identity(peer.block_size), Peer(peer.peer_incarnation))
         self._in = TakerSession(taker.identity(), taker.taking.grants)
         self._known = False
         self._told: set[bytes] = set()
@@ -234,6 +235,7 @@ class MemoryKvTransport:
         return Identity(
             incarnation=self.incarnation,
             layout=layout.at(block_size) if block_size else layout,
+            share=Share(num_heads=layout.num_heads),
             cluster_key=self._cluster_key,
             nonce=self.network.fresh().to_bytes(codec.NONCE_BYTES, "little"),
         )

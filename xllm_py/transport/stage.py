@@ -36,7 +36,9 @@ class Stage:
         self._used = 0
 
     def wants(self, block_ids: tuple[int, ...]) -> bool:
-        """Whether these blocks are better copied than passed on piece by piece."""
+        """Whether these blocks are better copied than passed on piece by piece; parts of tokens always are."""
+        if self._memory.is_cut:
+            return True
         pieces = self._memory.num_pieces(block_ids)
         num_bytes = len(block_ids) * self._memory.layout.block_bytes
         return (
@@ -46,7 +48,9 @@ class Stage:
         )
 
     def room(self, num_bytes: int) -> memoryview:
-        """So many bytes of it. Only after `wants`."""
+        """So many bytes of it, or new ones when it is full. Only after `wants`."""
+        if num_bytes > len(self._room) - self._used:
+            return memoryview(bytearray(num_bytes))
         start, self._used = self._used, self._used + num_bytes
         return self._room[start : self._used]
 
@@ -54,28 +58,29 @@ class Stage:
         """The content of these blocks: a copy, or their own memory. Raises IndexError as KvMemory.spans does."""
         if not self.wants(block_ids):
             return self._memory.spans(layer, part, block_ids)
-        rows, wanted = self._rows_of(layer, part), _index(block_ids)  # `wants` has checked them
+        self._memory.check(layer, block_ids)
+        rows, wanted = self._rows_of(layer, part), _index(block_ids)
         copy = self.room(len(block_ids) * self._memory.layout.block_bytes)
-        if self._memory.gather is not None:
+        if self._memory.gather is not None and not self._memory.is_cut:
             self._memory.gather(rows.data, wanted.data, copy)
         else:
-            out = np.frombuffer(copy, np.uint8).reshape(len(block_ids), -1)
+            out = np.frombuffer(copy, np.uint8).reshape(len(block_ids), *rows.shape[1:])
             np.take(rows, wanted, axis=0, out=out, mode="clip")
         return [copy]
 
     def scatter(self, layer: int, part: int, block_ids: tuple[int, ...], data: memoryview) -> None:
         """Into these blocks, one after the other. Only after `wants`."""
-        self._rows_of(layer, part)[_index(block_ids)] = np.frombuffer(data, np.uint8).reshape(
-            len(block_ids), -1
-        )
+        rows = self._rows_of(layer, part)
+        come = np.frombuffer(data, np.uint8).reshape(len(block_ids), *rows.shape[1:])
+        rows[_index(block_ids)] = come
 
     def _rows_of(self, layer: int, part: int) -> NDArray[np.uint8]:
-        """[blocks, bytes] over the cache's own memory."""
+        """[blocks, tokens, bytes] over the cache's own memory."""
         rows = self._rows.get((layer, part))
         if rows is None:
-            region = self._memory.span(layer, part, 0, self._memory.num_blocks)
-            rows = np.frombuffer(region, np.uint8).reshape(self._memory.num_blocks, -1)
-            self._rows[layer, part] = rows
+            region = np.frombuffer(self._memory.region(layer, part), np.uint8)
+            rows = region.reshape(self._memory.num_blocks, self._memory.layout.block_size, -1)
+            rows = self._rows[layer, part] = rows[:, :, self._memory.token]
         return rows
 
 

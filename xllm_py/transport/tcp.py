@@ -18,6 +18,7 @@ from xllm_py.base import log
 from xllm_py.base.clock import Clock, RealClock
 from xllm_py.base.errors import LayoutMismatch, PortInUse, UsageError
 from xllm_py.core.kv_memory import KvMemory
+from xllm_py.core.kv_plan import Share
 from xllm_py.transport import shm, tcp_handshake, tcp_listener
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.fabric import Fabric
@@ -31,7 +32,7 @@ from xllm_py.transport.tcp_handshake import GiverEnd, Hold, Pause, Way
 from xllm_py.transport.tcp_listener import Listener
 from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec
-from xllm_py.wire.kv_handshake import Identity
+from xllm_py.wire.kv_handshake import Identity, Peer, giving_to
 from xllm_py.wire.kv_session import GiverSession
 from xllm_py.wire.kv_taker import TakerSession
 
@@ -51,7 +52,7 @@ _COUNTS = (
 )
 
 Link = TypeVar("Link", GiverLink, FetchLink)
-Place = tuple[str, str, int]  # endpoint ("" when the peer fetches), incarnation, stream
+Place = tuple[str, Peer, int]  # endpoint ("" when the peer fetches), who it is, stream
 
 
 class TcpKvTransport:
@@ -72,15 +73,15 @@ class TcpKvTransport:
         tls: KvTls | None = None,
         shared_memory: bool = False,
         fabric: Fabric | None = None,
-        layout_fingerprint: str = "",
+        share: Share | None = None,
         clock: Clock | None = None,
     ) -> None:
         """port 0: any free port. port_may_move: take the next free one when `port` is busy. num_streams: links to one peer, numbered from first_stream; an incarnation has
         each number once.
         shared_memory, fabric: peers, of this host or at all, that want it too get their payloads through it.
+        share: whose heads `memory` holds; None: of an instance of one rank.
 
-        Raises PortInUse, UsageError when the cluster key is missing, LayoutMismatch when a block exceeds a frame or
-        `layout_fingerprint` is not that of `memory`.
+        Raises PortInUse, UsageError when the cluster key is missing, LayoutMismatch when a block exceeds a frame.
         """
         layout = memory.layout
         if len(cluster_key) < MIN_KEY_BYTES:
@@ -89,8 +90,7 @@ class TcpKvTransport:
             raise LayoutMismatch(
                 "one KV block of one layer exceeds 4 MiB; use a smaller --block_size"
             )
-        if layout_fingerprint not in ("", layout.fingerprint):
-            raise LayoutMismatch("the announced KV layout is not that of the cache")
+        self._share = share or Share(num_heads=layout.num_heads)
         self._memory = memory
         self._incarnation = incarnation
         self._cluster_key = cluster_key
@@ -142,6 +142,7 @@ class TcpKvTransport:
             stream=stream,
             incarnation=self._incarnation,
             layout=layout.at(block_size) if block_size else layout,
+            share=self._share,
             cluster_key=self._cluster_key,
             nonce=secrets.token_bytes(codec.NONCE_BYTES),
             payloads=codec.Payloads.SOCKET if self._fabric is None else self._fabric.payloads,
@@ -162,7 +163,7 @@ class TcpKvTransport:
         self._taking.open(grant)
         if not grant.source:
             return 0
-        place = self._place(self._fetchers, grant.source, grant.peer_incarnation)
+        place = self._place(self._fetchers, grant.source, peer_of(grant))
         try:
             self._ask(
                 place, grant.block_size, lambda link: link.fetch(grant.grant, grant.read_grant)
@@ -184,7 +185,7 @@ class TcpKvTransport:
         if not fetch:
             self._assign(probe, num_bytes)
             return
-        place = self._place(self._fetchers, probe.endpoint, probe.peer_incarnation)
+        place = self._place(self._fetchers, probe.endpoint, peer_of(probe))
         try:
             self._ask(place, probe.block_size, lambda link: link.probe(probe.grant, num_bytes))
         except (OSError, RuntimeError) as error:
@@ -199,7 +200,7 @@ class TcpKvTransport:
         endpoint, peer, stream = place
         link = FetchLink(
             way=self._way(endpoint, peer),
-            peer=peer,
+            peer=peer.name,
             make_session=lambda: TakerSession(
                 self._identity(stream, block_size), self._taking.grants, calls=peer
             ),
@@ -213,9 +214,9 @@ class TcpKvTransport:
 
     def _assign(self, grant: GiverGrant, probe_bytes: int) -> None:
         """To a link of its peer, a new one when there is none or it has ended."""
-        place = ("", grant.peer_incarnation, grant.stream)
+        place = ("", peer_of(grant), grant.stream)
         if not grant.read_grant:
-            place = self._place(self._links, grant.endpoint, grant.peer_incarnation)
+            place = self._place(self._links, grant.endpoint, peer_of(grant))
         self._sweep()
         with self._lock:
             link = self._links.get(place)
@@ -232,7 +233,7 @@ class TcpKvTransport:
 
     def _on_call(self, session: GiverSession) -> None:
         """A listener's thread: a taker has called. Its link serves it from now on, before there is a grant for it too."""
-        place = ("", *session.place)
+        place = ("", session.peer, session.place[1])
         with self._lock:
             link = self._links.get(place)
             if self._closed or (link is not None and link.expect_call()):
@@ -248,7 +249,7 @@ class TcpKvTransport:
                 return
             self._links[place] = link
 
-    def _place(self, links: dict[Place, Link], endpoint: str, peer: str) -> Place:
+    def _place(self, links: dict[Place, Link], endpoint: str, peer: Peer) -> Place:
         """All frames of a grant go over one link, the one with the fewest grants; a further one is opened when all are busy."""
         found = [links.get((endpoint, peer, stream)) for stream in self._streams]
         loads = [len(link) if link is not None else 0 for link in found]
@@ -270,8 +271,8 @@ class TcpKvTransport:
             self._left.popitem(last=False)
         _close_ended(self._fetchers)
 
-    def _way(self, endpoint: str, peer: str) -> Way:
-        shared = peer if self._shared else ""
+    def _way(self, endpoint: str, peer: Peer) -> Way:
+        shared = peer.incarnation if self._shared else ""
         return Way(endpoint=endpoint, tls=self._tls, fabric=self._fabric, shared=shared)
 
     def _open_link(self, place: Place, block_size: int) -> GiverLink:
@@ -292,13 +293,18 @@ class TcpKvTransport:
             )
 
         return GiverLink(
-            peer=endpoint or peer,
-            opening=dial if endpoint else Awaited(self._callers, (peer, stream)),
-            memory=self._memory.at(block_size),
+            peer=endpoint or peer.name,
+            opening=dial if endpoint else Awaited(self._callers, (peer.name, stream)),
+            memory=self._memory_for(peer, block_size),
             events=self._events,
             counts=self._counts,
             clock=self._clock,
         )
+
+    def _memory_for(self, peer: Peer, block_size: int) -> KvMemory:
+        """What we give to it; where that is nothing, the handshake refuses."""
+        memory, route = self._memory.at(block_size), giving_to(peer, self._share)
+        return memory.heads(route.source, route.count) if route is not None else memory
 
     def push(
         self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]
@@ -363,6 +369,11 @@ class TcpKvTransport:
         self._fetchers.clear()
         self._by_grant.clear()
         self._events.wake.close()
+
+
+def peer_of(grant: GiverGrant | TakerGrant) -> Peer:
+    """Whom it is about."""
+    return Peer(grant.peer_incarnation, grant.peer_rank, grant.peer_ranks)
 
 
 def _close_ended(links: dict[Place, Link]) -> None:

@@ -51,7 +51,8 @@ class TakerLink:
         self._rejected = ""  # why we closed it
         self._told: set[bytes] = set()  # revoked grants of which the peer knows
         self._sink = memoryview(bytearray(_SINK_BYTES))
-        self._memory = taking.memory.at(self._session.block_size)
+        memory, route = taking.memory.at(self._session.block_size), self._session.route
+        self._memory = memory.heads(route.target, route.count) if route is not None else memory
         self._stage = Stage(self._memory)
 
     def serve(self) -> str:

@@ -5,10 +5,11 @@ Used by wire/kv_session.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from xllm_py.base.hashing import derive_key, mac
 from xllm_py.core.kv_memory import KvLayout
+from xllm_py.core.kv_plan import HeadRoute, Share
 from xllm_py.wire import codec
 from xllm_py.wire.codec import Hello, Payloads, Reason, Step
 
@@ -18,11 +19,17 @@ class Identity:
     """What one side says of itself in a handshake, and the secret that both share."""
 
     incarnation: str
-    layout: KvLayout
+    layout: KvLayout  # of this rank's cache, in blocks of the size that the link counts in
     cluster_key: bytes
     nonce: bytes  # fresh for every link
     payloads: Payloads = Payloads.SOCKET  # how this side wants them to go
     stream: int = 0  # which of the links between these two; the side that connects says it
+    share: Share = field(default_factory=Share)
+
+    @property
+    def whole(self) -> str:
+        """Name of what a token's KV looks like with the heads of all ranks: what both sides must have in common."""
+        return self.layout.heads(self.share.num_heads).fingerprint
 
     def hello(self, step: Step) -> bytes:
         """CALL, HELLO or WELCOME."""
@@ -30,7 +37,9 @@ class Identity:
             Hello(
                 step=step,
                 incarnation=self.incarnation,
-                layout=self.layout.fingerprint,
+                layout=self.whole,
+                rank=self.share.rank,
+                num_ranks=self.share.num_ranks,
                 nonce=self.nonce,
                 block_size=self.layout.block_size,
                 stream=self.stream,
@@ -64,24 +73,52 @@ def payloads_with(peer: Hello, own: Payloads) -> Payloads:
     return own if peer.payloads == own else Payloads.SOCKET
 
 
-def fits(peer: Hello, layout: KvLayout) -> bool:
-    """Whether KV can be exchanged with the peer."""
-    return peer.layout == layout.fingerprint and (peer.rank, peer.num_ranks) == (0, 1)
+def name_of(incarnation: str, rank: int, num_ranks: int) -> str:
+    """One rank of a peer: what links and grants know it by."""
+    return incarnation if num_ranks == 1 else f"{incarnation}/{rank}"
 
 
-def answering(call: bytes, identity: Identity) -> tuple[str, Identity] | Reason:
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One rank of another instance."""
+
+    incarnation: str
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def name(self) -> str:
+        """See name_of."""
+        return name_of(self.incarnation, self.rank, self.num_ranks)
+
+
+def peer_of(hello: Hello) -> Peer:
+    """Who says this."""
+    return Peer(hello.incarnation, hello.rank, hello.num_ranks)
+
+
+def giving_to(peer: Peer, share: Share) -> HeadRoute | None:
+    """Which of our heads go to this rank."""
+    return share.route_to(peer.rank, peer.num_ranks)
+
+
+def taking_from(peer: Peer, share: Share) -> HeadRoute | None:
+    """Which of our heads come from this rank."""
+    return share.route_from(peer.rank, peer.num_ranks)
+
+
+def answering(call: bytes, identity: Identity) -> tuple[Peer, Identity] | Reason:
     """Giver, to the CALL of a taker: who it says it is, and who we are on the link that it wants. WELCOME has to prove it."""
     peer = codec.unpack_hello(call, Step.CALL)
     if isinstance(peer, Reason):
         return peer
-    layout = (
-        cut_as(peer, identity.layout) or identity.layout
-    )  # on_welcome refuses what does not fit
-    return peer.incarnation, replace(identity, layout=layout, stream=peer.stream)
+    layout = cut_as(peer, identity) or identity.layout  # on_welcome refuses what does not fit
+    return peer_of(peer), replace(identity, layout=layout, stream=peer.stream)
 
 
-def cut_as(peer: Hello, layout: KvLayout) -> KvLayout | None:
+def cut_as(peer: Hello, identity: Identity) -> KvLayout | None:
     """Our layout in blocks of the size that the link counts in, as the peer says; None when it does not fit."""
-    if not fits(peer, layout) or not peer.block_size or layout.block_size % peer.block_size:
+    layout = identity.layout
+    if peer.layout != identity.whole or not peer.block_size or layout.block_size % peer.block_size:
         return None
     return layout.at(peer.block_size)

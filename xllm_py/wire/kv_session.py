@@ -19,7 +19,7 @@ from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameType, Header, Reason, Step
 from xllm_py.wire.kv_frames import Frames
 from xllm_py.wire.kv_grants import Grant
-from xllm_py.wire.kv_handshake import Identity, fits, payloads_with
+from xllm_py.wire.kv_handshake import Identity, Peer, giving_to, payloads_with, peer_of
 
 WELCOME_BYTES = codec.HELLO_BYTES + codec.PROOF_BYTES
 _ANSWERS = (FrameType.ACK, FrameType.ERROR, FrameType.RESUME, FrameType.PROBE, FrameType.TAKEN)
@@ -147,10 +147,13 @@ class Take:
 class GiverSession:
     """P's end. call: the CALL of a taker that connected, and may fetch."""
 
-    def __init__(self, identity: Identity, peer_incarnation: str, call: bytes = b"") -> None:
+    def __init__(self, identity: Identity, peer: Peer, call: bytes = b"") -> None:
         self._call = call
         self._identity = identity
-        self._peer_incarnation = peer_incarnation
+        self.peer = peer
+        self._route = giving_to(peer, identity.share)
+        count = self._route.count if self._route is not None else identity.layout.num_heads
+        self._block_bytes = identity.layout.heads(count).block_bytes
         self._hello = identity.hello(Step.HELLO)
         self._out = Frames(b"")
         self._in = Frames(b"")
@@ -159,7 +162,7 @@ class GiverSession:
     @property
     def place(self) -> tuple[str, int]:
         """Which peer, and which of the links to it."""
-        return self._peer_incarnation, self._identity.stream
+        return self.peer.name, self._identity.stream
 
     @property
     def block_size(self) -> int:
@@ -181,9 +184,9 @@ class GiverSession:
         agreed = self._identity.agreement(self._call + self._hello + welcome)
         if not same(proof, agreed.taker_proof):
             return Reason.WRONG_KEY
-        if peer.incarnation != self._peer_incarnation:
+        if peer_of(peer) != self.peer:
             return Reason.WRONG_INCARNATION
-        if not fits(peer, self._identity.layout):
+        if peer.layout != self._identity.whole or self._route is None:
             return Reason.WRONG_LAYOUT
         self.payloads = payloads_with(peer, self._identity.payloads)
         self._out, self._in = Frames(agreed.giver_key), Frames(agreed.taker_key)
@@ -205,7 +208,7 @@ class GiverSession:
             layer=layer,
             first=first,
             num_blocks=num_blocks,
-            length=num_blocks * self._identity.layout.block_bytes,
+            length=num_blocks * self._block_bytes,
             checksum=checksum,
         )
         return header, self._out.pack(header)

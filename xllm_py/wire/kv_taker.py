@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from xllm_py.base.hashing import same
 from xllm_py.core.kv_memory import PARTS
+from xllm_py.core.kv_plan import HeadRoute
 from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameType, Header, Reason, Step
 from xllm_py.wire.kv_frames import Frames
 from xllm_py.wire.kv_grants import OPEN, Grant, GrantState, GrantTable
-from xllm_py.wire.kv_handshake import Agreement, Identity, cut_as, payloads_with
+from xllm_py.wire.kv_handshake import (
+    Agreement,
+    Identity,
+    Peer,
+    cut_as,
+    payloads_with,
+    peer_of,
+    taking_from,
+)
 from xllm_py.wire.kv_session import (
     Asked,
     Closed,
@@ -25,18 +34,19 @@ MAX_LATE_FRAMES = 4096  # of one revoked grant; an honest giver stops at the fir
 
 
 class TakerSession:
-    """D's end. The grants are shared with other links. calls: the incarnation of the giver that we connect to (PULL)."""
+    """D's end. The grants are shared with other links. calls: the giver that we connect to (PULL)."""
 
-    def __init__(self, identity: Identity, grants: GrantTable, calls: str = "") -> None:
+    def __init__(self, identity: Identity, grants: GrantTable, calls: Peer | None = None) -> None:
         self._calls = calls
-        self._call = identity.hello(Step.CALL) if calls else b""
+        self._call = identity.hello(Step.CALL) if calls is not None else b""
         self._identity = identity
         self._grants = grants
         self._agreed: Agreement | None = None
         self._layout = identity.layout
         self._out = Frames(b"")
         self._in = Frames(b"")
-        self.peer = ""  # incarnation of the giver; set by on_hello, true after on_proof
+        self.peer = ""  # name of the giver; set by on_hello, true after on_proof
+        self.route: HeadRoute | None = None  # which of our heads it has; likewise
         self.stream = 0  # likewise
         self.payloads = codec.Payloads.SOCKET  # likewise
         self._peer_fits = False
@@ -55,17 +65,19 @@ class TakerSession:
         peer = codec.unpack_hello(data, Step.HELLO)
         if isinstance(peer, Reason):
             return peer
-        wanted = (self._calls, self._identity.stream)
-        if self._calls and (peer.incarnation, peer.stream) != wanted:
+        who = peer_of(peer)
+        if self._calls and (who, peer.stream) != (self._calls, self._identity.stream):
             return Reason.WRONG_INCARNATION
         welcome = self._identity.hello(Step.WELCOME)
         self._agreed = self._identity.agreement(self._call + data + welcome)
-        self.peer, self.stream = peer.incarnation, peer.stream
+        self.peer, self.stream = who.name, peer.stream
         self.payloads = payloads_with(peer, self._identity.payloads)
-        layout = cut_as(peer, self._identity.layout)
+        self.route = taking_from(who, self._identity.share)
+        layout = cut_as(peer, self._identity)
         if self._calls and layout != self._identity.layout:
             return Reason.WRONG_LAYOUT
-        self._peer_fits, self._layout = layout is not None, layout or self._layout
+        if layout is not None and self.route is not None:
+            self._peer_fits, self._layout = True, layout.heads(self.route.count)
         return welcome + codec.pack_proof(self._agreed.taker_proof)
 
     def on_proof(self, data: bytes) -> Reason | None:
