@@ -201,7 +201,7 @@ def take(shape: Shape) -> None:
                         block_ids=block_ids,
                         first_wanted=0,
                         prompt_digest=DIGEST,
-                        source=order["source"],
+                        sources=(order["source"],) if order["source"] else (),
                         read_grant=grant_name(order["number"], index) if order["source"] else b"",
                     )
                 )
@@ -269,7 +269,7 @@ class Giver:
             self.transport.connect(
                 GiverGrant(
                     grant=grant,
-                    endpoint="" if self.transport.endpoint else self.endpoint,
+                    endpoints=() if self.transport.endpoint else (self.endpoint,),
                     peer_incarnation="taker",
                     block_size=self.shape.block_tokens,
                     prompt_digest=DIGEST,

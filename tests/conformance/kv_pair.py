@@ -178,7 +178,7 @@ class Pair:
                 block_ids=block_ids,
                 first_wanted=first_wanted,
                 prompt_digest=digest,
-                source=(self.way or self.giver.endpoint) if self.pull else "",
+                sources=((self.way or self.giver.endpoint),) if self.pull else (),
                 read_grant=read_grant(grant) if self.pull else b"",
             )
         )
@@ -196,7 +196,7 @@ class Pair:
         (giver or self.giver).connect(
             GiverGrant(
                 grant=grant,
-                endpoint="" if self.pull else (self.way or self.taker.endpoint),
+                endpoints=() if self.pull else ((self.way or self.taker.endpoint),),
                 peer_incarnation=incarnation,
                 block_size=4,
                 prompt_digest=digest,

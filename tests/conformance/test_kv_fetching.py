@@ -77,7 +77,7 @@ def test_a_read_grant_is_good_for_the_peer_it_was_given_to(pair: Pair) -> None:
             block_ids=(10, 11),
             first_wanted=0,
             prompt_digest=DIGEST,
-            source=pair.giver.endpoint,
+            sources=(pair.giver.endpoint,),
             read_grant=read_grant(name),
         )
     )
@@ -91,7 +91,7 @@ def test_a_read_grant_is_good_for_the_peer_it_was_given_to(pair: Pair) -> None:
 
 
 def test_nobody_at_the_source_fails_the_grant_and_frees_its_blocks(pair: Pair) -> None:
-    open_grant(pair, b"g" * 16, source="127.0.0.1:9")
+    open_grant(pair, b"g" * 16, sources=("127.0.0.1:9",))
     assert pair.taken_event(FAILED, b"g" * 16).text
     pair.taker.revoke(b"g" * 16)
     pair.taken_event(RELEASED, b"g" * 16)
@@ -121,7 +121,7 @@ def test_an_invented_grant_is_refused_by_the_taker(pair: Pair) -> None:
     pair.giver.connect(
         GiverGrant(
             grant=invented,
-            endpoint="",
+            endpoints=(),
             peer_incarnation="d-1",
             block_size=4,
             prompt_digest=DIGEST,
@@ -137,7 +137,7 @@ def test_an_invented_grant_is_refused_by_the_taker(pair: Pair) -> None:
 def test_a_fetched_probe_comes_and_touches_nothing(pair: Pair, num_bytes: int) -> None:
     probe = GiverGrant(
         grant=b"p" * 16,
-        endpoint=pair.giver.endpoint,
+        endpoints=(pair.giver.endpoint,),
         peer_incarnation="p-1",
         block_size=4,
         prompt_digest=b"",
@@ -159,7 +159,11 @@ def test_a_probe_that_cannot_be_fetched_fails(pair: Pair) -> None:
         (b"q" * 16, "127.0.0.1:9", "p-1"),
     ):
         probe = GiverGrant(
-            grant=name, endpoint=endpoint, peer_incarnation=peer, block_size=4, prompt_digest=b""
+            grant=name,
+            endpoints=(endpoint,),
+            peer_incarnation=peer,
+            block_size=4,
+            prompt_digest=b"",
         )
         pair.taker.probe(probe, 64, fetch=True)
         assert pair.taken_event(FAILED, name).text
@@ -169,7 +173,7 @@ def test_a_probe_that_cannot_be_fetched_fails(pair: Pair) -> None:
 def test_a_layout_that_differs_is_refused_when_the_taker_calls(pair: Pair) -> None:
     other = KvLayout(num_layers=3, block_size=4, block_bytes=96, shape="another dtype")
     stranger = pair.add(memory=make_memory(3, other), incarnation="p-3")
-    open_grant(pair, b"g" * 16, source=stranger.endpoint, peer_incarnation="p-3")
+    open_grant(pair, b"g" * 16, sources=(stranger.endpoint,), peer_incarnation="p-3")
     pair.give(b"g" * 16, (1, 2))
     assert "layout" in pair.taken_event(FAILED, b"g" * 16).text
     pair.assert_untouched()

@@ -231,7 +231,11 @@ def test_nobody_at_the_endpoint_fails_the_grant(pushing: Pair) -> None:
     assert pushing.taker.endpoint != endpoint
     pushing.giver.connect(
         GiverGrant(
-            grant=grant, endpoint=endpoint, peer_incarnation="d-1", block_size=4, prompt_digest=b""
+            grant=grant,
+            endpoints=(endpoint,),
+            peer_incarnation="d-1",
+            block_size=4,
+            prompt_digest=b"",
         )
     )
     pushing.given_event(FAILED, grant)
@@ -410,7 +414,7 @@ def test_the_taker_is_told_that_blocks_keep_coming(pair: Pair) -> None:
 def probe_of(pair: Pair, name: bytes, incarnation: str = "d-1") -> GiverGrant:
     return GiverGrant(
         grant=name,
-        endpoint=pair.taker.endpoint,
+        endpoints=(pair.taker.endpoint,),
         peer_incarnation=incarnation,
         block_size=4,
         prompt_digest=b"",
@@ -435,7 +439,7 @@ def test_a_probe_of_somebody_who_is_not_there_fails(pushing: Pair) -> None:
     assert "another process" in pushing.given_event(FAILED, b"p" * 16).text
     nobody = GiverGrant(
         grant=b"q" * 16,
-        endpoint="127.0.0.1:1",
+        endpoints=("127.0.0.1:1",),
         peer_incarnation="d-1",
         block_size=4,
         prompt_digest=b"",

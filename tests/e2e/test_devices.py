@@ -49,6 +49,28 @@ def test_two_npus_give_the_text_of_one(tiny_model: Path, tmp_path: Path) -> None
         assert answers(alone) == split
 
 
+def test_the_caches_of_several_npus_go_to_who_has_their_heads(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """And each rank copies its own between device and host."""
+    env = {"XLLM_SIMULATE_NPU": "3"}
+    with running(tmp_path, tiny_model) as cluster:
+        master = cluster.start_master()
+        flags = ("--dtype=float32", "--block_size=128")
+        cluster.start_instance("p", "PREFILL", "--devices=npu:0,npu:1", *flags, env=env)
+        decode = cluster.start_instance("d", "DECODE", "--devices=npu:2", *flags, env=env)
+        cluster.wait_ready()
+        serves_in_pairs(master)
+        split = answers(master)
+        assert decode.ledger()["kv_bytes_received"] > 0
+        wait_for("nothing left", lambda: all(each.idle() for each in cluster.daemons[1:]))
+        alone = cluster.start_instance(
+            "alone", "DEFAULT", "--etcd_addr=", "--devices=npu:2", *flags, env=env
+        )
+        cluster.wait_ready(alone)
+        assert answers(alone) == split
+
+
 @pytest.mark.parametrize("first", ["npu", "cpu"])
 def test_unlike_devices_hand_over_to_each_other_and_say_that_bits_may_differ(
     tiny_model: Path, tmp_path: Path, first: str

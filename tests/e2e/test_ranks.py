@@ -45,6 +45,7 @@ def nodes(
     count: int,
     per_node: int,
     *flags: str,
+    role: str = "DEFAULT",
     host: str = "127.0.0.1",
     elsewhere: tuple[str, ...] = (),
 ) -> list[Daemon]:
@@ -53,8 +54,8 @@ def nodes(
     return [
         cluster.start_instance(
             f"{name} node {node}",
-            "DEFAULT",
-            "--etcd_addr=",
+            role,
+            *(("--etcd_addr=",) if role == "DEFAULT" else ()),
             devices(per_node),
             f"--nnodes={count}",
             f"--node_rank={node}",
@@ -167,14 +168,17 @@ def test_whole_experts_on_each_of_two_ranks_hand_over(tiny_model: Path, tmp_path
         assert decode.ledger()["kv_bytes_received"] > 0
 
 
-@pytest.mark.parametrize(("on_p", "on_d"), [(2, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("on_p", "on_d", "mode"), [(2, 1, "PUSH"), (2, 4, "PUSH"), (1, 2, "PULL"), (2, 2, "PULL")]
+)
 def test_instances_of_unlike_numbers_of_ranks_hand_over_to_each_other(
-    tiny_model: Path, tmp_path: Path, alone: list[str], on_p: int, on_d: int
+    tiny_model: Path, tmp_path: Path, alone: list[str], on_p: int, on_d: int, mode: str
 ) -> None:
+    flags = (*FLAGS, f"--kv_cache_transfer_mode={mode}", "--kv_streams=2")
     with running(tmp_path, tiny_model) as cluster:
         master = cluster.start_master()
-        cluster.start_instance("p", "PREFILL", devices(on_p), *FLAGS)
-        decode = cluster.start_instance("d", "DECODE", devices(on_d), *FLAGS)
+        cluster.start_instance("p", "PREFILL", devices(on_p), *flags)
+        decode = cluster.start_instance("d", "DECODE", devices(on_d), *flags)
         cluster.wait_ready()
         serves_in_pairs(master)
         some = range(0, len(PROMPTS), 9)
@@ -183,6 +187,25 @@ def test_instances_of_unlike_numbers_of_ranks_hand_over_to_each_other(
         assert {row["mode"] for row in rows} == {"pd"}
         assert decode.ledger()["kv_bytes_received"] > 0
         wait_for("nothing left", lambda: all(each.idle() for each in cluster.daemons[1:]))
+
+
+def test_an_instance_over_two_nodes_hands_over_from_rank_to_rank(
+    tiny_model: Path, tmp_path: Path, alone: list[str]
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("a key of the cluster, thirty-two bytes and more")
+    key.chmod(0o600)
+    shared = f"--cluster_key_file={key}"
+    with running(tmp_path, tiny_model) as cluster:
+        master = cluster.start_master(shared)
+        nodes(cluster, "p", 2, 1, shared, role="PREFILL")
+        nodes(cluster, "d", 2, 1, shared, role="DECODE")
+        doors = [each for each in cluster.daemons if "node 1" not in each.name]
+        cluster.wait_ready(*doors)
+        serves_in_pairs(master)
+        some = range(0, len(PROMPTS), 9)
+        assert texts(master, [PROMPTS[n] for n in some]) == [alone[n] for n in some]
+        wait_for("nothing left", lambda: all(each.idle() for each in doors[1:]))
 
 
 # ---- the end of all with any

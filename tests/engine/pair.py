@@ -186,7 +186,7 @@ class Pair:
             case m.OffersOut(offers=offers):
                 for offer in offers:
                     named = dataclasses.replace(
-                        offer, giver_incarnation="p-1", endpoint=self.p.transport.endpoint
+                        offer, giver_incarnation="p-1", endpoints=(self.p.transport.endpoint,)
                     )
                     none = m.Answers(answers=[_unreachable(offer)])
                     self._call("offer", m.Offers(offers=[named]), none)

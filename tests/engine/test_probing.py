@@ -28,7 +28,7 @@ class Rig:
     def look(self, incarnation: str = "d-1") -> None:
         endpoint = self.pair.taker.endpoint
         self.agent.on_probe(
-            m.Probe(call=7, block_size=4, endpoint=endpoint, incarnation=incarnation), 0.0
+            m.Probe(call=7, block_size=4, endpoints=(endpoint,), incarnation=incarnation), 0.0
         )
         for _ in range(4):
             self.pair.taker.poll()
@@ -80,7 +80,7 @@ def test_a_link_that_is_silent_has_one_too() -> None:
 def test_an_engine_without_a_kv_port_says_so() -> None:
     said: list[m.Event] = []
     agent = ProbingAgent(transport=None, send=said.append)
-    agent.on_probe(m.Probe(call=1, block_size=4, endpoint="x:1", incarnation="d"), 0.0)
+    agent.on_probe(m.Probe(call=1, block_size=4, endpoints=("x:1",), incarnation="d"), 0.0)
     assert said == [m.Probed(call=1, reason="this instance has no KV port")]
 
 

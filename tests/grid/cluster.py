@@ -250,7 +250,7 @@ class Cluster:
             case m.OffersOut(offers=offers):
                 endpoint = self.p.transport.endpoint if self.p.transport is not None else ""
                 named = [
-                    dataclasses.replace(offer, giver_incarnation="p-1", endpoint=endpoint)
+                    dataclasses.replace(offer, giver_incarnation="p-1", endpoints=(endpoint,))
                     for offer in offers
                 ]
                 self.d.agent.on_offers(m.Offers(offers=named), now)

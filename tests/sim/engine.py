@@ -204,7 +204,7 @@ class Engine:
             pipe=pipe,
             clock=loop.clock,
         )
-        pipe.send(_ready(executor, self.transport))
+        pipe.send(_ready(executor, (self.transport.endpoint,)))
         kv.engines.append(self)
         self._at(loop.time())
 

@@ -14,7 +14,7 @@ DATA, COMMIT, RESUME = FrameType.DATA, FrameType.COMMIT, FrameType.RESUME
 
 def grant(name: bytes) -> GiverGrant:
     return GiverGrant(
-        grant=name, endpoint="", peer_incarnation="d", block_size=4, prompt_digest=b""
+        grant=name, endpoints=(), peer_incarnation="d", block_size=4, prompt_digest=b""
     )
 
 

@@ -61,7 +61,7 @@ def opened() -> tuple[Log, mirrored.MirroredTransport]:
 def giver(block_size: int = 8) -> GiverGrant:
     return GiverGrant(
         grant=GRANT,
-        endpoint="",
+        endpoints=(),
         peer_incarnation="p",
         block_size=block_size,
         prompt_digest=b"",

@@ -360,7 +360,7 @@ def big_giver(raw_taker: RawTaker) -> Iterator[TcpKvTransport]:
     transport.connect(
         GiverGrant(
             grant=GRANT,
-            endpoint=raw_taker.endpoint,
+            endpoints=(raw_taker.endpoint,),
             peer_incarnation="d-1",
             block_size=4,
             prompt_digest=DIGEST,
@@ -459,7 +459,7 @@ def test_an_endpoint_without_a_port_fails_the_grant(big_giver: TcpKvTransport) -
     big_giver.connect(
         GiverGrant(
             grant=other,
-            endpoint="nowhere",
+            endpoints=("nowhere",),
             peer_incarnation="d-1",
             block_size=4,
             prompt_digest=DIGEST,
@@ -479,7 +479,7 @@ def test_an_endpoint_that_can_be_nobodys_fails_the_grant(
     big_giver.connect(
         GiverGrant(
             grant=other,
-            endpoint=endpoint,
+            endpoints=(endpoint,),
             peer_incarnation="d-1",
             block_size=4,
             prompt_digest=DIGEST,
@@ -500,7 +500,7 @@ def test_a_link_that_cannot_be_made_for_want_of_descriptors_fails_its_grant(
             big_giver.connect(
                 GiverGrant(
                     grant=b"o" * 16,
-                    endpoint=raw_taker.endpoint,
+                    endpoints=(raw_taker.endpoint,),
                     peer_incarnation="d-1",
                     block_size=4,
                     prompt_digest=DIGEST,
@@ -574,7 +574,7 @@ class Committed:
         self.giver.connect(
             GiverGrant(
                 grant=grant,
-                endpoint=endpoint,
+                endpoints=(endpoint,),
                 peer_incarnation="d-1",
                 block_size=4,
                 prompt_digest=DIGEST,

@@ -86,7 +86,7 @@ class Site:
                     block_ids=TARGETS,
                     first_wanted=0,
                     prompt_digest=DIGEST,
-                    source=giver.endpoint if pull else "",
+                    sources=(giver.endpoint,) if pull else (),
                     read_grant=read_grant,
                     peer_rank=route.giver_rank,
                     peer_ranks=len(self.p),
@@ -95,7 +95,7 @@ class Site:
             giver.connect(
                 GiverGrant(
                     grant=grant,
-                    endpoint="" if pull else taker.endpoint,
+                    endpoints=() if pull else (taker.endpoint,),
                     peer_incarnation="d",
                     block_size=D_SIZE,
                     prompt_digest=DIGEST,
@@ -172,7 +172,7 @@ def test_a_link_between_ranks_that_do_not_fit_is_refused(site: Site, taken_for: 
     giver.connect(
         GiverGrant(
             grant=b"g" * 16,
-            endpoint=site.takers[1].endpoint,
+            endpoints=(site.takers[1].endpoint,),
             peer_incarnation="d",
             block_size=D_SIZE,
             prompt_digest=DIGEST,

@@ -103,7 +103,7 @@ class Story:
         self.givings = Givings()
         self.givings.add(
             GiverGrant(
-                grant=NAME, endpoint="", peer_incarnation="d", block_size=4, prompt_digest=DIGEST
+                grant=NAME, endpoints=(), peer_incarnation="d", block_size=4, prompt_digest=DIGEST
             )
         )
         for layer in range(LAYOUT.num_layers):

@@ -53,12 +53,8 @@ def ranks_of(
     nnodes, split = values["nnodes"], values["enable_disagg_pd"]
     causes.need(nnodes >= 1, f"--nnodes={nnodes}. Use 1 or more")
     causes.need(
-        nnodes == 1 or not split,
-        "handoffs of an instance over several nodes are not built yet. Leave --enable_disagg_pd out, or pass --nnodes=1",
-    )
-    causes.need(
-        len(devices) == 1 or not split or all(name.startswith("cpu:") for name in devices),
-        "handoffs of an instance over several cuda or npu devices are not built yet. Pass one device, or leave --enable_disagg_pd out",
+        nnodes == 1 or not split or bool(values["cluster_key_file"]),
+        "the nodes of an instance that hands over need one key. Pass --cluster_key_file, the same on each, or --nnodes=1",
     )
     causes.need(
         nnodes * len(devices) == 1 or not values["profile_steps"],

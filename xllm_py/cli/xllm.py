@@ -267,6 +267,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
             kv_pull=values["kv_cache_transfer_mode"] == "PULL",
         ),
         kv_host=host,
+        kv_advertise_host=values["advertise_host"] or host,
         kv_port=values["transfer_listen_port"],
         kv_listen=values["enable_disagg_pd"],
         kv_streams=values["kv_streams"],

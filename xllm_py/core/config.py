@@ -65,7 +65,6 @@ class RanksConfig:
     expert_groups: int = 1  # --ep_size: how many the ranks form, each with whole experts of its own
     place: int = 0  # among the ranks of its node; 0 starts the others
     address: str = ""  # host:port where all meet; empty on one node: rank 0 chooses
-    kv_fd: int = -1  # memory that rank 0 maps too, for the cache of this one
     patience_s: float = 60.0  # how long the others are waited for
 
 
@@ -92,6 +91,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     incarnation: str = ""
     kv_host: str = "127.0.0.1"
+    kv_advertise_host: str = ""  # where peers reach it; empty: at kv_host
     kv_port: int = 0  # 0: any free port
     kv_listen: bool = False  # an instance with a role other than DEFAULT moves KV
     kv_transport: str = (

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from xllm_py.core.config import ModelFacts
 from xllm_py.core.kv_memory import KvMemory
+from xllm_py.core.kv_plan import Share
 from xllm_py.core.plan import StepPlan, StepResult
 
 LayerDone = Callable[[int], None]
@@ -49,7 +50,11 @@ class Executor(Protocol):
         ...
 
     def kv_memory(self) -> KvMemory:
-        """The cache as bytes, for the KV link."""
+        """The cache as bytes, for the KV link; of the rank that plans."""
+        ...
+
+    def kv_share(self) -> Share:
+        """Which heads these are of the model's."""
         ...
 
     def close(self) -> None:

@@ -55,6 +55,11 @@ class Share:
         return next((route for route in routes if route.giver_rank == rank), None)
 
 
+def can_share(share: Share, num_ranks: int) -> bool:
+    """Whether every rank of a peer that has so many can exchange heads with our ranks."""
+    return bool(routes_to(0, share.num_ranks, num_ranks, share.num_heads))
+
+
 def head_routes(num_giver_ranks: int, num_taker_ranks: int, num_heads: int) -> list[HeadRoute]:
     """Every route, by rank of D. Where several ranks of P have a head, ranks of D are spread over them. Raises ValueError."""
     if num_giver_ranks < 1 or num_taker_ranks < 1:

@@ -72,7 +72,9 @@ class Offer:
     read_grant: bytes = (
         b""  # 16 random bytes of P's: D is to fetch with them (PULL); empty: P pushes
     )
-    endpoint: str = ""  # host:port of P's KV listener, where D fetches; D takes it from P's card
+    # of P's card, which D has: its KV listeners, where D fetches, one per rank; and how many ranks it has
+    endpoints: tuple[str, ...] = ()
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

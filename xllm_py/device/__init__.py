@@ -12,11 +12,10 @@ __all__ = ["Device", "open_device"]
 _log = log.get(__name__)
 
 
-def open_device(name: str, *, threads: int, kv_fd: int = -1, is_exact: bool = True) -> Device:
+def open_device(name: str, *, threads: int, is_exact: bool = True) -> Device:
     """The device called `cpu:N`, `cuda:N` or `npu:N`; `auto`: the first of npu:0, cuda:0 and cpu:0 that is there, and the log says which and why.
 
-    Raises DeviceUnavailable with what is there and what to do. threads: compute threads of this rank; 0 means all cores. kv_fd: on cpu, memory
-    for the cache that another process maps too. is_exact: else cuda multiplies matrices faster, with bits that depend on the batch; the others have no such form.
+    Raises DeviceUnavailable with what is there and what to do. threads: compute threads of this rank; 0 means all cores. is_exact: else cuda multiplies matrices faster, with bits that depend on the batch; the others have no such form.
     """
     if name == AUTO_DEVICE:
         return _first_there(threads, is_exact)
@@ -25,7 +24,7 @@ def open_device(name: str, *, threads: int, kv_fd: int = -1, is_exact: bool = Tr
         case "cpu":
             from xllm_py.device.cpu import CpuDevice
 
-            return CpuDevice(int(index or 0), threads=threads, kv_fd=kv_fd)
+            return CpuDevice(int(index or 0), threads=threads)
         case "cuda":
             from xllm_py.device.cuda import open_cuda
 

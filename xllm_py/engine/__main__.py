@@ -15,6 +15,8 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from xllm_py.base import failpoints, log
 from xllm_py.base.clock import RealClock
@@ -22,15 +24,19 @@ from xllm_py.base.errors import PeerUnavailable, StartError
 from xllm_py.base.hashing import chain_root
 from xllm_py.core.config import EngineConfig
 from xllm_py.core.executor import Executor
-from xllm_py.core.kv_memory import PARTS
+from xllm_py.core.kv_memory import PARTS, KvLayout
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.handoff_agent import HandoffAgent
 from xllm_py.engine.loop import EngineLoop
 from xllm_py.engine.step_profile import write_profile
+from xllm_py.engine.taking import Ranks
 from xllm_py.transport.base import KvTransport
-from xllm_py.transport.fabric import Fabric
 from xllm_py.transport.pipe import EnginePipe
+from xllm_py.transport.ranked import RankedTransport
 from xllm_py.wire.messages import Failed, Ready, Start
+
+if TYPE_CHECKING:
+    from xllm_py.engine.ranks import Others
 
 _PR_SET_PDEATHSIG = 1
 _START_TIMEOUT_S = 30.0
@@ -86,37 +92,42 @@ def _follow(pipe: EnginePipe, config: EngineConfig) -> None:
     follow(config, functools.partial(_end, pipe), ready)
 
 
-def _open_transport(config: EngineConfig, executor: Executor) -> KvTransport | None:
+def _open_transport(config: EngineConfig, executor: Executor) -> RankedTransport | None:
+    """Over the KV ports of all ranks."""
     if not config.kv_listen:
         return None
-    from xllm_py.transport import mirrored
-    from xllm_py.transport.tcp import TcpKvTransport
-    from xllm_py.transport.tcp_tls import KvTls
+    from xllm_py.engine.kv_port import open_port
 
-    memory = executor.kv_memory()
-    transport = TcpKvTransport(
-        memory=memory,
-        incarnation=config.incarnation,
-        cluster_key=config.cluster_key,
-        host=config.kv_host,
-        port=config.kv_port,
-        listen=True,
-        port_may_move=config.kv_port_may_move,
-        num_streams=config.kv_streams,
-        first_stream=config.kv_first_stream,
-        shared_memory=config.kv_transport == "auto",
-        fabric=_open_fabric(config),
-        tls=KvTls(config.kv_tls) if config.kv_tls is not None else None,
+    memory, share, others = executor.kv_memory(), executor.kv_share(), _others(config, executor)
+    return RankedTransport(
+        open_port(config, memory, share),
+        memory,
+        others.kv_lines if others is not None else [],
+        share=share,
+        streams=range(config.kv_first_stream, config.kv_first_stream + config.kv_streams),
+        step=lambda: others.step if others is not None else 0,
     )
-    return mirrored.over(transport, memory)
 
 
-def _open_fabric(config: EngineConfig) -> Fabric | None:
-    if config.kv_transport in ("tcp", "auto"):
+def _others(config: EngineConfig, executor: Executor) -> Others | None:
+    """The other ranks, where there are any."""
+    if config.num_ranks == 1:
         return None
-    from xllm_py.transport.fabric import open_fabric
+    from xllm_py.engine.ranks import ManyRanks
 
-    return open_fabric(config.kv_transport, config.kv_host, RealClock())
+    return executor.others if isinstance(executor, ManyRanks) else None
+
+
+def _ranks(config: EngineConfig, executor: Executor, transport: KvTransport | None) -> Ranks:
+    """What peers have to know."""
+    if transport is None:
+        return Ranks()
+    from xllm_py.engine.kv_port import announced
+
+    others = _others(config, executor)
+    lines = others.kv_lines if others is not None else []
+    endpoints = (announced(config, transport), *(line.endpoint for line in lines))
+    return Ranks(share=executor.kv_share(), endpoints=endpoints)
 
 
 def _prefix_root(config: EngineConfig, model_fingerprint: str) -> bytes:
@@ -129,8 +140,13 @@ def _prefix_root(config: EngineConfig, model_fingerprint: str) -> bytes:
     )
 
 
-def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
-    capacity, layout = executor.capacity(), executor.kv_memory().layout
+def _whole(executor: Executor) -> KvLayout:
+    """What a token's KV looks like with the heads of all ranks."""
+    return executor.kv_memory().layout.heads(executor.kv_share().num_heads)
+
+
+def _ready(executor: Executor, endpoints: tuple[str, ...]) -> Ready:
+    capacity, layout = executor.capacity(), _whole(executor)
     return Ready(
         num_blocks=capacity.num_blocks,
         block_size=capacity.block_size,
@@ -143,10 +159,17 @@ def _ready(executor: Executor, transport: KvTransport | None) -> Ready:
         layout_fingerprint=layout.fingerprint,
         layout=layout.text,
         numerics_fingerprint=capacity.numerics_fingerprint,
-        kv_endpoints=(transport.endpoint,) if transport is not None else (),
+        kv_endpoints=endpoints,
         kv_token_bytes=PARTS * layout.num_layers * layout.block_bytes // layout.block_size,
         summary=capacity.summary,
     )
+
+
+def _poison(
+    executor: Executor, transport: RankedTransport | None
+) -> Callable[[Sequence[int]], None]:
+    """Of every rank where they hand over, else of the one that plans."""
+    return executor.kv_memory().poison if transport is None else transport.poison
 
 
 def serve(pipe: EnginePipe, config: EngineConfig) -> None:
@@ -165,18 +188,19 @@ def serve(pipe: EnginePipe, config: EngineConfig) -> None:
             capacity.num_blocks,
             capacity.block_size,
             _prefix_root(config, capacity.model_fingerprint),
-            executor.kv_memory().poison if config.cache.poison else None,
+            _poison(executor, transport) if config.cache.poison else None,
         )
-        clock = RealClock()
+        clock, ranks = RealClock(), _ranks(config, executor, transport)
         agent = HandoffAgent(
             scheduler=scheduler,
             transport=transport,
             config=config.scheduler,
             model_fingerprint=capacity.model_fingerprint,
-            layout=executor.kv_memory().layout,
+            layout=_whole(executor),
             send=pipe.send,
+            ranks=ranks,
         )
-        pipe.send(_ready(executor, transport))
+        pipe.send(_ready(executor, ranks.endpoints))
         EngineLoop(
             scheduler=scheduler, executor=executor, agent=agent, pipe=pipe, clock=clock
         ).run()

@@ -310,7 +310,8 @@ class GivingAgent:
         transport.connect(
             GiverGrant(
                 grant=answer.grant,
-                endpoint="" if giving.read_grant else answer.endpoints[0],
+                endpoints=answer.endpoints,
+                peer_ranks=len(answer.endpoints),
                 peer_incarnation=receiver.incarnation,
                 block_size=giving.block_size,
                 prompt_digest=prompt_digest(giving.request.tokens[: giving.request.num_submitted]),

@@ -16,7 +16,7 @@ from xllm_py.core.plan import StepPlan
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.giving import GivingAgent
 from xllm_py.engine.probing import ProbingAgent
-from xllm_py.engine.taking import TakingAgent
+from xllm_py.engine.taking import Ranks, TakingAgent
 from xllm_py.transport.base import KvTransport
 from xllm_py.wire import messages as m
 
@@ -33,7 +33,9 @@ class HandoffAgent:
         model_fingerprint: str,
         layout: KvLayout,
         send: Callable[[m.Event], None],
+        ranks: Ranks | None = None,
     ) -> None:
+        """layout: with the heads of all ranks. ranks: None: one, reached where the transport listens."""
         self._transport = transport
         self.giving = GivingAgent(
             scheduler=scheduler,
@@ -49,6 +51,7 @@ class HandoffAgent:
             model_fingerprint=model_fingerprint,
             layout=layout,
             send=send,
+            ranks=ranks or Ranks(),
         )
         self.probing = ProbingAgent(transport=transport, send=send)
         self.layer_done = self.giving.layer_done

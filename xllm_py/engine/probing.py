@@ -50,7 +50,8 @@ class ProbingAgent:
         transport.probe(
             GiverGrant(
                 grant=name,
-                endpoint=look.command.endpoint,
+                endpoints=look.command.endpoints,
+                peer_ranks=len(look.command.endpoints),
                 peer_incarnation=look.command.incarnation,
                 block_size=look.command.block_size,
                 prompt_digest=b"",

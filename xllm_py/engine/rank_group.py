@@ -19,7 +19,6 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cached_property
 
 from torch._C._distributed_c10d import Store, TCPStore
 
@@ -29,14 +28,17 @@ from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import DeviceUnavailable, EngineDied, StartError, UsageError
 from xllm_py.base.process import interface_towards
 from xllm_py.core.config import EngineConfig
-from xllm_py.device import shared_cache
 from xllm_py.engine import lifeline
-from xllm_py.transport.pipe import RankPipe
+from xllm_py.transport.pipe import BlockingPipe, RankPipe
+from xllm_py.transport.rank_line import RankLine, servant_pipe
 from xllm_py.wire import messages as m
 
 _LOOPBACK = "127.0.0.1"
 _LAST_WORD_S = 2.0
 _WORD_OF_RANK_0 = "verdict"
+_KV_LINES = "kv lines"
+_KV_LINE_S = 10.0
+_INCARNATION = "incarnation"
 
 _log = log.get(__name__)
 
@@ -60,18 +62,45 @@ class RankGroup:
         self._lines: lifeline.Lifelines | None = None
         self._line: socket.socket | None = None
         self._siblings: dict[int, tuple[subprocess.Popen[bytes], RankPipe]] = {}
-        self._kv_fds: list[int] = []
+        self._kv_listener: socket.socket | None = None
         self.store: Store | None = None
 
-    @property
-    def kv_fds(self) -> list[int]:
-        """Memory of the caches of this node's other ranks, in their order."""
-        return self._kv_fds
+    def kv_lines(self) -> list[RankLine]:
+        """Rank 0: to the KV transport of each other rank, in their order. Raises DeviceUnavailable when one does not come."""
+        listener, lines = self._kv_listener, list[RankLine]()
+        if listener is None:
+            return lines
+        listener.settimeout(self._config.ranks.patience_s)
+        try:
+            while len(lines) < self._config.num_ranks - 1:
+                line = RankLine(listener.accept()[0], RealClock())
+                lines.append(line)
+        except OSError as error:
+            raise DeviceUnavailable(
+                f"only {len(lines)} of {self._config.num_ranks - 1} other ranks opened their KV ports in {self._config.ranks.patience_s:g} s"
+            ) from error
+        finally:
+            listener.close()
+        return sorted(lines, key=lambda line: line.rank)
 
-    @cached_property
-    def own_fd(self) -> int:
-        """Memory for the cache of rank 0 itself."""
-        return shared_cache.create()
+    def incarnation(self) -> str:
+        """Of the instance, which peers know all its ranks by."""
+        return self._met().get(_INCARNATION).decode()
+
+    def _met(self) -> Store:
+        if self.store is None:
+            raise DeviceUnavailable(f"rank {self._config.rank} has not met the others")
+        return self.store
+
+    def kv_line(self) -> BlockingPipe:
+        """Another rank: to rank 0. Raises DeviceUnavailable."""
+        there, _, port = self._met().get(_KV_LINES).decode().rpartition(":")
+        try:
+            return servant_pipe(socket.create_connection((there, int(port)), _KV_LINE_S))
+        except OSError as error:
+            raise DeviceUnavailable(
+                f"rank {self._config.rank} cannot reach rank 0 at {there}:{port} ({error}); is that address open between the nodes?"
+            ) from error
 
     def end(self, cause: Exception) -> None:
         """A step failed here in its middle, so the ranks are at different places and all end; most often because one of them is gone, which is better said.
@@ -106,6 +135,10 @@ class RankGroup:
         if config.rank == 0:
             self._lines = lifeline.Lifelines(host, self._on_rank_lost)
             store.set("lifeline", f"{host}:{self._lines.port}")
+            if config.kv_listen:
+                self._kv_listener = socket.create_server((host, 0))
+                store.set(_KV_LINES, f"{host}:{self._kv_listener.getsockname()[1]}")
+                store.set(_INCARNATION, config.incarnation)
         else:
             there, _, at = store.get("lifeline").decode().rpartition(":")
             self._line = lifeline.hold((there, int(at)), config.rank, self._on_lead_lost)
@@ -124,15 +157,11 @@ class RankGroup:
         config = self._config
         for place in range(1, len(config.devices)):
             ours, theirs = socket.socketpair()
-            kv_fd = shared_cache.create()
-            self._kv_fds.append(kv_fd)
             command = [sys.executable, "-m", "xllm_py.engine", "--fd", str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno(), kv_fd])
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
             theirs.close()
             pipe = RankPipe(ours)
-            ranks = dataclasses.replace(
-                config.ranks, place=place, kv_fd=kv_fd, address=f"{host}:{port}"
-            )
+            ranks = dataclasses.replace(config.ranks, place=place, address=f"{host}:{port}")
             pipe.send(m.Start(config=dataclasses.replace(config, ranks=ranks)))
             rank = config.rank + place
             self._siblings[rank] = (process, pipe)
@@ -234,8 +263,6 @@ class RankGroup:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for kv_fd in self._kv_fds:
-            os.close(kv_fd)
 
 
 def _where(config: EngineConfig) -> tuple[str, int]:

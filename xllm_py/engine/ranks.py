@@ -21,12 +21,13 @@ from xllm_py.base.process import num_cores
 from xllm_py.core.config import EngineConfig, ModelFacts
 from xllm_py.core.executor import Capacity, Executor, LayerDone
 from xllm_py.core.kv_memory import KvMemory
-from xllm_py.core.kv_plan import heads_of
+from xllm_py.core.kv_plan import Share
 from xllm_py.core.plan import StepPlan, StepResult
-from xllm_py.device import open_device, shared_cache
+from xllm_py.device import open_device
 from xllm_py.device.base import Device, KvShape
 from xllm_py.device.collectives import Collectives
 from xllm_py.engine.grammar import Matchers
+from xllm_py.engine.kv_port import announced, open_port
 from xllm_py.engine.rank_group import OnLost, RankGroup, end_process
 from xllm_py.engine.self_test import numerics_fingerprint
 from xllm_py.engine.worker import Worker
@@ -34,6 +35,8 @@ from xllm_py.model import Model, load_model, open_weights, pick_dtype, read_conf
 from xllm_py.model.config import ModelConfig
 from xllm_py.model.sharding import Shard
 from xllm_py.transport.pipe import decode_plan, encode_plan
+from xllm_py.transport.rank_line import RankLine
+from xllm_py.transport.rank_servant import Progress, RankServant
 
 _CPU_CACHE_BYTES = 4 << 30
 _MIB = 1 << 20
@@ -51,28 +54,17 @@ def open_executor(config: EngineConfig, on_lost: OnLost = end_process) -> Execut
     loading = _Loading(config)
     if config.num_ranks == 1:
         worker = loading.worker(_load(loading, Shard()), chooses=True)
-        return OneRank(worker, loading.device, loading.capacity(worker))
+        return OneRank(worker, loading, loading.capacity(worker))
     return _lead(loading, on_lost)
 
 
 def _lead(loading: _Loading, on_lost: OnLost) -> Executor:
     """Rank 0 of several."""
-    config = loading.config
     group, ranks, shard = _join(loading, on_lost)
     worker = loading.worker(_load(loading, shard, ranks), chooses=True)
-    worker.tell = lambda plan: ranks.tell(encode_plan(plan))
-    shape = loading.kv_shape(shard)
-    memory = loading.device.kv_memory()
-    if config.kv_listen:
-        # rank 0's cache as it is seen by rank 0, then those of the others, which are all of this node
-        own = shared_cache.caches(group.own_fd, shape)
-        others = [shared_cache.caches(kv_fd, shape) for kv_fd in group.kv_fds]
-        count, total = config.num_ranks, loading.model.num_kv_heads
-        heads = [heads_of(rank, count, total) for rank in range(count)]
-        memory = shared_cache.RanksMirror([own, *others], heads, shape).memory()
-    return ManyRanks(
-        worker, loading.device, loading.capacity(worker), memory=memory, group=group, ranks=ranks
-    )
+    others = Others(group, ranks, group.kv_lines())
+    worker.tell = others.tell
+    return ManyRanks(worker, loading, loading.capacity(worker), others)
 
 
 def follow(config: EngineConfig, on_lost: OnLost, on_ready: Callable[[], None]) -> None:
@@ -80,25 +72,40 @@ def follow(config: EngineConfig, on_lost: OnLost, on_ready: Callable[[], None]) 
     loading = _Loading(config)
     group, ranks, shard = _join(loading, on_lost)
     worker = loading.worker(_load(loading, shard, ranks), chooses=False)
+    progress = Progress()
+    servant = _serve_kv(loading, group, progress) if config.kv_listen else None
     on_ready()
     try:
         while raw := ranks.hear():
-            worker.execute(decode_plan(raw), None)
+            progress.begin()
+            worker.execute(decode_plan(raw), progress.stored)
     except Exception as error:
         group.end(error)
         raise
     finally:
+        if servant is not None:
+            servant.join()
         group.close()
         worker.close()
         loading.device.close()
+
+
+def _serve_kv(loading: _Loading, group: RankGroup, progress: Progress) -> RankServant:
+    """Another rank than 0: open its KV port, and have rank 0 direct it."""
+    config = replace(loading.config, incarnation=group.incarnation())
+    memory = loading.device.kv_memory()
+    transport = open_port(config, memory, loading.kv_share)
+    servant = RankServant(
+        line=group.kv_line(), transport=transport, memory=memory, progress=progress
+    )
+    servant.start(config.rank, announced(config, transport))
+    return servant
 
 
 def _join(loading: _Loading, on_lost: OnLost) -> tuple[RankGroup, Collectives, Shard]:
     """Meet the other ranks."""
     config = loading.config
     group = RankGroup(config, on_lost)
-    if config.rank == 0 and config.kv_listen:
-        loading.kv_fd = group.own_fd
     store = group.gather(loading.facts())
     ranks = Collectives(store, config.rank, config.num_ranks, loading.device.collectives)
     shard = Shard(
@@ -139,7 +146,6 @@ class _Loading:
         self.max_len = _longest(config, self.model)
         self.dtype = pick_dtype(config.dtype, self.model)
         self.sizing = _Sizing(0, ())
-        self.kv_fd = config.ranks.kv_fd
         Shard(count=config.num_ranks, expert_groups=config.ranks.expert_groups).check(self.model)
 
     @cached_property
@@ -150,7 +156,15 @@ class _Loading:
         if not threads and local > 1:
             threads = max(1, num_cores() // local)  # ranks of one host share its cores
         name = config.devices[config.ranks.place]
-        return open_device(name, threads=threads, kv_fd=self.kv_fd, is_exact=config.is_exact)
+        return open_device(name, threads=threads, is_exact=config.is_exact)
+
+    @property
+    def kv_share(self) -> Share:
+        """Which of the model's KV heads this rank has."""
+        config = self.config
+        return Share(
+            rank=config.rank, num_ranks=config.num_ranks, num_heads=self.model.num_kv_heads
+        )
 
     @property
     def variant(self) -> str:
@@ -171,6 +185,8 @@ class _Loading:
             "--block_size": str(config.cache.block_size),
             "--max_model_len": str(self.max_len),
             "--max_seqs_per_batch": str(config.scheduler.max_seqs_per_batch),
+            "--enable_disagg_pd": str(config.kv_listen).lower(),
+            "--cluster_key_file": fingerprint(config.cluster_key.hex()) if config.kv_listen else "",
         }
 
     def kv_shape(self, shard: Shard) -> KvShape:
@@ -241,9 +257,10 @@ def _longest(config: EngineConfig, model: ModelConfig) -> int:
 class OneRank:
     """Implements core.executor.Executor in this process."""
 
-    def __init__(self, worker: Worker, device: Device, capacity: Capacity) -> None:
+    def __init__(self, worker: Worker, loading: _Loading, capacity: Capacity) -> None:
         self.worker = worker
-        self._device = device
+        self._device = loading.device
+        self._share = loading.kv_share
         self._capacity = capacity
 
     def execute(self, plan: StepPlan, layer_done: LayerDone | None = None) -> StepResult:
@@ -258,45 +275,55 @@ class OneRank:
         """See Executor."""
         return self._device.kv_memory()
 
+    def kv_share(self) -> Share:
+        """See Executor."""
+        return self._share
+
     def close(self) -> None:
         """See Executor."""
         self.worker.close()
         self._device.close()
 
 
+class Others:
+    """The other ranks, as rank 0 speaks to them."""
+
+    def __init__(self, group: RankGroup, ranks: Collectives, kv_lines: list[RankLine]) -> None:
+        self.group = group
+        self.ranks = ranks
+        self.kv_lines = kv_lines  # to their KV transports, where this instance hands over
+        self.step = 0  # number of the plan that was told last
+
+    def tell(self, plan: StepPlan) -> None:
+        """The next plan, before it is computed."""
+        self.step += 1
+        self.ranks.tell(encode_plan(plan))
+
+
 class ManyRanks(OneRank):
     """Implements core.executor.Executor: rank 0, which tells the others each plan before it computes its own share."""
 
     def __init__(
-        self,
-        worker: Worker,
-        device: Device,
-        capacity: Capacity,
-        *,
-        memory: KvMemory,
-        group: RankGroup,
-        ranks: Collectives,
+        self, worker: Worker, loading: _Loading, capacity: Capacity, others: Others
     ) -> None:
-        super().__init__(worker, device, capacity)
-        self._memory, self._group, self._ranks = memory, group, ranks
-
-    def kv_memory(self) -> KvMemory:
-        """See Executor: of all ranks where it is handed over, else of this one."""
-        return self._memory
+        super().__init__(worker, loading, capacity)
+        self.others = others
 
     def execute(self, plan: StepPlan, layer_done: LayerDone | None = None) -> StepResult:
         """See Executor. A step that fails in its middle leaves the ranks at different places, and ends them all."""
         try:
             return super().execute(plan, layer_done)
         except Exception as error:
-            self._group.end(error)
+            self.others.group.end(error)
             raise
 
     def close(self) -> None:
         """See Executor."""
-        self._ranks.tell(b"")
-        self._group.close()
-        self._ranks.close()
+        for line in self.others.kv_lines:
+            line.close()
+        self.others.ranks.tell(b"")
+        self.others.group.close()
+        self.others.ranks.close()
         super().close()
 
 

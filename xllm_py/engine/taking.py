@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xllm_py.base import ids, log
 from xllm_py.base.hashing import prompt_digest
 from xllm_py.core.kv_memory import KvLayout, in_pieces
+from xllm_py.core.kv_plan import Share, can_share
 from xllm_py.core.request import Offer, OfferAnswer
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.transport.base import KvEvent, KvEventKind, KvTransport, TakerGrant
 from xllm_py.wire import messages as m
 
 _log = log.get(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """What handing over has to know of this instance's ranks: whose share the one that plans has, and where each is reached by peers."""
+
+    share: Share = field(default_factory=Share)
+    endpoints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,9 @@ class TakingAgent:
         model_fingerprint: str,
         layout: KvLayout,
         send: Callable[[m.Event], None],
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._scheduler = scheduler
         self._transport = transport
         self._model_fingerprint = model_fingerprint
@@ -88,7 +99,10 @@ class TakingAgent:
             return _refuse(offer, "model_differs", "the giver serves another model")
         if offer.layout_fingerprint != self._layout.fingerprint or offer.block_size < 1:
             return _refuse(offer, "layout_differs", "the giver's KV layout is another one")
-        if offer.read_grant and not offer.endpoint:
+        if not can_share(self._ranks.share, offer.num_ranks):
+            text = f"the heads of {offer.num_ranks} ranks do not fit those of our {self._ranks.share.num_ranks}"
+            return _refuse(offer, "layout_differs", text)
+        if offer.read_grant and not offer.endpoints:
             return _refuse(offer, "not_linked", "the giver's card names no KV port to fetch from")
         fresh = ids.grant_id()
         answer = self._scheduler.reserve(offer, fresh, now)
@@ -102,7 +116,7 @@ class TakingAgent:
             block_size=size,
             num_held_blocks=answer.num_held_blocks * pieces,
             num_blocks=-(-length // size),
-            endpoints=(self._transport.endpoint,),
+            endpoints=self._ranks.endpoints or (self._transport.endpoint,),
         )
         if answer.grant == fresh:
             self._open(offer, answer, pieces, self._transport)
@@ -122,7 +136,8 @@ class TakingAgent:
                 block_ids=blocks[: answer.num_blocks],
                 first_wanted=answer.num_held_blocks,
                 prompt_digest=prompt_digest(submission.prompt_ids + submission.generated_ids),
-                source=offer.endpoint if offer.read_grant else "",
+                sources=offer.endpoints if offer.read_grant else (),
+                peer_ranks=offer.num_ranks,
                 read_grant=offer.read_grant,
             )
         )

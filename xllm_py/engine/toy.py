@@ -22,6 +22,7 @@ from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.config import EngineConfig, ModelFacts
 from xllm_py.core.executor import Capacity, LayerDone
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
+from xllm_py.core.kv_plan import Share
 from xllm_py.core.plan import RowStart, StepPlan, StepResult
 from xllm_py.core.sampling import SamplingParams
 
@@ -82,6 +83,10 @@ class ToyExecutor:
     def kv_memory(self) -> KvMemory:
         """See Executor."""
         return self._memory
+
+    def kv_share(self) -> Share:
+        """See Executor."""
+        return Share()
 
     def execute(self, plan: StepPlan, layer_done: LayerDone | None = None) -> StepResult:
         """See Executor."""

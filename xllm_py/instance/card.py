@@ -26,7 +26,6 @@ def make_card(
 ) -> Card:
     """SPEC 4.2."""
     host = config.addresses.advertise_host
-    kv_ports = tuple(int(where.rpartition(":")[2]) for where in ready.kv_endpoints)
     replicas = config.num_replicas
     return Card(
         name=join_address(host, identity.http_port),
@@ -34,8 +33,8 @@ def make_card(
         type=config.cluster.role.value,
         incarnation_id=identity.incarnation,
         register_ts_ms=identity.started_ms,
-        addrs=tuple(join_address(host, port) for port in kv_ports),
-        ports=kv_ports,
+        addrs=ready.kv_endpoints,
+        ports=tuple(int(where.rpartition(":")[2]) for where in ready.kv_endpoints),
         dp_size=replicas,
         http_address=join_address(host, identity.http_port),
         version=__version__,

@@ -109,8 +109,9 @@ class ControlService:
 
     def _with_source(self, offer: Offer) -> Offer:
         """What is fetched is fetched from where the giver's signed card says."""
-        addrs = self._givers[offer.giver_incarnation].addrs
-        return dataclasses.replace(offer, endpoint=addrs[0] if addrs else "")
+        giver = self._givers[offer.giver_incarnation]
+        addrs = giver.addrs[: giver.tp_size]
+        return dataclasses.replace(offer, endpoints=addrs, num_ranks=giver.tp_size)
 
     async def _ask_engine(
         self, offers: list[Offer]
@@ -133,13 +134,7 @@ class ControlService:
         granted = {answer.request_id for answer in answers if not answer.refusal}
         for request_id in fresh.keys() - granted:
             self._outlets.close(request_id, fresh[request_id])
-        return {(answer.request_id, answer.attempt): self._announced(answer) for answer in answers}
-
-    def _announced(self, answer: OfferAnswer) -> OfferAnswer:
-        """The engine names where it listens; others reach that where our card says."""
-        where = {addr.rpartition(":")[2]: addr for addr in self._card().addrs}
-        ports = [endpoint.rpartition(":")[2] for endpoint in answer.endpoints]
-        return dataclasses.replace(answer, endpoints=tuple(where[port] for port in ports))
+        return {(answer.request_id, answer.attempt): answer for answer in answers}
 
     async def first_generation(self, firsts: list[FirstToken]) -> list[bool]:
         """A giver's first tokens."""
@@ -187,13 +182,13 @@ class ControlService:
             await asyncio.gather(
                 *(
                     self._engine.probe(
-                        endpoint,
+                        peer.addrs[first : first + peer.tp_size],
                         peer.incarnation_id,
                         block_size,
                         fetch,
                         timeout_s=_ENGINE_TIMEOUT_S,
                     )
-                    for endpoint in peer.addrs
+                    for first in range(0, len(peer.addrs), peer.tp_size)
                 )
             )
         )

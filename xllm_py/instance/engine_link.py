@@ -241,14 +241,20 @@ class EngineLink:
         return (await self._ask(self._ledgers, [call], m.FlushCache(call=call), timeout_s))[0]
 
     async def probe(
-        self, endpoint: str, incarnation: str, block_size: int, fetch: bool, *, timeout_s: float
+        self,
+        endpoints: tuple[str, ...],
+        incarnation: str,
+        block_size: int,
+        fetch: bool,
+        *,
+        timeout_s: float,
     ) -> m.Probed:
         """Try the KV link to a peer. A step that is computed has to end first. Raises EngineDown or DeadlineExceeded."""
         self._calls += 1
         call = self._calls
         command = m.Probe(
             call=call,
-            endpoint=endpoint,
+            endpoints=endpoints,
             incarnation=incarnation,
             block_size=block_size,
             fetch=fetch,

@@ -7,6 +7,7 @@ that the whole instance, whose requests then go on elsewhere.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 from typing import Any
 
@@ -36,9 +37,10 @@ async def _live(config: InstanceConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     engine = EngineLink(handlers=EngineHandlers.of_none(_unasked), tasks=tasks, clock=RealClock())
+    told = dataclasses.replace(config.engine, cluster_key=config.cluster.cluster_key)
     stopped = tasks.start(stop.wait(), name="stop")
     starting = tasks.start(
-        engine.start(config.engine, timeout_s=config.engine_start_timeout_s), name="engine"
+        engine.start(told, timeout_s=config.engine_start_timeout_s), name="engine"
     )
     try:
         await asyncio.wait((stopped, starting), return_when=asyncio.FIRST_COMPLETED)

@@ -237,12 +237,18 @@ class Replicas:
         )
 
     async def probe(
-        self, endpoint: str, incarnation: str, block_size: int, fetch: bool, *, timeout_s: float
+        self,
+        endpoints: tuple[str, ...],
+        incarnation: str,
+        block_size: int,
+        fetch: bool,
+        *,
+        timeout_s: float,
     ) -> m.Probed:
         """By each of them: the first that cannot, or the slowest."""
         every = await asyncio.gather(
             *(
-                link.probe(endpoint, incarnation, block_size, fetch, timeout_s=timeout_s)
+                link.probe(endpoints, incarnation, block_size, fetch, timeout_s=timeout_s)
                 for link in self._links
             )
         )

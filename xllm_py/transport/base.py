@@ -25,10 +25,18 @@ class TakerGrant:
     block_ids: tuple[int, ...]  # relative block i is block_ids[i]
     first_wanted: int  # relative blocks before this one are already held and must not be written
     prompt_digest: bytes  # base.hashing.prompt_digest of the prompt, 16 bytes
-    source: str = ""  # host:port of the giver's KV listener: connect there and fetch; empty: the giver connects and pushes
+    sources: tuple[
+        str, ...
+    ] = ()  # host:port of each KV listener of the giver: connect there and fetch; none: the giver connects and pushes
     read_grant: bytes = b""  # what allows that: 16 random bytes of the giver's
     peer_rank: int = 0  # of the peer's ranks, which one
     peer_ranks: int = 1  # how many it has
+    stream: int | None = None  # over which of our links to fetch; None: the one with the fewest
+
+    @property
+    def source(self) -> str:
+        """The only listener, or none."""
+        return self.sources[0] if self.sources else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +44,7 @@ class GiverGrant:
     """P's side of a grant."""
 
     grant: bytes
-    endpoint: str  # host:port of the peer's KV listener; not used when the peer fetches
+    endpoints: tuple[str, ...]  # host:port of each KV listener of the peer; none when it fetches
     peer_incarnation: str
     block_size: int  # tokens of the blocks that are pushed, ours or a part of ours: the smaller one of both sides
     prompt_digest: bytes
@@ -44,6 +52,11 @@ class GiverGrant:
     stream: int = 0  # over which of its links it fetches
     peer_rank: int = 0  # of the peer's ranks, which one
     peer_ranks: int = 1  # how many it has
+
+    @property
+    def endpoint(self) -> str:
+        """The only listener, or none."""
+        return self.endpoints[0] if self.endpoints else ""
 
 
 class KvEventKind(Enum):

@@ -196,6 +196,6 @@ class Givings:
 def _fetched_probe(item: Item) -> Giving:
     """It lives as long as its frame; nobody here waits for its answer."""
     name = GiverGrant(
-        grant=item.grant, endpoint="", peer_incarnation="", block_size=0, prompt_digest=b""
+        grant=item.grant, endpoints=(), peer_incarnation="", block_size=0, prompt_digest=b""
     )
     return Giving(name, probe_bytes=item.first)

@@ -299,7 +299,7 @@ class MemoryKvTransport:
             self.failed(probe.grant, "the peer is another process than the one expected")
             return
         self.probes[probe.grant] = (num_bytes, self.network.clock.now())
-        asked = replace(probe, endpoint=self.endpoint, peer_incarnation=self.incarnation)
+        asked = replace(probe, endpoints=(self.endpoint,), peer_incarnation=self.incarnation)
         giver.send_probe(asked, num_bytes)
 
     def send_probe(self, probe: GiverGrant, num_bytes: int) -> None:

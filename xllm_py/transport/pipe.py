@@ -27,7 +27,7 @@ _READ_BYTES = 1 << 20
 SEND_TIMEOUT_S = 30.0  # an API process that takes nothing for so long is as good as dead
 
 
-class _Table:
+class Table:
     """Encodes one table of dataclasses and decodes the other."""
 
     def __init__(self, outgoing: Sequence[type], incoming: Sequence[type]) -> None:
@@ -37,7 +37,7 @@ class _Table:
             msgspec.msgpack.Decoder(kind) for kind in incoming
         ]
 
-    def encode(self, message: Command | Event) -> bytes:
+    def encode(self, message: Any) -> bytes:
         body = self._encoder.encode(message)
         return _HEAD.pack(len(body) + 1, self._index[type(message)]) + body
 
@@ -82,13 +82,15 @@ def decode_plan(raw: bytes) -> StepPlan:
         raise ProtocolViolation(f"plan of rank 0: {error}") from error
 
 
-class EnginePipe:
-    """The engine's end."""
+class BlockingPipe:
+    """An end for threads: what it sends and what comes is each of one table."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, table: Table, peer: str) -> None:
+        """peer: who is at the other end, for people."""
         self._sock = sock
         self._sock.settimeout(SEND_TIMEOUT_S)
-        self._table = _Table(EVENTS, COMMANDS)
+        self._table = table
+        self._peer = peer
         self._buffer = bytearray()
         self._turn = threading.Lock()  # the last word may come from another thread
 
@@ -96,24 +98,24 @@ class EnginePipe:
         """For select."""
         return self._sock.fileno()
 
-    def send(self, event: Event) -> None:
-        """Blocks until the socket has taken it. Raises PeerUnavailable when the API process is gone or stuck."""
+    def send(self, message: Any) -> None:
+        """Blocks until the socket has taken it. Raises PeerUnavailable when the other side is gone or stuck."""
         try:
             with self._turn:
-                self._sock.sendall(self._table.encode(event))
+                self._sock.sendall(self._table.encode(message))
         except OSError as error:
-            raise PeerUnavailable(f"the API process does not take events: {error}") from error
+            raise PeerUnavailable(f"{self._peer} takes no messages: {error}") from error
 
-    def receive(self) -> list[Command]:
+    def receive(self) -> list[Any]:
         """Blocks until bytes come and returns the complete messages, maybe none. Raises PeerUnavailable at the end."""
         try:
             data = self._sock.recv(_READ_BYTES)
         except TimeoutError:
             return []
         except OSError as error:
-            raise PeerUnavailable(f"the API process is gone: {error}") from error
+            raise PeerUnavailable(f"{self._peer} is gone: {error}") from error
         if not data:
-            raise PeerUnavailable("the API process is gone")
+            raise PeerUnavailable(f"{self._peer} is gone")
         self._buffer += data
         return self._table.take(self._buffer)
 
@@ -122,12 +124,19 @@ class EnginePipe:
         self._sock.close()
 
 
+class EnginePipe(BlockingPipe):
+    """The engine's end."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, Table(EVENTS, COMMANDS), "the API process")
+
+
 class RankPipe:
     """The end of who starts another rank: it says what that one is to do, and hears how its start ended."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._table = _Table(COMMANDS, EVENTS)
+        self._table = Table(COMMANDS, EVENTS)
 
     def send(self, command: Command) -> None:
         """Blocks until the socket has taken it."""
@@ -152,7 +161,7 @@ class ApiPipe:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._table = _Table(COMMANDS, EVENTS)
+        self._table = Table(COMMANDS, EVENTS)
         self._buffer = bytearray()
 
     @classmethod

@@ -164,6 +164,8 @@ class TcpKvTransport:
         if not grant.source:
             return 0
         place = self._place(self._fetchers, grant.source, peer_of(grant))
+        if grant.stream is not None:
+            place = (*place[:2], grant.stream)
         try:
             self._ask(
                 place, grant.block_size, lambda link: link.fetch(grant.grant, grant.read_grant)

@@ -100,7 +100,7 @@ class Probe:
     """Does the KV link to this peer work, and how fast? Answered by Probed with the same call."""
 
     call: int
-    endpoint: str
+    endpoints: tuple[str, ...]  # of its ranks
     incarnation: str
     block_size: int  # the smaller one of both
     fetch: bool = False  # D: fetch from it; else P: push to it

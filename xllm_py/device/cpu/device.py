@@ -14,7 +14,6 @@ from torch import Tensor
 from xllm_py.base import log, process
 from xllm_py.base.errors import DeviceUnavailable
 from xllm_py.core.kv_memory import KvMemory
-from xllm_py.device import shared_cache
 from xllm_py.device.base import (
     AttentionBatch,
     Drawing,
@@ -91,14 +90,11 @@ class Kernels(Protocol):
 
 
 class CpuDevice:
-    """Implements device.base.Device. kernels: `auto`, `torch`, or one instruction set of native.build.
-
-    kv_fd: where the cache is to lie (device/shared_cache); negative: in memory of its own.
-    """
+    """Implements device.base.Device. kernels: `auto`, `torch`, or one instruction set of native.build."""
 
     collectives = "gloo"
 
-    def __init__(self, index: int, *, threads: int, kernels: str = AUTO, kv_fd: int = -1) -> None:
+    def __init__(self, index: int, *, threads: int, kernels: str = AUTO) -> None:
         self.name = f"cpu:{index}"
         self.threads = threads or process.num_cores()
         torch.set_num_threads(self.threads)  # process-wide; the only place that sets it
@@ -117,7 +113,6 @@ class CpuDevice:
         self.draw = self._kernels.draw
         self.rotate_and_store = self._kernels.rotate_and_store
         self.attend = self._kernels.attend
-        self._kv_fd = kv_fd
         self._cache = PagedCache()
         self._memory: KvMemory | None = None
 
@@ -134,11 +129,8 @@ class CpuDevice:
         # one block more than asked for: it stays zero, and what lies past the end of a sequence is read from it
         size = (shape.num_blocks + 1, shape.block_size, shape.kv_heads, shape.head_dim)
         try:
-            if self._kv_fd >= 0:
-                caches = shared_cache.caches(self._kv_fd, shape)
-            else:
-                caches = [torch.zeros(size, dtype=shape.dtype) for _ in range(2 * shape.num_layers)]
-        except (RuntimeError, OSError) as error:
+            caches = [torch.zeros(size, dtype=shape.dtype) for _ in range(2 * shape.num_layers)]
+        except RuntimeError as error:
             raise DeviceUnavailable(
                 f"the KV cache of {shape.num_blocks} blocks could not be allocated; "
                 "lower --max_cache_size"
