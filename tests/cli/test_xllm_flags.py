@@ -276,19 +276,15 @@ def test_a_value_outside_its_rule_is_one_line_with_a_fix(refused, word):
         (("--devices=cpu:0", "--device_id=1"), "--device_id contradicts --devices"),
         (
             ("--nnodes=2", "--enable_disagg_pd", "--instance_role=PREFILL", ETCD),
-            "over several nodes are not built yet",
-        ),
-        (
-            ("--devices=npu:0,npu:1", "--enable_disagg_pd", "--instance_role=PREFILL", ETCD),
-            "over several cuda or npu devices are not built yet",
+            "need one key. Pass --cluster_key_file",
         ),
         (("--nnodes=2", "--master_node_addr=here"), "--master_node_addr=here is no host:port"),
         (("--devices=cpu:0,cpu:1", "--dp_size=3"), "--dp_size=3 does not divide the 2 --devices"),
         (("--devices=cpu:0,cpu:1", "--dp_size=2", "--ep_size=2"), "divide the 1 devices that"),
         (("--devices=cpu:0,cpu:1", "--dp_size=2", "--nnodes=2"), "an instance on each node"),
         (
-            ("--devices=cpu:0,cpu:1", "--dp_size=2", "--kv_cache_transfer_mode=PULL"),
-            "do not go together. Use PUSH",
+            ("--devices=cpu:0,cpu:1", "--dp_size=2", "--kv_transport=nixl"),
+            "do not go together. Use tcp or auto",
         ),
         (("--devices=cpu:0,cpu:1", "--ep_size=4"), "--ep_size=4 does not divide the 2 devices"),
         (("--nnodes=2", "--profile_steps=/tmp/x"), "--profile_steps times one rank"),

@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.cluster import Daemon, running, wait_for
 from tests.e2e.pending import Pending
 from tests.e2e.phases import LONG_PROMPT, body, serves_in_pairs
@@ -18,14 +20,16 @@ def engines(daemon: Daemon) -> list[int]:
     return [each.pid for each in daemon.processes() if "xllm_py.engine" in each.cmdline()]
 
 
+@pytest.mark.parametrize("mode", ["PUSH", "PULL"])
 def test_two_engines_on_either_side_give_the_text_of_one_and_end_together(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, mode: str
 ) -> None:
+    flags = f"--kv_cache_transfer_mode={mode}"
     with running(tmp_path, tiny_model) as cluster:
         master = cluster.start_master()
-        give = cluster.start_instance("p", "PREFILL", *TWO)
-        take = cluster.start_instance("d", "DECODE", *TWO)
-        spare = cluster.start_instance("d2", "DECODE")
+        give = cluster.start_instance("p", "PREFILL", flags, *TWO)
+        take = cluster.start_instance("d", "DECODE", flags, *TWO)
+        spare = cluster.start_instance("d2", "DECODE", flags)
         cluster.wait_ready()
         serves_in_pairs(master)
         assert len(engines(give)) == len(engines(take)) == 2

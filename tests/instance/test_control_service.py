@@ -196,6 +196,25 @@ async def test_what_is_fetched_is_fetched_from_where_the_card_says(house: House)
     assert (put.endpoints, put.read_grant) == (("p:26000",), b"r" * 16)
 
 
+async def test_of_a_giver_with_several_engines_the_one_that_offers_is_fetched_from(
+    house: House,
+) -> None:
+    ports = tuple(f"p:{port}" for port in range(1, 5))
+    await house.link(addrs=ports, dp_size=2, tp_size=2)
+    for named, believed in (
+        (ports[2:], ports[2:]),
+        (("p:3", "q:4"), ports[:2]),
+        (("p:3",), ports[:2]),
+        ((), ports[:2]),
+    ):
+        asked = dataclasses.replace(offer("a"), read_grant=b"r" * 16, endpoints=named)
+        await house.service.add_new_requests([asked])
+        assert (house.engine.offered[-1].endpoints, house.engine.offered[-1].num_ranks) == (
+            believed,
+            2,
+        )
+
+
 async def test_a_relayed_answer_is_for_the_life_of_the_giver_that_asked(house: House) -> None:
     """Its next life at the same address knows nothing of the request and would have it cancelled."""
     await house.link()

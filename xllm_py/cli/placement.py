@@ -98,10 +98,6 @@ def _replicas(causes: rules.Causes, values: Mapping[str, Any], local: int) -> in
         "--dp_size over several nodes is not built. Start an instance on each node instead",
     )
     causes.need(
-        values["kv_cache_transfer_mode"] == "PUSH",
-        "--dp_size and --kv_cache_transfer_mode=PULL do not go together. Use PUSH",
-    )
-    causes.need(
         values["kv_transport"] in ("tcp", "auto"),
         f"--dp_size and --kv_transport={values['kv_transport']} do not go together. Use tcp or auto",
     )

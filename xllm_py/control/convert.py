@@ -175,6 +175,7 @@ def from_offers(offers: Sequence[Offer]) -> pb.AddNewRequestsRequest:
             layout_fingerprint=offer.layout_fingerprint,
             block_size=offer.block_size,
             read_grant=offer.read_grant,
+            endpoints=offer.endpoints,
         )
         for offer in offers
     ]
@@ -194,6 +195,7 @@ def to_offers(message: pb.AddNewRequestsRequest) -> list[Offer]:
             layout_fingerprint=label(row.layout_fingerprint),
             block_size=row.block_size,
             read_grant=_grant(row.read_grant),
+            endpoints=tuple(labels(row.endpoints)),
         )
         for row in message.offers
     ]

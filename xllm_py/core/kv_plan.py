@@ -8,7 +8,7 @@ token's heads lie one after the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,14 @@ class Share:
         """What this rank of D gets from a rank of P; likewise."""
         routes = routes_to(self.rank, self.num_ranks, num_ranks, self.num_heads)
         return next((route for route in routes if route.giver_rank == rank), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """What handing over has to know of an instance's ranks: whose share the one that plans has, and where each is reached by peers."""
+
+    share: Share = field(default_factory=Share)
+    endpoints: tuple[str, ...] = ()  # none: where the transport listens
 
 
 def can_share(share: Share, num_ranks: int) -> bool:

@@ -72,9 +72,9 @@ class Offer:
     read_grant: bytes = (
         b""  # 16 random bytes of P's: D is to fetch with them (PULL); empty: P pushes
     )
-    # of P's card, which D has: its KV listeners, where D fetches, one per rank; and how many ranks it has
+    # P's KV listeners, where D fetches, one per rank; D believes those that P's card has too
     endpoints: tuple[str, ...] = ()
-    num_ranks: int = 1
+    num_ranks: int = 1  # of P; D has it from the card
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

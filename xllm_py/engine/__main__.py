@@ -25,11 +25,11 @@ from xllm_py.base.hashing import chain_root
 from xllm_py.core.config import EngineConfig
 from xllm_py.core.executor import Executor
 from xllm_py.core.kv_memory import PARTS, KvLayout
+from xllm_py.core.kv_plan import Ranks
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.handoff_agent import HandoffAgent
 from xllm_py.engine.loop import EngineLoop
 from xllm_py.engine.step_profile import write_profile
-from xllm_py.engine.taking import Ranks
 from xllm_py.transport.base import KvTransport
 from xllm_py.transport.pipe import EnginePipe
 from xllm_py.transport.ranked import RankedTransport

@@ -22,6 +22,7 @@ from xllm_py.core import handoff
 from xllm_py.core.config import SchedulerConfig
 from xllm_py.core.journey import Moment
 from xllm_py.core.kv_memory import KvLayout
+from xllm_py.core.kv_plan import Ranks
 from xllm_py.core.plan import StepPlan
 from xllm_py.core.request import HOLDS_BLOCKS, FirstToken, Offer, OfferAnswer, Request, State
 from xllm_py.core.scheduler import Scheduler
@@ -59,7 +60,9 @@ class GivingAgent:
         model_fingerprint: str,
         layout: KvLayout,
         send: Callable[[m.Event], None],
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._scheduler = scheduler
         self._transport = transport
         self._config = config
@@ -298,6 +301,7 @@ class GivingAgent:
             layout_fingerprint=self._layout.fingerprint,
             block_size=self._layout.block_size,
             read_grant=giving.read_grant,
+            endpoints=self._ranks.endpoints if giving.read_grant else (),
         )
 
     def _connect(self, giving: _Giving, answer: OfferAnswer) -> None:

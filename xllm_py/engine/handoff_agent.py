@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 from xllm_py.core.config import SchedulerConfig
 from xllm_py.core.kv_memory import KvLayout
+from xllm_py.core.kv_plan import Ranks
 from xllm_py.core.plan import StepPlan
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.engine.giving import GivingAgent
 from xllm_py.engine.probing import ProbingAgent
-from xllm_py.engine.taking import Ranks, TakingAgent
+from xllm_py.engine.taking import TakingAgent
 from xllm_py.transport.base import KvTransport
 from xllm_py.wire import messages as m
 
@@ -37,6 +38,7 @@ class HandoffAgent:
     ) -> None:
         """layout: with the heads of all ranks. ranks: None: one, reached where the transport listens."""
         self._transport = transport
+        ranks = ranks or Ranks()
         self.giving = GivingAgent(
             scheduler=scheduler,
             transport=transport,
@@ -44,6 +46,7 @@ class HandoffAgent:
             model_fingerprint=model_fingerprint,
             layout=layout,
             send=send,
+            ranks=ranks,
         )
         self.taking = TakingAgent(
             scheduler=scheduler,
@@ -51,7 +54,7 @@ class HandoffAgent:
             model_fingerprint=model_fingerprint,
             layout=layout,
             send=send,
-            ranks=ranks or Ranks(),
+            ranks=ranks,
         )
         self.probing = ProbingAgent(transport=transport, send=send)
         self.layer_done = self.giving.layer_done

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from xllm_py.base import ids, log
 from xllm_py.base.hashing import prompt_digest
 from xllm_py.core.kv_memory import KvLayout, in_pieces
-from xllm_py.core.kv_plan import Share, can_share
+from xllm_py.core.kv_plan import Ranks, can_share
 from xllm_py.core.request import Offer, OfferAnswer
 from xllm_py.core.scheduler import Scheduler
 from xllm_py.transport.base import KvEvent, KvEventKind, KvTransport, TakerGrant
 from xllm_py.wire import messages as m
 
 _log = log.get(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """What handing over has to know of this instance's ranks: whose share the one that plans has, and where each is reached by peers."""
-
-    share: Share = field(default_factory=Share)
-    endpoints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,9 +108,10 @@ class ControlService:
         return [answers.get(_key(offer.submission)) or _not_linked(offer) for offer in offers]
 
     def _with_source(self, offer: Offer) -> Offer:
-        """What is fetched is fetched from where the giver's signed card says."""
+        """What is fetched is fetched from where the giver's signed card says: of several engines, from the one that the offer names."""
         giver = self._givers[offer.giver_incarnation]
-        addrs = giver.addrs[: giver.tp_size]
+        known = len(offer.endpoints) == giver.tp_size and set(offer.endpoints) <= set(giver.addrs)
+        addrs = offer.endpoints if known else giver.addrs[: giver.tp_size]
         return dataclasses.replace(offer, endpoints=addrs, num_ranks=giver.tp_size)
 
     async def _ask_engine(

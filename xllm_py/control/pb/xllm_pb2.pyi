@@ -131,7 +131,7 @@ class Refusal(_message.Message):
     def __init__(self, index: _Optional[int] = ..., message: _Optional[str] = ..., told: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("submission", "giver_name", "giver_address", "giver_incarnation", "model_fingerprint", "layout_fingerprint", "block_size", "read_grant")
+    __slots__ = ("submission", "giver_name", "giver_address", "giver_incarnation", "model_fingerprint", "layout_fingerprint", "block_size", "read_grant", "endpoints")
     SUBMISSION_FIELD_NUMBER: _ClassVar[int]
     GIVER_NAME_FIELD_NUMBER: _ClassVar[int]
     GIVER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,7 @@ class Offer(_message.Message):
     LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     READ_GRANT_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     submission: Submission
     giver_name: str
     giver_address: str
@@ -148,7 +149,8 @@ class Offer(_message.Message):
     layout_fingerprint: str
     block_size: int
     read_grant: bytes
-    def __init__(self, submission: _Optional[_Union[Submission, _Mapping]] = ..., giver_name: _Optional[str] = ..., giver_address: _Optional[str] = ..., giver_incarnation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., read_grant: _Optional[bytes] = ...) -> None: ...
+    endpoints: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, submission: _Optional[_Union[Submission, _Mapping]] = ..., giver_name: _Optional[str] = ..., giver_address: _Optional[str] = ..., giver_incarnation: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., read_grant: _Optional[bytes] = ..., endpoints: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OfferAnswer(_message.Message):
     __slots__ = ("request_id", "attempt", "grant", "num_held_blocks", "num_blocks", "endpoints", "expires_s", "refusal", "text", "retry_after_s", "block_size", "stream")
