@@ -48,6 +48,6 @@ def our_logits(folder: Path, ids: list[int], quantization: str = "") -> torch.Te
             device.put(functional.pad(torch.arange(count), padding)),
             batch,
         )
-        logits = loaded.logits(hidden[:count])
+        logits = loaded.logits(hidden[:count]).cpu()
     device.close()
     return logits

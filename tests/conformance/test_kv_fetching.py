@@ -28,7 +28,7 @@ def open_grant(pair: Pair, name: bytes, **fields: object) -> int:
         "block_ids": (10, 11),
         "first_wanted": 0,
         "prompt_digest": DIGEST,
-        "source": pair.giver.endpoint,
+        "sources": (pair.giver.endpoint,),
         "read_grant": read_grant(name),
         **fields,
     }

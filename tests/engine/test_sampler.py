@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.draws import philox, sample, uniform
+from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.plan import RowStart
 from xllm_py.core.sampling import SamplingParams
+from xllm_py.engine.sampler import Drawn, Sampler, merged
 
 ONES = 0xFFFFFFFF
 
@@ -125,6 +127,32 @@ def test_greedy_does_not_look_at_seed_position_or_cuts() -> None:
     best = int(logits.argmax())
     rows = [row(seed, temperature=0.0, top_k=3, top_p=0.5, min_p=0.3) for seed in range(5)]
     assert [sample(logits, [one], [at])[0] for at, one in enumerate(rows)] == [best] * 5
+
+
+def test_only_rows_of_which_nothing_else_is_asked_take_the_highest_unseen() -> None:
+    sampler = Sampler(max_seqs=8, vocab_size=10)
+    asked: list[dict[str, object]] = [
+        {},
+        {"temperature": 0.5},
+        {"logprobs": 0},
+        {"frequency_penalty": 0.5},
+        {"logit_bias": ((3, 1.0),)},
+        {"min_tokens": 2},
+    ]
+    for number, fields in enumerate(asked):
+        params = SamplingParams(**{"max_tokens": 9, "temperature": 0.0, "seed": 1, **fields})  # type: ignore[arg-type]  # by name
+        start = RowStart(row=number, request_id="r", block_ids=(), sampling=params)
+        sampler.start(start)
+    assert [sampler.is_highest(number) for number in range(len(asked))] == [True] + [False] * 5
+
+
+def test_rows_that_are_chosen_alone_come_between_those_that_took_the_highest() -> None:
+    said = TokenLogprob(logprob=-1.0)
+    chosen = Drawn(token_ids=[7, 8, 9], logprobs={1: said, 2: said})
+    found = merged([[1], [2, 2], [3, 3], [4]], [1, 3], chosen)
+    assert found.token_ids == [1, 7, 8, 3, 3, 9]
+    assert found.logprobs == {2: said, 5: said}
+    assert merged([[1], [2, 2]], [], Drawn(token_ids=[])).token_ids == [1, 2, 2]
 
 
 # ---- cuts, against plain arithmetic ----

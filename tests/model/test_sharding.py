@@ -85,7 +85,7 @@ def logits_of(folder: Path, shard: Shard, told: Callable[[int], None]) -> Tensor
             batch,
             told,
         )
-        return model.logits(hidden[:count])
+        return model.logits(hidden[:count]).cpu()
 
 
 MIXTURES = [case for case in CASES if "moe" in case]

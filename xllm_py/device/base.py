@@ -41,7 +41,7 @@ class Head(Protocol):
     """The matrix from hidden states to the vocabulary."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [rows, hidden] -> [rows, vocabulary] float32, on the host; good until the next call."""
+        """x: [rows, hidden] -> [rows, vocabulary] float32, on the device; good until the next call."""
         ...
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class Device(Protocol):
     def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:
         """For each entry the tokens that its numbers pick from the cumulative distribution of its row, in id order.
 
-        logits: [rows, vocabulary] float32, none NaN or positive infinity, each row with a finite one; unchanged. The cuts: min_p (Nguyen et al. 2024), then
+        logits: [rows, vocabulary] float32 on the host, none NaN or positive infinity, each row with a finite one; unchanged. The cuts: min_p (Nguyen et al. 2024), then
         top_k, then top_p (Holtzman et al. 2020) of what is left; of equal weights those with lower ids stay. What is drawn depends,
         to the bit, only on the row's logits and its entry.
         """

@@ -38,6 +38,19 @@ class Drawn:
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # index in token_ids
 
 
+def merged(tokens: list[list[int]], places: Sequence[int], chosen: Drawn) -> Drawn:
+    """tokens: of each row; those of the rows at `places` are what was chosen for these rows alone."""
+    starts = np.cumsum([0, *map(len, tokens)])
+    logprobs, entry = {}, 0
+    for place in places:
+        for nth in range(len(tokens[place])):
+            tokens[place][nth] = chosen.token_ids[entry]
+            if entry in chosen.logprobs:
+                logprobs[int(starts[place]) + nth] = chosen.logprobs[entry]
+            entry += 1
+    return Drawn(token_ids=[token for each in tokens for token in each], logprobs=logprobs)
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """What is to be drawn, and what was."""
@@ -120,6 +133,11 @@ class Sampler:
                 edit.note(said[0])
         flat = [token for each in step.tokens for token in each]
         return Drawn(token_ids=flat, logprobs=self._judged(logits, step))
+
+    def is_highest(self, row: int) -> bool:
+        """Whether the row's token is the one with the highest logit, and nothing else is asked of it."""
+        plain = self._temperatures[row] == 0 and self._tops[row] < 0
+        return bool(plain) and self._edits[row] is None
 
     def _split(self, rows: Sequence[int], positions: Sequence[int]) -> tuple[list[int], list[int]]:
         edited: list[int] = []

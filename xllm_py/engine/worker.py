@@ -17,7 +17,7 @@ from xllm_py.core.plan import RowStart, StepPlan, StepResult
 from xllm_py.device.base import AttentionBatch, Device
 from xllm_py.engine.grammar import Matchers
 from xllm_py.engine.judge import judge
-from xllm_py.engine.sampler import Drawn, Sampler
+from xllm_py.engine.sampler import Drawn, Sampler, merged
 from xllm_py.model import Model
 
 Observer = Callable[[list[str], list[int], Tensor], None]
@@ -88,7 +88,7 @@ class Worker:
         starts = [self._start(plan.rows[index]) for index in due]
         if self.observer is not None:
             names = [start.request_id for start in starts]
-            self.observer(names, [plan.positions[index] for index in due], logits)
+            self.observer(names, [plan.positions[index] for index in due], logits.cpu())
         self._sample(logits, plan, due, result, self._matchers)
         return result
 
@@ -145,9 +145,28 @@ class Worker:
         due: list[int],
         allowed: dict[int, NDArray[np.bool_]],
     ) -> Drawn:
+        """Logits come to the host for the rows that need them there."""
         rows, draws = [plan.rows[index] for index in due], [plan.sample[index] for index in due]
         positions = [plan.positions[index] for index in due]
-        return self._sampler.choose(logits, rows, positions, draws, allowed, best)
+        if logits.device.type == "cpu":
+            return self._sampler.choose(logits, rows, positions, draws, allowed, best)
+        tokens = [[token] * count for token, count in zip(best, draws, strict=True)]
+        rest = [
+            place
+            for place, row in enumerate(rows)
+            if row in allowed or not self._sampler.is_highest(row)
+        ]
+        chosen = Drawn(token_ids=[])
+        if rest:
+            chosen = self._sampler.choose(
+                logits[torch.tensor(rest)].cpu(),
+                [rows[place] for place in rest],
+                [positions[place] for place in rest],
+                [draws[place] for place in rest],
+                allowed,
+                [best[place] for place in rest],
+            )
+        return merged(tokens, rest, chosen)
 
     def _tell_matchers(
         self, matchers: Matchers, plan: StepPlan, due: list[int], drawn: Drawn
@@ -172,7 +191,7 @@ class Worker:
                 if not all(self._device.best(logits)[1]):
                     result.failed_rows[plan.rows[index]] = _NOT_FINITE
                     break
-                said += judge(logits, range(len(some)), some, [top] * len(some))
+                said += judge(logits.cpu(), range(len(some)), some, [top] * len(some))
 
     def _start(self, row: int) -> RowStart:
         start = self._rows[row]

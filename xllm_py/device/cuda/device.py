@@ -76,7 +76,7 @@ class _Head:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See Head."""
-        return self._product(x).float().cpu()
+        return self._product(x).float()
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """See Head."""
