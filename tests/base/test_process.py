@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -57,3 +58,14 @@ def test_what_was_freed_is_given_back() -> None:
     process.give_back_memory()
     assert process.held().resident_bytes <= before
     assert len(pinned) == 1 << 16
+
+
+def test_what_is_imported_is_not_looked_through_any_more_and_the_rest_is() -> None:
+    before = gc.get_freeze_count()
+    with pytest.raises(ImportError), process.imports_for_good():
+        assert not gc.isenabled()
+        kept = [[number] for number in range(1000)]
+        raise ImportError("a library is missing")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(kept)
+    gc.unfreeze()

@@ -98,6 +98,25 @@ def test_seeded_text_goes_on_at_d_as_it_began_at_p() -> None:
     check_texts(pair, one)
 
 
+def test_what_a_giver_gave_in_full_is_not_lost_with_it() -> None:
+    """D hears of the death while it computes something else, and has not looked yet at what its transport has to tell."""
+    pair = Pair()
+    one = ask()
+    pair.submit(one)
+    while not pair.verdicts:  # P goes on, D only takes calls
+        pair.clock.turn(0.01)
+        pair._deliver()
+        pair.p.turn()
+        events, pair.p.events[:] = list(pair.p.events), []
+        for event in events:
+            pair._on_event(pair.p, event)
+        pair._log(pair.p)
+    assert pair.verdicts == {"a": ["landed"]}
+    pair.d.obey(m.PeerGone(incarnation="p-1"))
+    check_texts(pair, one)
+    assert pair.speakers["a"] == ["p0", *(f"d{position}" for position in range(1, 12))]
+
+
 def test_the_first_token_does_not_wait_for_d() -> None:
     pair = Pair(fate=lambda _kind: Fate.SLOW)
     one = ask()

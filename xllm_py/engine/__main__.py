@@ -22,6 +22,7 @@ from xllm_py.base import failpoints, log
 from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import PeerUnavailable, StartError
 from xllm_py.base.hashing import chain_root
+from xllm_py.base.process import imports_for_good
 from xllm_py.core.config import EngineConfig
 from xllm_py.core.executor import Executor
 from xllm_py.core.kv_memory import PARTS, KvLayout
@@ -68,7 +69,8 @@ def _open_executor(pipe: EnginePipe, config: EngineConfig) -> Executor:
         from xllm_py.engine.toy import ToyExecutor
 
         return ToyExecutor(config)
-    from xllm_py.engine.ranks import open_executor
+    with imports_for_good():
+        from xllm_py.engine.ranks import open_executor
 
     return open_executor(config, functools.partial(_end, pipe))
 
@@ -84,7 +86,8 @@ def _end(pipe: EnginePipe, error: StartError) -> None:
 
 def _follow(pipe: EnginePipe, config: EngineConfig) -> None:
     """Another rank than 0: it has no scheduler, no KV port, and nothing to say but that it is there."""
-    from xllm_py.engine.ranks import follow
+    with imports_for_good():
+        from xllm_py.engine.ranks import follow
 
     def ready() -> None:
         pipe.send(Ready(device=config.devices[config.ranks.place]))
