@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xllm_py.core.kv_memory import in_pieces
-from xllm_py.core.kv_plan import head_routes, heads_of
+from xllm_py.core.kv_plan import MAX_RANKS, Share, can_share, head_routes, heads_of
 
 TOKENS, HEAD_DIM = 150, 2
 SIZES = (16, 32, 128)
@@ -67,3 +67,29 @@ def test_replicas_of_a_head_share_the_work() -> None:
 def test_heads_that_cannot_be_shared_out_are_refused(ranks: int, heads: int) -> None:
     with pytest.raises(ValueError, match="cannot be shared out"):
         head_routes(ranks, 1, heads)
+
+
+@pytest.mark.parametrize(
+    ("p_ranks", "d_ranks"), list(itertools.product((1, 2, 4, 8, 16), repeat=2))
+)
+@pytest.mark.parametrize("heads", HEADS)
+def test_both_ends_of_a_route_find_it(heads: int, p_ranks: int, d_ranks: int) -> None:
+    """And ranks that exchange nothing find none."""
+    routes = {
+        (each.giver_rank, each.taker_rank): each for each in head_routes(p_ranks, d_ranks, heads)
+    }
+    for given, taken in itertools.product(range(p_ranks), range(d_ranks)):
+        giver = Share(rank=given, num_ranks=p_ranks, num_heads=heads)
+        taker = Share(rank=taken, num_ranks=d_ranks, num_heads=heads)
+        found = giver.route_to(taken, d_ranks)
+        assert found == taker.route_from(given, p_ranks) == routes.get((given, taken))
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_ranks"), [(0, 0), (2, 2), (-1, 2), (0, 3), (0, MAX_RANKS + 1), (0, 65_535)]
+)
+def test_a_peer_that_says_what_cannot_be_exchanges_nothing(rank: int, num_ranks: int) -> None:
+    share = Share(rank=0, num_ranks=1, num_heads=4)
+    assert share.route_to(rank, num_ranks) is None
+    assert share.route_from(rank, num_ranks) is None
+    assert can_share(share, num_ranks) == (num_ranks == 2)

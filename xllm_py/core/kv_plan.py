@@ -92,21 +92,30 @@ def routes_to(
         return []
 
 
+def _owners(head: int, num_ranks: int, num_heads: int) -> range:
+    """The ranks that have this head."""
+    if num_ranks >= num_heads:
+        copies = num_ranks // num_heads
+        return range(head * copies, (head + 1) * copies)
+    rank = head // (num_heads // num_ranks)
+    return range(rank, rank + 1)
+
+
 def _routes(
     taker_rank: int, num_taker_ranks: int, num_giver_ranks: int, num_heads: int
 ) -> list[HeadRoute]:
-    givers = [heads_of(rank, num_giver_ranks, num_heads) for rank in range(num_giver_ranks)]
     wanted = heads_of(taker_rank, num_taker_ranks, num_heads)
     routes, head = [], wanted.start
     while head < wanted.stop:
-        able = [rank for rank, owned in enumerate(givers) if head in owned]
+        able = _owners(head, num_giver_ranks, num_heads)
         rank = able[taker_rank % len(able)]
-        count = min(givers[rank].stop, wanted.stop) - head
+        owned = heads_of(rank, num_giver_ranks, num_heads)
+        count = min(owned.stop, wanted.stop) - head
         routes.append(
             HeadRoute(
                 giver_rank=rank,
                 taker_rank=taker_rank,
-                source=head - givers[rank].start,
+                source=head - owned.start,
                 target=head - wanted.start,
                 count=count,
             )

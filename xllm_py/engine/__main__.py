@@ -85,7 +85,7 @@ def _end(pipe: EnginePipe, error: StartError) -> None:
 
 
 def _follow(pipe: EnginePipe, config: EngineConfig) -> None:
-    """Another rank than 0: it has no scheduler, no KV port, and nothing to say but that it is there."""
+    """Another rank than 0: it has no scheduler, and nothing to say but that it is there."""
     with imports_for_good():
         from xllm_py.engine.ranks import follow
 

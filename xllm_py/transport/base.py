@@ -25,9 +25,8 @@ class TakerGrant:
     block_ids: tuple[int, ...]  # relative block i is block_ids[i]
     first_wanted: int  # relative blocks before this one are already held and must not be written
     prompt_digest: bytes  # base.hashing.prompt_digest of the prompt, 16 bytes
-    sources: tuple[
-        str, ...
-    ] = ()  # host:port of each KV listener of the giver: connect there and fetch; none: the giver connects and pushes
+    # host:port of each KV listener of the giver: connect there and fetch; none: the giver connects and pushes
+    sources: tuple[str, ...] = ()
     read_grant: bytes = b""  # what allows that: 16 random bytes of the giver's
     peer_rank: int = 0  # of the peer's ranks, which one
     peer_ranks: int = 1  # how many it has

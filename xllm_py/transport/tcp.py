@@ -39,9 +39,8 @@ from xllm_py.wire.kv_taker import TakerSession
 _log = log.get(__name__)
 
 MIN_KEY_BYTES = 16
-MAX_LEFT = (
-    64  # givers to which the way was lost, and that hear later what nobody waits for any more
-)
+# givers to which the way was lost, and that hear later what nobody waits for any more
+MAX_LEFT = 64
 _COUNTS = (
     "bytes_sent",
     "bytes_received",
@@ -163,7 +162,7 @@ class TcpKvTransport:
         self._taking.open(grant)
         if not grant.source:
             return 0
-        place = self._place(self._fetchers, grant.source, peer_of(grant))
+        place = self._place(self._fetchers, grant.source, _peer_of(grant))
         if grant.stream is not None:
             place = (*place[:2], grant.stream)
         try:
@@ -187,7 +186,7 @@ class TcpKvTransport:
         if not fetch:
             self._assign(probe, num_bytes)
             return
-        place = self._place(self._fetchers, probe.endpoint, peer_of(probe))
+        place = self._place(self._fetchers, probe.endpoint, _peer_of(probe))
         try:
             self._ask(place, probe.block_size, lambda link: link.probe(probe.grant, num_bytes))
         except (OSError, RuntimeError) as error:
@@ -216,9 +215,9 @@ class TcpKvTransport:
 
     def _assign(self, grant: GiverGrant, probe_bytes: int) -> None:
         """To a link of its peer, a new one when there is none or it has ended."""
-        place = ("", peer_of(grant), grant.stream)
+        place = ("", _peer_of(grant), grant.stream)
         if not grant.read_grant:
-            place = self._place(self._links, grant.endpoint, peer_of(grant))
+            place = self._place(self._links, grant.endpoint, _peer_of(grant))
         self._sweep()
         with self._lock:
             link = self._links.get(place)
@@ -373,7 +372,7 @@ class TcpKvTransport:
         self._events.wake.close()
 
 
-def peer_of(grant: GiverGrant | TakerGrant) -> Peer:
+def _peer_of(grant: GiverGrant | TakerGrant) -> Peer:
     """Whom it is about."""
     return Peer(grant.peer_incarnation, grant.peer_rank, grant.peer_ranks)
 
