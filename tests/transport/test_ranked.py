@@ -56,7 +56,6 @@ class Instance:
         self.progress = [Progress() for _ in self.ranks]
         self.endpoints = tuple(port.endpoint for port in ports)
         self.events: list[KvEvent] = []
-        self.step = 0
         self.pipes: list[socket.socket] = []
         lines = []
         for rank in range(1, count):
@@ -77,7 +76,6 @@ class Instance:
             lines,
             share=self.ranks[0].share,
             streams=range(1),
-            step=lambda: self.step,
         )
 
     def memory(self, port: object) -> KvMemory:
@@ -86,7 +84,8 @@ class Instance:
         return found
 
     def begin_step(self) -> None:
-        self.step += 1
+        for line in self.transport._lines:
+            line.step += 1
         for progress in self.progress:
             progress.begin()
 
@@ -212,7 +211,7 @@ def test_a_rank_gives_a_layer_when_it_has_stored_it_itself(two: Two) -> None:
     two.p.begin_step()
     two.p.progress[0].stored(0)
     two.push(0)
-    wait("rank 0's part", lambda: two.p.transport._local.ledger()["bytes_sent"] > 0)
+    wait("rank 0's part", lambda: two.p.transport._ports[0].ledger()["bytes_sent"] > 0)
     time.sleep(0.1)
     assert two.d.ranks[1].cache[0][TARGETS[0]].max() == 0xC5 == two.d.ranks[1].cache[0].min()
     two.p.stored(0)
@@ -331,6 +330,7 @@ def test_an_order_keeps_its_fields_over_the_line() -> None:
         servant.send(rank_servant.rank_line.Joined(rank=3, endpoint="h:1"))
         line = RankLine(ours, RealClock())
         assert (line.rank, line.endpoint) == (3, "h:1")
+        line.step = 7
+        line.push(GRANT, 2, 1, (4, 5))
         order = Push(grant=GRANT, layer=2, first=1, block_ids=(4, 5), step=7)
-        line.send(order)
         assert servant.receive() == [order]

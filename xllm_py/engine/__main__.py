@@ -108,7 +108,6 @@ def _open_transport(config: EngineConfig, executor: Executor) -> RankedTransport
         others.kv_lines if others is not None else [],
         share=share,
         streams=range(config.kv_first_stream, config.kv_first_stream + config.kv_streams),
-        step=lambda: others.step if others is not None else 0,
     )
 
 

@@ -292,11 +292,11 @@ class Others:
         self.group = group
         self.ranks = ranks
         self.kv_lines = kv_lines  # to their KV transports, where this instance hands over
-        self.step = 0  # number of the plan that was told last
 
     def tell(self, plan: StepPlan) -> None:
         """The next plan, before it is computed."""
-        self.step += 1
+        for line in self.kv_lines:
+            line.step += 1
         self.ranks.tell(encode_plan(plan))
 
 

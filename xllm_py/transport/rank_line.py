@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import select
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xllm_py.base.clock import Clock
@@ -108,7 +109,9 @@ def servant_pipe(sock: socket.socket) -> BlockingPipe:
 
 
 class RankLine:
-    """Rank 0's end. Every method raises EngineDied when the rank is gone: then the instance ends, and why is said elsewhere too."""
+    """Rank 0's end: another rank's KvTransport, as it is used from here. Every method raises EngineDied when the rank is gone: then the instance
+    ends, and why is said elsewhere too.
+    """
 
     def __init__(self, sock: socket.socket, clock: Clock) -> None:
         """Waits for the rank's first word."""
@@ -117,43 +120,91 @@ class RankLine:
         self._calls = 0
         self._events: list[KvEvent] = []
         self._done: dict[int, dict[str, int]] = {}
+        self.step = 0  # number of the plan that the rank was told last
         self.rank, self.endpoint = 0, ""
         deadline = clock.now() + ANSWER_S
         while not self.rank:
             self._wait(deadline)
 
-    def fileno(self) -> int:
-        """For select: readable when `events` has something."""
+    @property
+    def wake_fd(self) -> int:
+        """See KvTransport."""
         return self._pipe.fileno()
 
-    def send(self, order: Order) -> None:
-        """Tell it."""
+    def open_grant(self, grant: TakerGrant) -> int:
+        """See KvTransport; the stream is the one that the grant names."""
+        self._send(Open(grant=grant))
+        return grant.stream or 0
+
+    def revoke(self, grant: bytes) -> None:
+        """See KvTransport."""
+        self._send(Revoke(grant=grant))
+
+    def connect(self, grant: GiverGrant) -> None:
+        """See KvTransport."""
+        self._send(Connect(grant=grant))
+
+    def push(
+        self, grant: bytes, layer: int, first_relative: int, block_ids: tuple[int, ...]
+    ) -> None:
+        """See KvTransport."""
+        self._send(
+            Push(
+                grant=grant,
+                layer=layer,
+                first=first_relative,
+                block_ids=block_ids,
+                step=self.step,
+            )
+        )
+
+    def commit(self, grant: bytes) -> None:
+        """See KvTransport."""
+        self._send(Commit(grant=grant))
+
+    def probe(self, probe: GiverGrant, num_bytes: int, *, fetch: bool = False) -> None:
+        """See KvTransport."""
+        self._send(Probe(probe=probe, num_bytes=num_bytes, fetch=fetch))
+
+    def abandon(self, grant: bytes) -> None:
+        """See KvTransport: the rank has let go when this returns."""
+        self._ask(abandon=(grant,))
+
+    def poison(self, block_ids: Sequence[int]) -> None:
+        """Of its cache (core.kv_memory.KvMemory.poison), before this returns."""
+        self._ask(poison=tuple(block_ids))
+
+    def ledger(self) -> dict[str, int]:
+        """See KvTransport."""
+        return self._ask()
+
+    def poll(self) -> list[KvEvent]:
+        """See KvTransport."""
+        while select.select([self._pipe], [], [], 0)[0]:
+            self._read()
+        events, self._events = self._events, []
+        return events
+
+    def _send(self, order: Order) -> None:
         try:
             self._pipe.send(order)
         except PeerUnavailable as error:
             raise EngineDied(f"rank {self.rank}: {error.message}") from error
 
-    def ask(
+    def _ask(
         self, *, abandon: tuple[bytes, ...] = (), poison: tuple[int, ...] = ()
     ) -> dict[str, int]:
         """Have it done when this returns; its counts."""
         self._calls += 1
-        self.send(Ask(call=self._calls, abandon=abandon, poison=poison))
+        self._send(Ask(call=self._calls, abandon=abandon, poison=poison))
         deadline = self._clock.now() + ANSWER_S
         while self._calls not in self._done:
             self._wait(deadline)
         return self._done.pop(self._calls)
 
-    def events(self) -> list[KvEvent]:
-        """What happened since the last call; never blocks."""
-        while select.select([self], [], [], 0)[0]:
-            self._read()
-        events, self._events = self._events, []
-        return events
-
     def _wait(self, deadline: float) -> None:
         left_s = deadline - self._clock.now()
-        if left_s <= 0 or not select.select([self], [], [], left_s)[0]:
+        if left_s <= 0 or not select.select([self._pipe], [], [], left_s)[0]:
             raise EngineDied(f"rank {self.rank} does not answer")
         self._read()
 
@@ -172,5 +223,5 @@ class RankLine:
                     self._done[call] = counts
 
     def close(self) -> None:
-        """The rank hears of it, and closes its KV port."""
+        """See KvTransport: the rank hears of it."""
         self._pipe.close()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import selectors
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from xllm_py.core.kv_memory import KvMemory
 from xllm_py.core.kv_plan import HeadRoute, Share, head_routes
-from xllm_py.transport import rank_line
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, KvTransport, TakerGrant
 from xllm_py.transport.rank_line import RankLine
 
@@ -59,26 +59,24 @@ class RankedTransport:
         *,
         share: Share,
         streams: range,
-        step: Callable[[], int],
     ) -> None:
-        """local, memory: of rank 0. lines: to the others, in their order. step: number of the plan that was told to them last."""
-        self._local = local
+        """local, memory: of rank 0. lines: to the others, in their order."""
         self._memory = memory
-        self._lines = list(lines)
+        self._lines = lines
+        self._ports: list[KvTransport] = [local, *lines]  # by rank
         self._share = share
-        self._step = step
         self._streams = itertools.cycle(streams)
         self._wholes: dict[bytes, _Whole] = {}
         self._whole_of: dict[bytes, bytes] = {}  # part -> grant
         self._closed = False
         self._sources = selectors.DefaultSelector()  # itself readable when one of them is
-        for source in (local.wake_fd, *(line.fileno() for line in lines)):
-            self._sources.register(source, selectors.EVENT_READ)
+        for port in self._ports:
+            self._sources.register(port.wake_fd, selectors.EVENT_READ)
 
     @property
     def endpoint(self) -> str:
         """See KvTransport; of rank 0."""
-        return self._local.endpoint
+        return self._ports[0].endpoint
 
     @property
     def wake_fd(self) -> int:
@@ -106,13 +104,8 @@ class RankedTransport:
         ranks = {part.grant: route.taker_rank for part, route in zip(parts, routes, strict=True)}
         whole = self._note(grant.grant, ranks)
         whole.unreleased = set(ranks)
-        for part in parts:
-            rank = ranks[part.grant]
-            if rank:
-                self._lines[rank - 1].send(rank_line.Open(grant=part))
-            else:
-                stream = self._local.open_grant(part)
-        return stream or 0
+        opened = [self._ports[ranks[part.grant]].open_grant(part) for part in parts]
+        return opened[0]  # of several all have the same
 
     def _note(self, grant: bytes, ranks: dict[bytes, int]) -> _Whole:
         whole = self._wholes[grant] = _Whole(ranks, open=set(ranks))
@@ -125,30 +118,19 @@ class RankedTransport:
 
     def revoke(self, grant: bytes) -> None:
         """See KvTransport."""
-        whole = self._wholes.get(grant)
-        for part, rank in whole.ranks.items() if whole is not None else [(grant, 0)]:
-            if rank:
-                self._lines[rank - 1].send(rank_line.Revoke(grant=part))
-            else:
-                self._local.revoke(part)
+        for part, rank in self._parts(grant) or [(grant, 0)]:
+            self._ports[rank].revoke(part)
 
     def connect(self, grant: GiverGrant) -> None:
         """See KvTransport."""
         for rank, part in self._parted(grant, self._routes_to(grant)):
-            if rank:
-                self._lines[rank - 1].send(rank_line.Connect(grant=part))
-            else:
-                self._local.connect(part)
+            self._ports[rank].connect(part)
 
     def probe(self, probe: GiverGrant, num_bytes: int, *, fetch: bool = False) -> None:
         """See KvTransport: on every way that blocks take, of which the slowest counts."""
         routes = self._routes_from(probe) if fetch else self._routes_to(probe)
         for rank, part in self._parted(probe, routes):
-            if rank:
-                order = rank_line.Probe(probe=part, num_bytes=num_bytes, fetch=fetch)
-                self._lines[rank - 1].send(order)
-            else:
-                self._local.probe(part, num_bytes, fetch=fetch)
+            self._ports[rank].probe(part, num_bytes, fetch=fetch)
 
     def _routes_to(self, peer: GiverGrant) -> list[tuple[HeadRoute, int, int]]:
         """(route, rank of ours, of the peer's)."""
@@ -186,55 +168,33 @@ class RankedTransport:
     ) -> None:
         """See KvTransport."""
         for part, rank in self._parts(grant):
-            if rank:
-                order = rank_line.Push(
-                    grant=part,
-                    layer=layer,
-                    first=first_relative,
-                    block_ids=block_ids,
-                    step=self._step(),
-                )
-                self._lines[rank - 1].send(order)
-            else:
-                self._local.push(part, layer, first_relative, block_ids)
+            self._ports[rank].push(part, layer, first_relative, block_ids)
 
-    def _parts(self, grant: bytes) -> Iterable[tuple[bytes, int]]:
+    def _parts(self, grant: bytes) -> list[tuple[bytes, int]]:
         whole = self._wholes.get(grant)
-        return whole.ranks.items() if whole is not None else ()
+        return list(whole.ranks.items()) if whole is not None else []
 
     def commit(self, grant: bytes) -> None:
         """See KvTransport."""
         for part, rank in self._parts(grant):
-            if rank:
-                self._lines[rank - 1].send(rank_line.Commit(grant=part))
-            else:
-                self._local.commit(part)
+            self._ports[rank].commit(part)
 
     def abandon(self, grant: bytes) -> None:
         """See KvTransport: every rank has let go when this returns."""
-        by_rank: dict[int, list[bytes]] = {}
         for part, rank in self._parts(grant):
-            by_rank.setdefault(rank, []).append(part)
-        for rank, parts in by_rank.items():
-            if rank:
-                self._lines[rank - 1].ask(abandon=tuple(parts))
-            else:
-                for part in parts:
-                    self._local.abandon(part)
-        if by_rank:
+            self._ports[rank].abandon(part)
+        if grant in self._wholes:
             self._forget(grant)
 
     def poison(self, block_ids: Sequence[int]) -> None:
         """Of every rank (core.kv_memory.KvMemory.poison)."""
         self._memory.poison(block_ids)
         for line in self._lines:
-            line.ask(poison=tuple(block_ids))
+            line.poison(block_ids)
 
     def poll(self) -> list[KvEvent]:
         """See KvTransport."""
-        told = self._local.poll()
-        for line in self._lines:
-            told += line.events()
+        told = [event for port in self._ports for event in port.poll()]
         events = [self._whole_event(event) for event in told]
         return [event for event in events if event is not None]
 
@@ -260,11 +220,10 @@ class RankedTransport:
 
     def ledger(self) -> dict[str, int]:
         """See KvTransport; of all ranks."""
-        total = dict(self._local.ledger())
-        for line in self._lines:
-            for name, count in line.ask().items():
-                total[name] = total.get(name, 0) + count
-        return total
+        total: Counter[str] = Counter()
+        for port in self._ports:
+            total.update(port.ledger())
+        return dict(total)
 
     def close(self) -> None:
         """See KvTransport."""
@@ -272,9 +231,8 @@ class RankedTransport:
             return
         self._closed = True
         self._sources.close()
-        for line in self._lines:
-            line.close()
-        self._local.close()
+        for port in self._ports:
+            port.close()
 
 
 def part_name(grant: bytes, route: HeadRoute, num_routes: int) -> bytes:
