@@ -94,14 +94,16 @@ def test_however_the_kv_gets_there_the_answer_is_the_same(
 
 
 def test_prefill_and_decode_did_what_they_are_for(pd_cluster: Cluster) -> None:
-    """A machine that is busy with more may have P keep one: then the next is asked for."""
+    """A machine that is busy with more may have P keep one, and the master's log says so: then the next is asked for."""
     master, prefill, decode = pd_cluster.daemons
 
     def handed_over() -> Any:
         _, answer = master.request("POST", "/v1/completions", body(pd_cluster, PROMPTS[4]))
         status, record = master.request("GET", f"/debug/requests/{answer['id']}")
         assert status == 200, record
-        return record if "landed" in record["moments"] else None
+        landed = "landed" in record["moments"]
+        assert landed or f"handoff request={answer['id']} result=" in master.log(), record
+        return record if landed else None
 
     record = wait_for("a request that both serve", handed_over, 10)
     assert record["prefill_instance"].endswith(str(prefill.port))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from xllm_py.wire.kv_handshake import Peer
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakerGrant:
@@ -31,6 +33,11 @@ class TakerGrant:
     peer_rank: int = 0  # of the peer's ranks, which one
     peer_ranks: int = 1  # how many it has
     stream: int | None = None  # over which of our links to fetch; None: the one with the fewest
+
+    @property
+    def peer(self) -> Peer:
+        """The rank that it is about."""
+        return Peer(self.peer_incarnation, self.peer_rank, self.peer_ranks)
 
     @property
     def source(self) -> str:
@@ -51,6 +58,11 @@ class GiverGrant:
     stream: int = 0  # over which of its links it fetches
     peer_rank: int = 0  # of the peer's ranks, which one
     peer_ranks: int = 1  # how many it has
+
+    @property
+    def peer(self) -> Peer:
+        """The rank that it is about."""
+        return Peer(self.peer_incarnation, self.peer_rank, self.peer_ranks)
 
     @property
     def endpoint(self) -> str:

@@ -14,7 +14,6 @@ from xllm_py.transport.base import KvEvent, KvEventKind, TakerGrant
 from xllm_py.transport.kv_events import Counts, EventQueue
 from xllm_py.wire import kv_session
 from xllm_py.wire.kv_grants import Grant, GrantState, GrantTable
-from xllm_py.wire.kv_handshake import name_of
 
 TELL_S = 1.0  # how often it is told that blocks keep coming
 
@@ -47,7 +46,7 @@ class Taking:
             self.grants.open(
                 Grant(
                     grant=grant.grant,
-                    peer=name_of(grant.peer_incarnation, grant.peer_rank, grant.peer_ranks),
+                    peer=grant.peer.name,
                     block_size=grant.block_size,
                     block_ids=grant.block_ids,
                     first_wanted=grant.first_wanted,

@@ -32,7 +32,7 @@ from xllm_py.transport.tcp_handshake import GiverEnd, Hold, Pause, Way
 from xllm_py.transport.tcp_listener import Listener
 from xllm_py.transport.tcp_tls import KvTls
 from xllm_py.wire import codec
-from xllm_py.wire.kv_handshake import Identity, Peer, giving_to
+from xllm_py.wire.kv_handshake import Identity, Peer
 from xllm_py.wire.kv_session import GiverSession
 from xllm_py.wire.kv_taker import TakerSession
 
@@ -162,7 +162,7 @@ class TcpKvTransport:
         self._taking.open(grant)
         if not grant.source:
             return 0
-        place = self._place(self._fetchers, grant.source, _peer_of(grant))
+        place = self._place(self._fetchers, grant.source, grant.peer)
         if grant.stream is not None:
             place = (*place[:2], grant.stream)
         try:
@@ -186,7 +186,7 @@ class TcpKvTransport:
         if not fetch:
             self._assign(probe, num_bytes)
             return
-        place = self._place(self._fetchers, probe.endpoint, _peer_of(probe))
+        place = self._place(self._fetchers, probe.endpoint, probe.peer)
         try:
             self._ask(place, probe.block_size, lambda link: link.probe(probe.grant, num_bytes))
         except (OSError, RuntimeError) as error:
@@ -215,9 +215,9 @@ class TcpKvTransport:
 
     def _assign(self, grant: GiverGrant, probe_bytes: int) -> None:
         """To a link of its peer, a new one when there is none or it has ended."""
-        place = ("", _peer_of(grant), grant.stream)
+        place = ("", grant.peer, grant.stream)
         if not grant.read_grant:
-            place = self._place(self._links, grant.endpoint, _peer_of(grant))
+            place = self._place(self._links, grant.endpoint, grant.peer)
         self._sweep()
         with self._lock:
             link = self._links.get(place)
@@ -304,7 +304,7 @@ class TcpKvTransport:
 
     def _memory_for(self, peer: Peer, block_size: int) -> KvMemory:
         """What we give to it; where that is nothing, the handshake refuses."""
-        memory, route = self._memory.at(block_size), giving_to(peer, self._share)
+        memory, route = self._memory.at(block_size), self._share.route_to(peer.rank, peer.num_ranks)
         return memory.heads(route.source, route.count) if route is not None else memory
 
     def push(
@@ -370,11 +370,6 @@ class TcpKvTransport:
         self._fetchers.clear()
         self._by_grant.clear()
         self._events.wake.close()
-
-
-def _peer_of(grant: GiverGrant | TakerGrant) -> Peer:
-    """Whom it is about."""
-    return Peer(grant.peer_incarnation, grant.peer_rank, grant.peer_ranks)
 
 
 def _close_ended(links: dict[Place, Link]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from xllm_py.base.hashing import derive_key, mac
 from xllm_py.core.kv_memory import KvLayout
-from xllm_py.core.kv_plan import HeadRoute, Share
+from xllm_py.core.kv_plan import Share
 from xllm_py.wire import codec
 from xllm_py.wire.codec import Hello, Payloads, Reason, Step
 
@@ -73,11 +73,6 @@ def payloads_with(peer: Hello, own: Payloads) -> Payloads:
     return own if peer.payloads == own else Payloads.SOCKET
 
 
-def name_of(incarnation: str, rank: int, num_ranks: int) -> str:
-    """One rank of a peer: what links and grants know it by."""
-    return incarnation if num_ranks == 1 else f"{incarnation}/{rank}"
-
-
 @dataclass(frozen=True, slots=True)
 class Peer:
     """One rank of another instance."""
@@ -88,23 +83,13 @@ class Peer:
 
     @property
     def name(self) -> str:
-        """See name_of."""
-        return name_of(self.incarnation, self.rank, self.num_ranks)
+        """What links and grants know it by."""
+        return self.incarnation if self.num_ranks == 1 else f"{self.incarnation}/{self.rank}"
 
 
 def peer_of(hello: Hello) -> Peer:
     """Who says this."""
     return Peer(hello.incarnation, hello.rank, hello.num_ranks)
-
-
-def giving_to(peer: Peer, share: Share) -> HeadRoute | None:
-    """Which of our heads go to this rank."""
-    return share.route_to(peer.rank, peer.num_ranks)
-
-
-def taking_from(peer: Peer, share: Share) -> HeadRoute | None:
-    """Which of our heads come from this rank."""
-    return share.route_from(peer.rank, peer.num_ranks)
 
 
 def answering(call: bytes, identity: Identity) -> tuple[Peer, Identity] | Reason:

@@ -19,7 +19,7 @@ from xllm_py.wire import codec
 from xllm_py.wire.codec import FrameType, Header, Reason, Step
 from xllm_py.wire.kv_frames import Frames
 from xllm_py.wire.kv_grants import Grant
-from xllm_py.wire.kv_handshake import Identity, Peer, giving_to, payloads_with, peer_of
+from xllm_py.wire.kv_handshake import Identity, Peer, payloads_with, peer_of
 
 WELCOME_BYTES = codec.HELLO_BYTES + codec.PROOF_BYTES
 _ANSWERS = (FrameType.ACK, FrameType.ERROR, FrameType.RESUME, FrameType.PROBE, FrameType.TAKEN)
@@ -151,7 +151,7 @@ class GiverSession:
         self._call = call
         self._identity = identity
         self.peer = peer
-        self._route = giving_to(peer, identity.share)
+        self._route = identity.share.route_to(peer.rank, peer.num_ranks)
         count = self._route.count if self._route is not None else identity.layout.num_heads
         self._block_bytes = identity.layout.heads(count).block_bytes
         self._hello = identity.hello(Step.HELLO)

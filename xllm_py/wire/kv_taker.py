@@ -16,7 +16,6 @@ from xllm_py.wire.kv_handshake import (
     cut_as,
     payloads_with,
     peer_of,
-    taking_from,
 )
 from xllm_py.wire.kv_session import (
     Asked,
@@ -72,7 +71,7 @@ class TakerSession:
         self._agreed = self._identity.agreement(self._call + data + welcome)
         self.peer, self.stream = who.name, peer.stream
         self.payloads = payloads_with(peer, self._identity.payloads)
-        self.route = taking_from(who, self._identity.share)
+        self.route = self._identity.share.route_from(who.rank, who.num_ranks)
         layout = cut_as(peer, self._identity)
         if self._calls and layout != self._identity.layout:
             return Reason.WRONG_LAYOUT
