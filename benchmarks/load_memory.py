@@ -16,9 +16,8 @@ import threading
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from benchmarks.models import config_of, write_model
+from benchmarks.models import write_model, write_weights
 from benchmarks.report import emit
 from xllm_py.base.process import give_back_memory
 from xllm_py.device import open_device
@@ -64,38 +63,6 @@ def load(folder: Path, rank: int, count: int) -> None:
     share = held() - before
     del model
     print(json.dumps({"share": share, "peak": max(peak - before, share)}))
-
-
-def write_weights(folder: Path, shape: str) -> None:
-    """One file of random weights for the model of this folder."""
-    sizes = config_of(shape)
-    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    kv = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
-    each = {
-        "self_attn.q_proj.weight": (hidden, hidden),
-        "self_attn.q_proj.bias": (hidden,),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.k_proj.bias": (kv,),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.v_proj.bias": (kv,),
-        "self_attn.o_proj.weight": (hidden, hidden),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    shapes = {
-        f"model.layers.{layer}.{name}": size
-        for layer in range(sizes["num_hidden_layers"])
-        for name, size in each.items()
-    }
-    shapes["model.norm.weight"] = (hidden,)
-    shapes["model.embed_tokens.weight"] = (sizes["vocab_size"], hidden)
-    if not sizes["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (sizes["vocab_size"], hidden)
-    tensors = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in shapes.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:

@@ -106,6 +106,8 @@ def tensor_shapes(shape: str) -> dict[str, tuple[int, ...]]:
         "model.embed_tokens.weight": (config["vocab_size"], hidden),
         "model.norm.weight": (hidden,),
     }
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         for name, rows in (("q", hidden), ("k", inner_kv), ("v", inner_kv)):
