@@ -86,6 +86,7 @@ class Sampler:
         )
         self._temperatures, self._top_ps, self._min_ps = np.zeros((3, max_seqs))
         self._edits: list[Edits | None] = [None] * max_seqs
+        self._highest = [False] * max_seqs
 
     def start(self, start: RowStart) -> None:
         """A row has a new owner; everything of the last one is written over."""
@@ -98,6 +99,7 @@ class Sampler:
         self._top_ps[row], self._min_ps[row] = sampling.top_p, sampling.min_p
         edits = sampling.has_history or sampling.logit_bias or sampling.min_tokens
         self._edits[row] = Edits(start, size) if edits else None
+        self._highest[row] = sampling.temperature == 0 and sampling.logprobs < 0 and not edits
 
     def choose(
         self,
@@ -136,8 +138,7 @@ class Sampler:
 
     def is_highest(self, row: int) -> bool:
         """Whether the row's token is the one with the highest logit, and nothing else is asked of it."""
-        plain = self._temperatures[row] == 0 and self._tops[row] < 0
-        return bool(plain) and self._edits[row] is None
+        return self._highest[row]
 
     def _split(self, rows: Sequence[int], positions: Sequence[int]) -> tuple[list[int], list[int]]:
         edited: list[int] = []

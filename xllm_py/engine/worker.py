@@ -81,8 +81,9 @@ class Worker:
         due = [index for index, draws in enumerate(plan.sample) if draws]
         if not due:
             return result
-        last = (batch.first_tokens + batch.num_tokens)[torch.tensor(due)] - 1
-        logits = self._model.logits(hidden[last])
+        if len(due) < len(hidden):  # not the last token of every row and nothing else
+            hidden = hidden[(batch.first_tokens + batch.num_tokens)[torch.tensor(due)] - 1]
+        logits = self._model.logits(hidden)
         if self._matchers is None:
             return result
         starts = [self._start(plan.rows[index]) for index in due]
@@ -147,25 +148,25 @@ class Worker:
     ) -> Drawn:
         """Logits come to the host for the rows that need them there."""
         rows, draws = [plan.rows[index] for index in due], [plan.sample[index] for index in due]
-        positions = [plan.positions[index] for index in due]
-        if logits.device.type == "cpu":
-            return self._sampler.choose(logits, rows, positions, draws, allowed, best)
         tokens = [[token] * count for token, count in zip(best, draws, strict=True)]
         rest = [
             place
             for place, row in enumerate(rows)
             if row in allowed or not self._sampler.is_highest(row)
         ]
-        chosen = Drawn(token_ids=[])
-        if rest:
-            chosen = self._sampler.choose(
-                logits[torch.tensor(rest)].cpu(),
-                [rows[place] for place in rest],
-                [positions[place] for place in rest],
-                [draws[place] for place in rest],
-                allowed,
-                [best[place] for place in rest],
-            )
+        if not rest:
+            return Drawn(token_ids=[token for each in tokens for token in each])
+        positions = [plan.positions[index] for index in due]
+        if logits.device.type == "cpu":
+            return self._sampler.choose(logits, rows, positions, draws, allowed, best)
+        chosen = self._sampler.choose(
+            logits[torch.tensor(rest)].cpu(),
+            [rows[place] for place in rest],
+            [positions[place] for place in rest],
+            [draws[place] for place in rest],
+            allowed,
+            [best[place] for place in rest],
+        )
         return merged(tokens, rest, chosen)
 
     def _tell_matchers(

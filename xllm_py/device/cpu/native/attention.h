@@ -346,7 +346,7 @@ void attend(const Attention& it, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Worker<T> worker(it);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (size_t i = 0; i < count; i++) worker.compute(all[i]);
   }
 }

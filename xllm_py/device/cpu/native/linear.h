@@ -135,7 +135,7 @@ struct Linear {
       a = widened.data();
     }
     long columns = after == GATE ? n / 2 : n;
-    tasks(m, panels, m * n * k, threads, [&](long from, long some, long p, void* scratch) {
+    tasks(m, panels, n * k, threads, [&](long from, long some, long p, void* scratch) {
       float* sums = (float*)scratch;
       panel(a + from * width, width, some, packed + p * steps * PANEL * T::PER, steps, sums);
       finish(sums, some, p, n, bias, after, more ? more + from * columns : nullptr, out + from * columns);
@@ -144,16 +144,17 @@ struct Linear {
 
   // Every band of rows with every panel: do(first row, rows, panel, scratch for [rows][PANEL] numbers of 32 bits).
   template <class Do>
-  static void tasks(long m, long panels, long work, int threads, Do each) {
+  static void tasks(long m, long panels, long weights, int threads, Do each) {
     long rows = std::min<long>(m, 512);  // of one task; fewer where threads would wait
     while (rows > 48 && panels * ((m + rows - 1) / rows) < 4 * threads) rows = (rows + 1) / 2;
     long bands = (m + rows - 1) / rows;
-    if (work < 1 << 16) threads = 1;
+    // reading them and multiplying takes less than 10 us, and calling a second thread and waiting for it 4 to 5
+    if (weights + m * weights / 8 < 400 << 10) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
       static thread_local std::vector<float> scratch;
       if (scratch.size() < size_t(rows * PANEL)) scratch.resize(rows * PANEL);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (long task = 0; task < bands * panels; task++) {
         long from = task / panels * rows;
         each(from, std::min(rows, m - from), task % panels, scratch.data());
@@ -205,7 +206,7 @@ struct Linear8 {
 #pragma omp parallel for num_threads(m * k < 1 << 15 ? 1 : threads) schedule(static)
     for (long i = 0; i < m; i++) row_scales[i] = quantize(x + i * k, rows + i * width, k, width);
     const long columns = after == GATE ? n / 2 : n;
-    Int8::tasks(m, panels, m * n * k, threads, [&](long from, long some, long p, void* scratch) {
+    Int8::tasks(m, panels, n * k, threads, [&](long from, long some, long p, void* scratch) {
       int32_t* sums = (int32_t*)scratch;
       Int8::panel(rows + from * width, width, some, packed + p * steps * PANEL * 4, steps, sums);
       for (long i = 0; i < some; i++)
