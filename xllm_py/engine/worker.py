@@ -224,10 +224,13 @@ class Worker:
         padded = total + -total % self._padding
         positions, token_ids = np.zeros((2, padded), dtype=np.int64)
         token_ids[:total] = plan.token_ids
-        positions[:total] = np.arange(total) + np.repeat(computed - firsts, counts)
+        own, sequence = computed, np.arange(len(plan.rows))
+        if total > len(plan.rows):  # not a token of each row
+            sequence = np.repeat(sequence, counts)
+            own = np.arange(total) + (computed - firsts)[sequence]
+        positions[:total] = own
         tables = self._tables[plan.rows, : -(-int(contexts.max()) // self._block_size)]
-        blocks, offsets = np.divmod(positions[:total], self._block_size)
-        sequence = np.repeat(np.arange(len(plan.rows)), counts)
+        blocks, offsets = np.divmod(own, self._block_size)
         slots = tables[sequence, blocks].astype(np.int64) * self._block_size + offsets
         batch = AttentionBatch(
             block_tables=torch.from_numpy(tables),
