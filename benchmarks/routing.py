@@ -174,7 +174,7 @@ class Simulation:
         facts = Facts(num_prompt=ask.num_prompt, max_tokens=ask.num_answer)
         held = {name: count * BLOCK for name, count in self.index.match(ask.hashes).items()}
         if self.policy == "RR":
-            route = round_robin(self.found, (self.turns[0], self.turns[1]))
+            route = round_robin(self.found, (self.turns[0], self.turns[1]), ask.num_prompt)
             self.turns = [each + 1 for each in self.turns]
         else:
             known = Known(

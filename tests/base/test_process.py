@@ -69,3 +69,15 @@ def test_what_is_imported_is_not_looked_through_any_more_and_the_rest_is() -> No
     assert gc.isenabled()
     assert gc.get_freeze_count() >= before + len(kept)
     gc.unfreeze()
+
+
+def test_what_a_server_has_made_is_not_looked_through_and_what_comes_less_often() -> None:
+    thresholds, kept = gc.get_threshold(), [[number] for number in range(1000)]
+    try:
+        process.stay()
+        assert gc.get_freeze_count() >= len(kept)
+        assert gc.get_threshold()[0] > thresholds[0]
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)

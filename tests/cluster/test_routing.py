@@ -29,7 +29,7 @@ FACTS = Facts(num_prompt=10, max_tokens=10)
 
 
 def routed(view: ClusterView, model: str, facts: Facts, turns: tuple[int, int]) -> Route:
-    return round_robin(able(view, model, facts), turns)
+    return round_robin(able(view, model, facts), turns, facts.num_prompt)
 
 
 def candidate(

@@ -42,13 +42,10 @@ class House:
         self.client = FakeClient()
         self.tasks = TaskFamily("house")
         self.submitter = Submitter(cast("InstanceClient", self.client), self.tasks)
-        self.asked: list[asyncio.Task[None]] = []
+        self.asked: list[asyncio.Future[XllmError | None]] = []
 
-    def ask(self, *names: str, **fields: object) -> list[asyncio.Task[None]]:
-        made = [
-            asyncio.ensure_future(self.submitter.submit(submission(name, **fields)))
-            for name in names
-        ]
+    def ask(self, *names: str, **fields: object) -> list[asyncio.Future[XllmError | None]]:
+        made = [self.submitter.submit(submission(name, **fields)) for name in names]
         self.asked += made
         return made
 

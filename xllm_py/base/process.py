@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import psutil
 
+_YOUNG = 20_000  # objects more than before, until the collector of cycles looks at them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
@@ -85,6 +87,16 @@ def imports_for_good() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def stay() -> None:
+    """What a server has made by now stays to its end: the collector of cycles does not look through it, and looks less often at what comes.
+
+    Requests leave hardly a cycle behind, and a pass over the young ones for every 700 objects was a twentieth of what a request costs.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG)
 
 
 def num_cores() -> int:

@@ -203,19 +203,25 @@ def _ready_pairs(
     return whole or pairs
 
 
-def round_robin(found: Options, turns: tuple[int, int]) -> Route:
+def round_robin(found: Options, turns: tuple[int, int], num_prompt: int) -> Route:
     """The next P and the next D in turn, of options that are not empty. turns: how many requests were placed so far, for P and for D."""
     if found.mode != "pd":
         first = found.alone[turns[0] % len(found.alone)]
         reason = f"{found.mode}: instance {turns[0] % len(found.alone) + 1} of {len(found.alone)} in turn"
-        return Route(mode=found.mode, first=first.card, reason=reason)
+        return Route(mode=found.mode, first=first.card, reason=reason, num_to_compute=num_prompt)
     prefill, decodes = found.pairs[turns[0] % len(found.pairs)]
     decode = decodes[turns[1] % len(decodes)]
     reason = (
         f"pd: prefill {turns[0] % len(found.pairs) + 1} of {len(found.pairs)}, "
         f"decode {turns[1] % len(decodes) + 1} of {len(decodes)} in turn"
     )
-    return Route(mode="pd", first=prefill.card, decode=decode.card, reason=reason)
+    return Route(
+        mode="pd",
+        first=prefill.card,
+        decode=decode.card,
+        reason=reason,
+        num_to_compute=num_prompt,
+    )
 
 
 def able(view: ClusterView, model: str, facts: Facts) -> Options:

@@ -19,6 +19,7 @@ from xllm_py.base.clock import RealClock
 from xllm_py.base.errors import EngineDied, EngineDown, PeerUnavailable, RegistryUnavailable
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.notify import feed_watchdog, notify
+from xllm_py.base.process import stay
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.control.server import require_free
 from xllm_py.instance.card import Identity
@@ -111,6 +112,7 @@ class Instance:
             await self._join(registry, identity)
         self._health.loaded = True
         self._starting = None
+        stay()
         notify("READY=1")
         self._tasks.start(feed_watchdog(self._health.moves), name="watchdog")
         self._tell_ready(http)

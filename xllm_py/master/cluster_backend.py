@@ -6,7 +6,6 @@ Cancel. An attempt that fails is followed by another one that goes on where the 
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
@@ -39,6 +38,8 @@ class ClusterBackend:
         self._dispatcher = dispatcher
         self._journeys = journeys
         self._clock = clock
+        self._cards: tuple[Card, ...] = ()  # as the router said last
+        self._models: tuple[ServedModel, ...] = ()  # what they serve
 
     # ---- Backend ----
 
@@ -75,11 +76,15 @@ class ClusterBackend:
 
     def models(self) -> tuple[ServedModel, ...]:
         """Every name that routable instances serve, with the limits all of them keep."""
-        models: dict[str, ServedModel] = {}
-        for card in self._router.cards():
-            for name in card.served_names:
-                models[name] = _narrowed(models.get(name), name, card)
-        return tuple(models[name] for name in sorted(models))
+        cards = self._router.cards()
+        if cards is not self._cards:
+            models: dict[str, ServedModel] = {}
+            for card in cards:
+                for name in card.served_names:
+                    models[name] = _narrowed(models.get(name), name, card)
+            self._cards = cards
+            self._models = tuple(models[name] for name in sorted(models))
+        return self._models
 
     def ready(self) -> Readiness:
         """As the router sees it."""
@@ -118,14 +123,9 @@ class ClusterBackend:
                 await self._dispatcher.go_on(run, opened)
                 continue
             opened.news.clear()
-            left_s = run.deadline - self._clock.now()
-            if left_s <= 0:
+            if self._clock.now() >= run.deadline:
                 raise late()
-            try:
-                async with asyncio.timeout(left_s):
-                    await opened.news.wait()
-            except TimeoutError as error:
-                raise late() from error
+            await opened.news.wait()  # the dispatcher rings at the deadline too
 
     async def close(self) -> None:
         """Let the cancels of the last requests arrive, for a moment."""

@@ -17,6 +17,7 @@ from xllm_py.base import failpoints, ids, log
 from xllm_py.base.clock import Clock, RealClock
 from xllm_py.base.metrics import Metrics
 from xllm_py.base.notify import feed_watchdog, notify
+from xllm_py.base.process import stay
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster import keys
 from xllm_py.cluster.service_info import ServiceRecord, service_to_json
@@ -109,6 +110,7 @@ class Master:
         self._tasks.start(parts.roles.keep(), name="roles", vital=True)
         self._front.open(parts.backend, parts.routes)
         self._starting = None
+        stay()
         notify("READY=1")
         # a loop that stands still feeds nobody, which is what the watchdog is for
         self._tasks.start(feed_watchdog(lambda: True), name="watchdog")

@@ -22,7 +22,7 @@ from xllm_py.base.errors import (
     XllmError,
     request_error,
 )
-from xllm_py.base.metrics import Metrics
+from xllm_py.base.metrics import Children, Metrics
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.attempts import Attempts, Failure, GiveUp, Quarantine
 from xllm_py.cluster.instance_info import Card
@@ -41,6 +41,7 @@ _CANCEL_TRIES = 3
 _CANCEL_WAIT_S = 0.2
 _CLOSE_S = 1.0
 NOTHING = Told()
+_SLACK_S = 0.005  # a loop's timers may be early by their grain
 _PACED_TOKENS = 16  # of an answer between two looks at its pace
 
 
@@ -63,7 +64,6 @@ class Run:
     record: Record
     deadline: float
     attempts: Attempts
-    fingerprint: bytes
     told: Told = NOTHING  # its log begins with it
     opened: OpenRequest | None = None
     route: Route | None = None  # of the current attempt
@@ -74,6 +74,7 @@ class Run:
     decodes: bool = False  # its first token is there
     paced_at: float = 0.0  # when its pace was looked at last
     num_paced: int = 0  # tokens since then
+    bell: asyncio.TimerHandle | None = None  # rings at the deadline, from the first attempt on
 
 
 class Dispatcher:
@@ -106,7 +107,8 @@ class Dispatcher:
             metrics=metrics,
         )
         self._cancels: set[asyncio.Task[None]] = set()
-        self._attempts = metrics.counter("attempts", "Attempts by what caused them", ["cause"])
+        attempts = metrics.counter("attempts", "Attempts by what caused them", ["cause"])
+        self._attempts = Children(lambda cause: attempts.labels(cause).inc)
         self._stalls = metrics.seconds(
             "failover_seconds", "From the loss of an attempt to the next token"
         )
@@ -115,8 +117,8 @@ class Dispatcher:
         self, submission: Submission, record: Record, received: float, told: Told = NOTHING
     ) -> Run:
         """A request comes in. told: what the client has of it already. Raises RequestQuarantined."""
-        fingerprint = _fingerprint(submission)
-        if self._quarantine.refuses(fingerprint, received):
+        # hardly ever is anything in it, and a fingerprint is of the whole prompt
+        if self._quarantine and self._quarantine.refuses(_fingerprint(submission), received):
             raise RequestQuarantined(
                 "two instances died while they computed a request like this one; it is refused for some minutes"
             )
@@ -127,7 +129,6 @@ class Dispatcher:
             attempts=Attempts(
                 most=self._terms.max_attempts, patience_s=self._terms.queue_timeout_s
             ),
-            fingerprint=fingerprint,
             told=told,
             numerics=told.numerics,
         )
@@ -153,7 +154,7 @@ class Dispatcher:
         while True:
             try:
                 opened = self._place(run)
-                self._attempts.labels(cause=cause).inc()
+                self._attempts[cause]()
                 await self._submit(run, opened)
             except RequestError as error:
                 cause = error.code
@@ -215,7 +216,7 @@ class Dispatcher:
         verdict = run.attempts.on_failed(failure, now)
         if isinstance(verdict, GiveUp):
             if run.attempts.deadly:
-                self._quarantine.add(run.fingerprint, now)
+                self._quarantine.add(_fingerprint(run.submission), now)
                 _log.error("request quarantined", request=run.submission.request_id)
             if verdict.code == error.code:
                 raise error
@@ -237,9 +238,11 @@ class Dispatcher:
         run.route = None
         attempts = run.attempts
         said = run.opened.log.generated_ids if run.opened is not None else run.told.ids
-        submission = dataclasses.replace(
-            run.submission, attempt=attempts.number, generated_ids=said
-        )
+        submission = run.submission
+        if said or attempts.number != submission.attempt:
+            submission = dataclasses.replace(
+                submission, attempt=attempts.number, generated_ids=said
+            )
         route = run.route = self._router.place(
             submission,
             passed_over=attempts.passed_over,
@@ -253,6 +256,9 @@ class Dispatcher:
         run.record.stamp(Moment.PLACED, self._clock.now())
         if run.opened is None:
             run.opened = self._generations.open(submission, attempts.number, route, run.record)
+            left_s = run.deadline - self._clock.now()
+            ring = run.opened.news.set  # whoever waits for news looks at the time then
+            run.bell = asyncio.get_running_loop().call_later(left_s + _SLACK_S, ring)
             return run.opened
         self._generations.again(run.opened, attempts.number, route)
         return run.opened
@@ -271,50 +277,40 @@ class Dispatcher:
             master=self._terms.address,
             relay=self._terms.relay and route.decode is not None,
         )
-        calling = self._tasks.start(
-            self._call(route.first, order), name=f"submit {order.request_id}"
-        )
+        failpoints.hit("m.submit.pre")
+        calling = self._peers.submit(route.first, order)
         calling.add_done_callback(lambda _: opened.news.set())
         try:
-            async with asyncio.timeout(order.timeout_s):
-                while not calling.done():
-                    opened.news.clear()
-                    if opened.log.error is not None:  # lost before the call returned
-                        raise request_error(*opened.log.error)
-                    # whoever has it speaks: the answer to the call tells nothing more. What an attempt before said may be unread still
-                    if opened.log.spoke or opened.log.done:
-                        return
-                    await opened.news.wait()
-        except TimeoutError as error:
-            raise late() from error
+            while not calling.done():
+                opened.news.clear()
+                if opened.log.error is not None:  # lost before the call returned
+                    raise request_error(*opened.log.error)
+                # whoever has it speaks: the answer to the call tells nothing more. What an attempt before said may be unread still
+                if opened.log.spoke or opened.log.done:
+                    return
+                _left(run.deadline, self._clock.now())
+                await opened.news.wait()
         finally:
             calling.cancel()
         refusal = calling.result()
-        if refusal is not None:
-            raise refusal
-
-    async def _call(self, card: Card, order: Submission) -> RequestError | None:
-        """Submit. What goes wrong is a result, because a lost peer is no failure of this task."""
-        try:
-            failpoints.hit("m.submit.pre")
-            await self._peers.submit(card, order)
-            failpoints.hit("m.submit.post")
-        except PeerUnavailable as error:
+        if isinstance(refusal, PeerUnavailable):
             _log.warning(
                 "submit failed",
                 request=order.request_id,
-                instance=card.name,
-                reason=error.message,
+                instance=route.first.name,
+                reason=refusal.message,
             )
-            return InstanceLost("the instance chosen for the request does not answer")
-        except RequestError as error:
-            return error
-        return None
+            raise InstanceLost("the instance chosen for the request does not answer")
+        if refusal is not None:
+            raise refusal
+        failpoints.hit("m.submit.post")
 
     # ---- the end of attempts ----
 
     def close(self, run: Run, *, finished: bool) -> None:
         """Forget the request; when it did not finish by itself, end it wherever it may still run."""
+        if run.bell is not None:
+            run.bell.cancel()
         if run.opened is not None:
             self._generations.close(run.submission.request_id)
         if not finished:

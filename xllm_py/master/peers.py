@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from xllm_py.base.errors import XllmError
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.cluster.instance_info import Card
 from xllm_py.control.channels import Channels
@@ -44,14 +47,14 @@ class Peers:
             )
         return client
 
-    async def submit(self, card: Card, submission: Submission) -> None:
-        """Hand a request to one life of an instance; see Submitter."""
+    def submit(self, card: Card, submission: Submission) -> asyncio.Future[XllmError | None]:
+        """Hand a request to one life of an instance; see Submitter.submit."""
         submitter = self._submitters.get(card.incarnation_id)
         if submitter is None:
             submitter = self._submitters[card.incarnation_id] = Submitter(
                 self.of(card), self._tasks
             )
-        await submitter.submit(submission)
+        return submitter.submit(submission)
 
     async def forget(self, card: Card) -> None:
         """An incarnation is gone; its channel goes unless another one lives at the address."""

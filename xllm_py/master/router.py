@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from xllm_py.base import log
 from xllm_py.base.hashing import block_hashes, chain_root, salted
-from xllm_py.base.metrics import Metrics
+from xllm_py.base.metrics import Children, Metrics
 from xllm_py.cluster.costs import Costs, Typical
 from xllm_py.cluster.instance_info import Card
 from xllm_py.cluster.membership import InstanceState
@@ -77,9 +77,8 @@ class Router:
         self._index = PrefixIndex()
         self._random = random.Random()
         self._roots: dict[str, bytes] = {}  # model fingerprint -> parent of every first block
-        self._decisions = metrics.counter(
-            "route_decisions", "Requests placed", ["policy", "reason"]
-        )
+        decisions = metrics.counter("route_decisions", "Requests placed", ["policy", "reason"])
+        self._decisions = Children(lambda reason: decisions.labels(policy.name, reason).inc)
         self._predicted = metrics.seconds(
             "ttft_prediction_error_seconds", "Predicted time to first token against the real one"
         )
@@ -130,7 +129,7 @@ class Router:
         self._turns[0] += 1
         if route.decode is not None:
             self._turns[1] += 1
-        self._decisions.labels(policy=self._policy.name, reason=f"{route.mode}:{route.why}").inc()
+        self._decisions[f"{route.mode}:{route.why}"]()
         if route.mode != self._last_mode:
             say = _log.warning if route.mode == "degraded" else _log.info
             say("routing mode", mode=route.mode, before=self._last_mode or "none")
@@ -152,8 +151,7 @@ class Router:
 
     def _choose(self, found: Options, submission: Submission, facts: Facts) -> Route:
         if self._policy.name == "RR":
-            route = round_robin(found, (self._turns[0], self._turns[1]))
-            return dataclasses.replace(route, num_to_compute=facts.num_prompt)
+            return round_robin(found, (self._turns[0], self._turns[1]), facts.num_prompt)
         known = Known(
             costs=self._costs,
             held=self._held(found, submission) if self._policy.name in _CACHE_AWARE else {},
@@ -267,7 +265,7 @@ class Router:
 
     def options(self) -> Options:
         """What could serve now."""
-        return options(self.view())
+        return self._standing_options() or options(self.view())
 
     def cards(self) -> tuple[Card, ...]:
         """Instances that requests are routed to."""

@@ -38,16 +38,14 @@ class Submitter:
         self._waiting: deque[_Waiting] = deque()
         self._calling = False
 
-    async def submit(self, submission: Submission) -> None:
-        """Returns when it was accepted; raises its refusal, or PeerUnavailable. Cancelled before it has left, it does not leave."""
+    def submit(self, submission: Submission) -> asyncio.Future[XllmError | None]:
+        """Its refusal, PeerUnavailable, or None when it was accepted. Cancelled before it has left, it does not leave."""
         waiting = _Waiting(submission, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if not self._calling:
             self._calling = True
             self._tasks.start(self._call(), name=f"submit to {self._client.address}")
-        refusal = await waiting.answer
-        if refusal is not None:
-            raise refusal
+        return waiting.answer
 
     async def _call(self) -> None:
         batch: list[_Waiting] = []

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
 
 import msgspec
 
@@ -193,7 +193,7 @@ class App:
         body = b""
         if exchange.has_body:
             body = await self._read(exchange)
-        async with self._deadline(self.settings.request_timeout_s):
+        async with _Deadline(self.settings.request_timeout_s):
             status, value = await handler(exchange.request(params, body))
         if isinstance(value, Plain):
             await exchange.respond(
@@ -208,10 +208,12 @@ class App:
         self._idle.clear()
         try:
             timeout_s = self._timeout_s(exchange)
-            async with self._deadline(timeout_s):
+            async with _Deadline(timeout_s):
                 data = await self._read(exchange)
                 key = exchange.headers.get("idempotency-key")
-                async with exchange.attended(self._tasks, self.settings.keepalive_s):
+                keepalive_s = self.settings.keepalive_s
+                # a chat's text is made in another process first
+                with exchange.attended(self._tasks, keepalive_s, soon=chat or key is not None):
                     if key is not None:
                         await self._generate_kept(exchange, key, data, chat=chat)
                         return
@@ -262,7 +264,7 @@ class App:
     ) -> None:
         """recall: it may have been asked for elsewhere before."""
         try:
-            async with self._deadline(timeout_s):
+            async with _Deadline(timeout_s):
                 take = self._intake.chat if chat else self._intake.completion
                 order = await take(data, timeout_s, kept.tenant, kept.identity)
                 order = order.traced(trace).kept_as(kept.identity, kept.origin)
@@ -296,13 +298,11 @@ class App:
         self._open.add(exchange)
         self._idle.clear()
         try:
-            async with (
-                self._deadline(self.settings.request_timeout_s),
-                exchange.attended(self._tasks, self.settings.keepalive_s),
-            ):
-                kept = self._kept.find(self._tenant(exchange), params["id"])
-                kept = kept or await self._recalled(exchange, params["id"])
-                await self._follow(exchange, kept, after)
+            async with _Deadline(self.settings.request_timeout_s):
+                with exchange.attended(self._tasks, self.settings.keepalive_s):
+                    kept = self._kept.find(self._tenant(exchange), params["id"])
+                    kept = kept or await self._recalled(exchange, params["id"])
+                    await self._follow(exchange, kept, after)
         finally:
             self._close_exchange(exchange)
 
@@ -361,17 +361,6 @@ class App:
             )
         return min(asked, self.settings.request_timeout_s)
 
-    @asynccontextmanager
-    async def _deadline(self, timeout_s: float) -> AsyncGenerator[None, None]:
-        limit = asyncio.timeout(timeout_s)
-        try:
-            async with limit:
-                yield
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded(f"the request took longer than {timeout_s:g} s") from error
-
     def _headers_of(self, exchange: Exchange, error: RequestError) -> HeaderList:
         """Headers an error needs beside Retry-After."""
         if isinstance(error, MethodNotAllowed):
@@ -379,3 +368,28 @@ class App:
         if isinstance(error, RequestReadTimeout):
             return [(b"connection", b"close")]
         return []
+
+
+class _Deadline:
+    """Inside, a request has so many seconds; then DeadlineExceeded."""
+
+    __slots__ = ("_limit", "_timeout_s")
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._limit = asyncio.timeout(timeout_s)
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            text = f"the request took longer than {self._timeout_s:g} s"
+            raise DeadlineExceeded(text) from late

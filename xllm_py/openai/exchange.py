@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
@@ -36,6 +36,7 @@ HeaderList = list[tuple[bytes, bytes]]
 
 JSON = b"application/json"
 _LAST_WORD_S = 1.0  # how long a client that does not read may delay the end of its failed stream
+_UNATTENDED_S = 0.05  # a task that looks out for the client costs as much as reading its request
 _DISCARD_S = 5.0  # how long the rest of an unwanted body is read
 _PLAIN = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -78,6 +79,7 @@ class Exchange:
         self._ended = False  # and taken by it
         self._last_write = clock.now()
         self._abort: Callable[[], None] | None = scope.get("extensions", {}).get("xllm.abort")
+        self._attend: Callable[[], None] | None = None  # begin to look out for the client
         self.started = False
         self.status = 0
         self.interruption: RequestError | None = None
@@ -143,17 +145,30 @@ class Exchange:
 
     # --- watching
 
-    @asynccontextmanager
-    async def attended(self, tasks: TaskFamily, keepalive_s: float) -> AsyncGenerator[None, None]:
+    @contextmanager
+    def attended(
+        self, tasks: TaskFamily, keepalive_s: float, *, soon: bool = True
+    ) -> Iterator[None]:
         """While inside, the client's leaving interrupts this exchange and silence is filled with comments.
 
-        To be entered once the body has been read.
+        To be entered once the body has been read. soon: False where a short answer may be gone before it is worth it: then it begins with a
+        stream's first byte, or a moment later.
         """
-        watcher = tasks.start(self._watch(keepalive_s), name="client")
+        watchers: list[asyncio.Task[None]] = []
+
+        def watch() -> None:
+            if not watchers:
+                watchers.append(tasks.start(self._watch(keepalive_s), name="client"))
+
+        self._attend = watch
+        beginning = asyncio.get_running_loop().call_later(0.0 if soon else _UNATTENDED_S, watch)
         try:
             yield
         finally:
-            watcher.cancel()
+            self._attend = None
+            beginning.cancel()
+            for watcher in watchers:
+                watcher.cancel()
 
     async def _watch(self, keepalive_s: float) -> None:
         while not self._complete:
@@ -239,6 +254,8 @@ class Exchange:
                 return
             if not self.started:
                 self.started, self.status = True, 200
+                if self._attend is not None:
+                    self._attend()
                 headers = [*sse.HEADERS, *self._common_headers()]
                 await self._send({"type": "http.response.start", "status": 200, "headers": headers})
             self._complete = last

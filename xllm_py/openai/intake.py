@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from xllm_py.base import ids, log
 from xllm_py.base.errors import (
@@ -308,16 +308,18 @@ def _split_prompts(
     """Texts, or prompts of checked ids; never both."""
     if isinstance(prompt, str):
         return [prompt], []
-    texts = [item for item in prompt if isinstance(item, str)]
-    numbers = [item for item in prompt if isinstance(item, int)]
-    lists = [item for item in prompt if isinstance(item, list)]
-    if len(prompt) not in (len(texts), len(numbers), len(lists)):
-        raise InvalidType("prompt mixes strings and ids; use one kind", param="prompt")
     if not prompt:
         raise InvalidValue("prompt is empty; give at least one token", param="prompt")
-    if len(texts) + len(lists) > max_prompts:
+    kinds = set(map(type, prompt))
+    if len(kinds) > 1:
+        raise InvalidType("prompt mixes strings and ids; use one kind", param="prompt")
+    if kinds == {int}:
+        return [], [_checked_ids(cast("list[int]", prompt), vocab_size)]
+    if len(prompt) > max_prompts:
         raise InvalidValue(f"more than {max_prompts} prompts in one request", param="prompt")
-    return texts, [_checked_ids(each, vocab_size) for each in ([numbers] if numbers else lists)]
+    if kinds == {str}:
+        return cast("list[str]", prompt), []
+    return [], [_checked_ids(each, vocab_size) for each in cast("list[list[int]]", prompt)]
 
 
 def _checked_ids(prompt: Sequence[int], vocab_size: int) -> tuple[int, ...]:

@@ -1,11 +1,10 @@
-"""The door's metrics (SPEC 7.8). Children are kept: looking them up costs as much as counting."""
+"""The door's metrics (SPEC 7.8)."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 
-from xllm_py.base.metrics import Metrics
+from xllm_py.base.metrics import Children, Metrics
 from xllm_py.openai.key_check import OPEN_PATHS
 
 _PROBED = OPEN_PATHS | {"/metrics"}
@@ -22,9 +21,9 @@ class Measures:
         rejected = metrics.counter(
             "requests_rejected", "Requests refused before they reached an engine", ("reason",)
         )
-        self._requests = _Children(lambda code: requests.labels(code).inc)
-        self._probes = _Children(lambda code: probes.labels(code).inc)
-        self._rejected = _Children(lambda reason: rejected.labels(reason).inc)
+        self._requests = Children(lambda code: requests.labels(code).inc)
+        self._probes = Children(lambda code: probes.labels(code).inc)
+        self._rejected = Children(lambda reason: rejected.labels(reason).inc)
         open_now = metrics.gauge("num_concurrent_requests", "Open generations, streams included")
         open_now.set_function(num_open)
         self.first_token = metrics.seconds(
@@ -56,15 +55,3 @@ class Measures:
     def on_rejected(self, reason: str) -> None:
         """One generation was refused with an error code."""
         self._rejected[reason]()
-
-
-class _Children(defaultdict[str, Callable[[], None]]):
-    """Label value -> the child's verb, made on first use. Values come from closed lists only."""
-
-    def __init__(self, make: Callable[[str], Callable[[], None]]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, key: str) -> Callable[[], None]:
-        self[key] = made = self._make(key)
-        return made
