@@ -70,7 +70,6 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
             "engine.edits",
             "engine.judge",
             "engine.rank_group",
-            "engine.ranks",
             "engine.sampler",
             "engine.self_test",
             "engine.worker",

@@ -95,6 +95,23 @@ def test_the_decode_command_of_the_page_cut_off_by_its_stray_blank(build):
     assert len(config.warnings) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--enable_disagg_pd", "--instance_role=DECODE", ETCD), ""),
+        (("--devices=cpu:0,cpu:1", "--dp_size=2"), ""),
+        (("--enable_disagg_pd", "--instance_role=PREFILL", ETCD), "no steps of decodes"),
+        (("--devices=cpu:0,cpu:1",), "several devices"),
+    ],
+)
+def test_steps_are_begun_ahead_where_that_can_be_had(build, words, why):
+    config = build("--enable_schedule_overlap", *words)
+    told = [line for line in config.warnings if "overlap" in line]
+    assert config.engine.scheduler.overlap is (not why)
+    assert len(told) == bool(why) and all(why in line for line in told)
+    assert not build(*words).engine.scheduler.overlap
+
+
 def test_names_are_the_given_ones_without_repeats(build):
     assert build("--model_id=a", "--served_model_name=b,,a,c").served_names == ("a", "b", "c")
 

@@ -77,7 +77,10 @@ class Hosted:
         norm = self.inner.norm(weight, eps)
         return self._wrapped(lambda x: norm(x.contiguous()))
 
-    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return self.inner.fetch(tensor)
+
+    def best(self, logits: Tensor) -> Tensor:
         return self.inner.best(logits)
 
     def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:

@@ -467,10 +467,11 @@ def test_the_best_of_a_row_is_its_first_highest_and_a_row_that_is_not_finite_is_
     logits[5] = -torch.finfo(torch.float32).max
     for row, bad in ((6, torch.nan), (7, torch.inf), (8, -torch.inf)):
         logits[row, size // 3] = bad
-    best, finite = device.best(logits)
+    best, finite = device.fetch(device.best(device.put(logits)))().T.tolist()
     assert best[:6] == logits[:6].numpy().argmax(-1).tolist()
-    assert finite == [True] * 6 + [False] * 3
-    assert device.best(logits[2:3])[0] == best[2:3]
+    assert all(0 <= each < size for each in best)
+    assert finite == [1] * 6 + [0] * 3
+    assert device.fetch(device.best(device.put(logits[2:3])))().tolist() == [[best[2], 1]]
 
 
 def left_by_cuts(logits: torch.Tensor, cut: tuple[float, int, float, float]) -> torch.Tensor:

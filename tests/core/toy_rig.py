@@ -6,6 +6,7 @@ from typing import Any
 
 from xllm_py.base.clock import HandClock
 from xllm_py.core.config import CacheConfig, EngineConfig, ModelFacts, SchedulerConfig
+from xllm_py.core.executor import Finish
 from xllm_py.core.plan import Outputs, StepPlan
 from xllm_py.core.request import (
     FirstToken,
@@ -89,8 +90,10 @@ class ToyRig:
         num_blocks: int = 16,
         block_size: int = 4,
         prefix_root: bytes = b"",
+        ahead: str = "",
         **scheduler: Any,
     ) -> None:
+        """ahead: also plan a step before the one before it is taken in, and compute it `at once`, or as `late` as can be."""
         fields = {"prefill_usage_threshold": 1.0, "max_seqs_per_batch": 8, **scheduler}
         self.config = EngineConfig(
             toy_num_blocks=num_blocks,
@@ -108,6 +111,9 @@ class ToyRig:
             prefix_root,
             self.executor.kv_memory().poison,
         )
+        self.ahead = ahead
+        self.num_ahead = 0  # steps that were planned ahead
+        self.under_way: list[tuple[StepPlan, Finish]] = []
         self.clock = HandClock()
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, list[str]] = {}
@@ -126,12 +132,25 @@ class ToyRig:
     def step(self, seconds: float = 0.001) -> StepPlan:
         """One turn of the loop; the plan may be empty."""
         now = self.clock.turn(seconds)
-        plan = self.scheduler.schedule(now)
-        self._check_plan(plan)
-        if not plan.empty:
-            self.scheduler.apply(plan, self.executor.execute(plan), now)
+        if not self.under_way:
+            plan = self.scheduler.schedule(now)
+            self._check_plan(plan)
+            if plan.empty:
+                self.collect()
+                return plan
+            self._begin(plan)
+        ahead = self.scheduler.schedule_ahead(now) if self.ahead else None
+        if ahead is not None:
+            self.num_ahead += 1
+            self._begin(ahead)
+        plan, finish = self.under_way.pop(0)
+        self.scheduler.apply(plan, finish(), now)
         self.collect()
         return plan
+
+    def _begin(self, plan: StepPlan) -> None:
+        finish: Finish = lambda: self.executor.execute(plan)  # noqa: E731
+        self.under_way.append((plan, finish if self.ahead == "late" else self.executor.begin(plan)))
 
     def collect(self) -> Outputs:
         """Take the outputs; positions must follow on each other."""
@@ -154,7 +173,7 @@ class ToyRig:
     def run(self, most_steps: int = 5000) -> None:
         """Until nothing is left to compute."""
         for _ in range(most_steps):
-            if not self.scheduler.has_work():
+            if not self.scheduler.has_work() and not self.under_way:
                 return
             self.step()
         raise AssertionError(f"still at work after {most_steps} steps: {self.scheduler.ledger()}")
@@ -192,7 +211,7 @@ class ToyRig:
         assert len(plan.rows) <= limits.max_seqs_per_batch
         assert len(plan.token_ids) == sum(plan.num_tokens)
         assert all(count > 0 for count in plan.num_tokens)
-        planned = self.scheduler._batch._planned  # nobody in a plan was preempted after all
+        planned = self.scheduler._batch._now.planned  # nobody in a plan was preempted after all
         assert not planned or [request.row for request in planned] == plan.rows
         assert all(request.state is State.RUNNING for request in planned)
         if limits.enable_chunked_prefill:

@@ -49,7 +49,9 @@ def pair(folder: Path, model: Path, *, direct: bool) -> Iterator[Cluster]:
         # a busy machine keeps processes waiting for longer than the defaults bear
         cluster.start_master("--suspect_after_ms=1500", "--gone_after_ms=3000", env=way)
         cluster.start_instance("prefill", "PREFILL", "--block_size=16")
-        cluster.start_instance("decode", "DECODE", "--block_size=16")
+        # one of the two ways begins steps of decodes ahead; the text is the same
+        ahead = f"--enable_schedule_overlap={str(direct).lower()}"
+        cluster.start_instance("decode", "DECODE", "--block_size=16", ahead)
         cluster.wait_ready()
         yield cluster
 

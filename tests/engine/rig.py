@@ -9,6 +9,8 @@ import torch
 from tests.devices import BLOCK_SIZE, DEVICE
 from xllm_py.base.clock import HandClock
 from xllm_py.core.config import CacheConfig, EngineConfig, SchedulerConfig
+from xllm_py.core.executor import Finish
+from xllm_py.core.plan import StepPlan
 from xllm_py.core.request import Submission
 from xllm_py.core.sampling import SamplingParams
 from xllm_py.core.scheduler import Scheduler
@@ -30,7 +32,9 @@ class Rig:
         threads: int = 1,
         prefix_root: bytes = b"",
         mix_batch: bool = True,
+        ahead: bool = False,
     ) -> None:
+        """ahead: steps are begun before the one before them is taken in, where they may."""
         config = EngineConfig(
             model_path=str(model),
             dtype=dtype,
@@ -60,6 +64,9 @@ class Rig:
         self.clock = HandClock()
         self.tokens: dict[str, list[int]] = {}
         self.logits: dict[tuple[str, int], torch.Tensor] = {}
+        self.ahead = ahead
+        self.num_ahead = 0  # steps begun so
+        self.under_way: list[tuple[StepPlan, Finish]] = []
         self.num_starts = 0  # rows assigned; more than requests when some were preempted
         executor.worker.observer = self._observe
 
@@ -77,11 +84,18 @@ class Rig:
     def step(self) -> bool:
         """One step; False when there is nothing left."""
         now = self.clock.turn(0.001)
-        plan = self.scheduler.schedule(now)
-        if plan.empty:
-            return self.scheduler.has_work()
-        self.num_starts += len(plan.started)
-        result = self.executor.execute(plan)
+        if not self.under_way:
+            plan = self.scheduler.schedule(now)
+            if plan.empty:
+                return self.scheduler.has_work()
+            self.num_starts += len(plan.started)
+            self.under_way.append((plan, self.executor.begin(plan)))
+        ahead = self.scheduler.schedule_ahead(now) if self.ahead else None
+        if ahead is not None:
+            self.num_ahead += 1
+            self.under_way.append((ahead, self.executor.begin(ahead)))
+        plan, finish = self.under_way.pop(0)
+        result = finish()
         assert not result.failed_rows
         self.scheduler.apply(plan, result, now)
         outputs = self.scheduler.take_outputs()
@@ -91,7 +105,7 @@ class Rig:
 
     def run(self) -> dict[str, list[int]]:
         """To the end of everything queued; the scheduler must be empty then."""
-        while self.scheduler.has_work():
+        while self.scheduler.has_work() or self.under_way:
             self.step()
         self.scheduler.assert_empty()
         return self.tokens

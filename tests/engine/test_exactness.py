@@ -103,6 +103,19 @@ def test_logits_do_not_depend_on_who_came_when(model: Path, alone: Answers) -> N
     same(rig.logits, alone)
 
 
+def test_tokens_and_logits_do_not_depend_on_steps_begun_ahead(model: Path) -> None:
+    rigs = [Rig(model, chunk=100, ahead=ahead) for ahead in (False, True)]
+    for rig in rigs:
+        for name, prompt in prompts().items():
+            rig.add(name, prompt, 3 * COUNT)
+            rig.step()
+        rig.run()
+    plain, ahead = rigs
+    assert ahead.num_ahead > COUNT
+    assert ahead.tokens == plain.tokens
+    same(ahead.logits, plain.logits)
+
+
 def test_logits_do_not_depend_on_prompts_going_first(model: Path, alone: Answers) -> None:
     rig = Rig(model, block_size=16, chunk=100, mix_batch=False)
     for name, prompt in prompts().items():

@@ -15,7 +15,7 @@ from xllm_py.core.config import CacheConfig, EngineConfig
 from xllm_py.core.executor import Executor
 from xllm_py.core.plan import RowStart, StepPlan
 from xllm_py.core.sampling import SamplingParams
-from xllm_py.engine.ranks import model_fingerprint, open_executor
+from xllm_py.engine.ranks import open_executor
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # parts, layers, KV heads, head_dim, float32, tokens
 
@@ -137,35 +137,3 @@ def test_a_row_that_was_never_started_is_an_error_of_ours(folder: Path) -> None:
     with pytest.raises(ValueError, match="row 3"):
         executor.execute(plan(1, {3: [1, 2]}, started=False, temperature=0.0))
     executor.close()
-
-
-def test_the_models_name_depends_on_config_dtype_weights_tokenizer_and_template(
-    tmp_path: Path,
-) -> None:
-    import torch
-
-    folder = make_checkpoint(tmp_path, with_tokenizer=True)
-    names = [
-        model_fingerprint(folder, torch.float32),
-        model_fingerprint(folder, torch.bfloat16),
-    ]
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        path = folder / name
-        path.write_text(path.read_text() + " ")
-        names.append(model_fingerprint(folder, torch.float32))
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    names.append(model_fingerprint(folder, torch.float32))
-    (folder / "more.safetensors").write_bytes(b"x")
-    names.append(model_fingerprint(folder, torch.float32))
-    assert len(set(names)) == len(names) == 7
-    assert model_fingerprint(folder, torch.float32) == names[-1]
-
-
-def test_other_weights_in_files_of_the_same_size_are_another_model(tmp_path: Path) -> None:
-    import torch
-
-    base = make_checkpoint(tmp_path / "base", seed=1)
-    tuned = make_checkpoint(tmp_path / "tuned", seed=2)
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in (base, tuned)]
-    assert sizes[0] == sizes[1]
-    assert model_fingerprint(base, torch.float32) != model_fingerprint(tuned, torch.float32)

@@ -17,7 +17,7 @@ from tests.sim.metrics import Tally
 from tests.sim.virtual import VirtualLoop
 from xllm_py.base.hashing import chain_root
 from xllm_py.core.config import EngineConfig
-from xllm_py.core.executor import Capacity, LayerDone
+from xllm_py.core.executor import Capacity, Finish, LayerDone
 from xllm_py.core.kv_memory import KvMemory
 from xllm_py.core.plan import StepPlan, StepResult
 from xllm_py.core.scheduler import Scheduler
@@ -133,6 +133,10 @@ class Stepping:
 
         return self._inner.execute(plan, done)
 
+    def begin(self, plan: StepPlan, layer_done: LayerDone | None = None) -> Finish:
+        """As late as can be: all that happens meanwhile happens before it is computed."""
+        return lambda: self.execute(plan, layer_done)
+
     def close(self) -> None:
         self._inner.close()
 
@@ -203,6 +207,7 @@ class Engine:
             agent=self.agent,
             pipe=pipe,
             clock=loop.clock,
+            overlaps=config.scheduler.overlap,
         )
         pipe.send(_ready(executor, (self.transport.endpoint,)))
         kv.engines.append(self)

@@ -12,6 +12,9 @@ BLOCK_SIZE = 4
 PREFILLS = ("p1", "p2")
 DECODES = ("d1", "d2")
 NAMES = (*PREFILLS, *DECODES)
+OVERLAPS_FROM = (
+    1 << 40
+)  # seeds from here on overlap, so that those before tell the stories they told
 MORE = ("p3", "d3")  # of larger clusters
 EVERY_NAME = (*NAMES, *MORE)
 _LOSING = frozenset({"kill", "cut", "stall", "drain"})  # may cost a request an attempt
@@ -65,6 +68,7 @@ class Script:
     local_decode: bool
     strategy: str = "fcfs"
     pull: bool = False  # D fetches, else P pushes
+    overlap: bool = False  # engines begin a step before the one before it is taken in
     policy: str = "RR"
     num_masters: int = 1
     names: tuple[str, ...] = NAMES
@@ -124,6 +128,7 @@ def script_of(seed: int) -> Script:
         _flushes(random, script)
     if random.random() < 0.1:
         _poison(random, script)
+    script.overlap = seed >= OVERLAPS_FROM
     script.pull = Random(f"{seed} transfer").random() < 0.3
     script.policy = Random(f"{seed} policy").choice(("RR", "LOAD", "CAR", "CAR", "SLO_AWARE"))
     _masters(Random(f"{seed} masters"), script)

@@ -127,7 +127,7 @@ def all_fail_with_the_poisonous(patch: pytest.MonkeyPatch) -> None:
     genuine = Scheduler.on_crash
 
     def harsh(self: Scheduler, plan: StepPlan, message: str, now: float) -> bool:
-        for request in list(self._batch._planned):
+        for request in list(self._batch._now.planned):
             self.fail(
                 request.request_id, request.submission.attempt, "internal_error", message, now
             )

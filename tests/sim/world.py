@@ -110,6 +110,7 @@ class Instance:
                     grant_ttl_s=GRANT_TTL_S,
                     enable_local_decode=script.local_decode,
                     kv_pull=script.pull,
+                    overlap=script.overlap,
                     priority_strategy=script.strategy,
                 ),
                 incarnation=self.incarnation,

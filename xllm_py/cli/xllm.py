@@ -79,6 +79,8 @@ def build(given: Given) -> InstanceConfig:
     devices = named_devices(causes, values)
     ips = device_ips(causes, given, devices)
     ranks = ranks_of(causes, values, devices)
+    values = _overlap(causes, values, role, ranks.nnodes * len(devices))
+    given = dataclasses.replace(given, values=values)
     affinity = cores(causes, values)
     points = rules.failpoints_of(causes, values, cluster.cluster_key)
     if causes.lines:
@@ -194,6 +196,21 @@ def _role(causes: rules.Causes, values: Mapping[str, Any]) -> Role:
     return role
 
 
+def _overlap(
+    causes: rules.Causes, values: dict[str, Any], role: Role, num_devices: int
+) -> dict[str, Any]:
+    """--enable_schedule_overlap as it can be had."""
+    name, why = "enable_schedule_overlap", ""
+    if role is Role.PREFILL:
+        why = "a prefill instance computes no steps of decodes"
+    elif num_devices > max(1, values["dp_size"]):
+        why = "several devices that compute together are told each step's tokens"
+    if not values[name] or not why:
+        return values
+    causes.warn(f"--{name}: true -> false, because {why}")
+    return {**values, name: False}
+
+
 def _is_flexible(causes: rules.Causes, values: Mapping[str, Any], role: Role) -> bool:
     wanted = values["enable_flexible_role"]
     causes.need(
@@ -264,6 +281,7 @@ def _engine(given: Given, folder: str, devices: tuple[str, ...], host: str) -> E
             grant_ttl_s=values["grant_ttl_s"],
             handoff_hold_s=values["handoff_hold_s"],
             enable_local_decode=values["enable_local_decode"],
+            overlap=values["enable_schedule_overlap"],
             kv_pull=values["kv_cache_transfer_mode"] == "PULL",
         ),
         kv_host=host,

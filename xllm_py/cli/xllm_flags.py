@@ -128,7 +128,12 @@ _CACHE = in_group(
         0.95,
         "no new prefill above this share of used blocks",
     ),
-    b("enable_schedule_overlap", "bool", False, "plan step n+1 while step n runs", idle=True),
+    b(
+        "enable_schedule_overlap",
+        "bool",
+        False,
+        "plan and begin the next step of decodes while one is computed; gains on devices that compute apart from the host",
+    ),
     b(
         "enable_mix_batch",
         "bool",

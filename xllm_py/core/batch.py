@@ -26,6 +26,7 @@ from xllm_py.core.prefix_cache import PrefixCache
 from xllm_py.core.request import Request, State
 from xllm_py.core.rows import Rows
 from xllm_py.core.trial import Trial, proof
+from xllm_py.core.under_way import Step, UnderWay
 from xllm_py.core.waiting import Waiting
 
 
@@ -47,8 +48,8 @@ class Batch:
         self._decodes = Decodes(blocks.block_size)
         self._others: dict[Request, None] = {}  # those that run and are not among the decodes
         self._order = itertools.count()
-        self._planned: list[Request] = []
-        self._decoding = range(0)  # which of the planned are the decodes, until the step is over
+        self._under_way = UnderWay(blocks)
+        self._now = Step()  # the step that is being planned
         self._step = 0
         self.trial = Trial()
         self._offline_gives_way = config.online_preempts_offline and not config.zero_evict
@@ -73,13 +74,13 @@ class Batch:
         """A running one has a new token; from now on it may decode with the others."""
         if request.lane >= 0:
             self._decodes.look_again(request)
-        elif self._decodes.takes(request):
+        elif not self._under_way and self._decodes.takes(request):
             del self._others[request]
             self._decodes.add(request)
 
     def remove(self, request: Request) -> None:
         """It has ended or is being given: leave queue and row."""
-        if self._decoding:
+        if self._under_way.has_decodes:
             self._dissolve()  # their places in the plan are not their places any more
         if request.state is State.WAITING:
             self.waiting.remove(request)
@@ -101,9 +102,8 @@ class Batch:
             self._dissolve()
         self._blocks.free(self._copied_from)
         self._copied_from = []
-        planned, self._planned = self._planned, []
-        decoding, self._decoding = self._decoding, range(0)
-        return planned, decoding
+        step = self._under_way.take()
+        return step.planned, step.decoding
 
     def take_tokens(self, token_ids: list[int], outputs: Outputs) -> list[tuple[int, Request]]:
         """The decodes got these; see Decodes.apply. Whoever is returned and runs on is to be settled."""
@@ -112,7 +112,7 @@ class Batch:
     def _dissolve(self) -> None:
         """Every decode is a request like the others again, until it has its next token."""
         self._others |= dict.fromkeys(self._decodes.clear())
-        self._decoding = range(0)
+        self._under_way.dissolve()
 
     @property
     def num_rows(self) -> int:
@@ -123,7 +123,7 @@ class Batch:
         """Choose what the next step computes; may be empty."""
         self._step += 1
         plan = StepPlan(step=self._step)
-        self._planned, self._decoding = [], range(0)
+        self._now = self._under_way.begin()
         if self.trial.pending:
             return self._plan_trial(plan)
         if self._offline_gives_way:
@@ -138,6 +138,17 @@ class Batch:
         # an empty plan is not executed, so rows are told with the next one that is not
         return self._rows.with_starts(plan)
 
+    def plan_ahead(self) -> StepPlan | None:
+        """The step after the one that is computed now, when nothing but its tokens could change it; else None."""
+        comes_in = self.waiting and (self._rows.num_free or self._offline_gives_way)
+        if not self._under_way.repeats or self._others or comes_in or self.trial.pending:
+            return None
+        plan = self._decodes.plan_ahead(self._step + 1, self._blocks)
+        if plan is not None:
+            self._step += 1
+            self._under_way.repeat()
+        return plan
+
     # ---- after a step that raised ----
 
     def rewind(self, plan: StepPlan) -> list[Request]:
@@ -146,6 +157,7 @@ class Batch:
         One whose block was to be copied in it is computed anew: nobody knows whether the copy was made.
         """
         planned, _ = self.take_planned(in_columns=False)
+        self._under_way.drop()
         suspects = [request for request in planned if request.state is State.RUNNING]
         copied = set(plan.copied_to)
         for request in suspects:
@@ -195,8 +207,7 @@ class Batch:
                 self._decodes.drop(request)
                 self._others[request] = None
         self._decodes.plan(plan)
-        self._decoding = range(len(self._planned), len(self._planned) + len(self._decodes))
-        self._planned += self._decodes.requests
+        self._now.add_decodes(self._decodes.requests)
         return budget
 
     def _plan_slowly(self, request: Request, budget: int, plan: StepPlan) -> int:
@@ -211,7 +222,7 @@ class Batch:
             return 0
         if not self._grow(request, count, plan):
             return 0
-        self._plan_row(request, count, plan)
+        self._now.add(request, count, plan)
         return count
 
     def _tokens_now(self, request: Request, budget: int) -> int:
@@ -310,7 +321,7 @@ class Batch:
             self.run(request)
             if request.to_give:
                 self.admitted.append(request)
-            self._plan_row(request, count, plan)
+            self._now.add(request, count, plan)
             budget -= count
 
     # ---- offline ones give way ----
@@ -373,19 +384,6 @@ class Batch:
         if not request.num_preemptions:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self._prefix.note(len(request.tokens), request.num_computed)
-
-    def _plan_row(self, request: Request, count: int, plan: StepPlan) -> None:
-        start = request.num_computed
-        end = start + count
-        plan.rows.append(request.row)
-        plan.num_tokens.append(count)
-        plan.num_computed.append(start)
-        plan.token_ids.extend(request.tokens[start:end])
-        plan.sample.append(request.num_draws if end == len(request.tokens) else 0)
-        if request.to_score:
-            plan.targets[len(plan.rows) - 1] = request.tokens[start + 1 : end + 1]
-        plan.positions.append(len(request.tokens) - request.num_prompt)
-        self._planned.append(request)
 
     def assert_empty(self) -> None:
         """Nobody waits, runs or sits in a row."""

@@ -66,6 +66,7 @@ class BlockManager:
             OrderedDict()
         )  # cached blocks, the next to be evicted in front
         self.num_evicted = 0
+        self._detained: list[int] | None = None  # given back, and not yet free
         self._changes: dict[bytes, bool] = {}  # hashes published or forgotten since the last look
 
     @property
@@ -168,7 +169,20 @@ class BlockManager:
 
     def free(self, blocks: Sequence[int], holding: Holding = Holding.ACTIVE) -> None:
         """Give blocks back."""
+        if self._detained is not None and holding is Holding.ACTIVE:
+            self._detained.extend(blocks)
+            return
         self.move(blocks, holding, Holding.FREE)
+
+    def detain(self) -> None:
+        """From now on active blocks that are given back stay as they are, because a computation under way may write them."""
+        self._detained = [] if self._detained is None else self._detained
+
+    def let_go(self) -> None:
+        """No computation is under way: what was detained is free."""
+        detained, self._detained = self._detained, None
+        if detained:
+            self.move(detained, Holding.ACTIVE, Holding.FREE)
 
     # ---- the prefix cache ----
 

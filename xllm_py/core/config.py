@@ -44,6 +44,7 @@ class SchedulerConfig:
     grant_ttl_s: float = 30.0  # a reservation without a sign of life ends after so long
     handoff_hold_s: float = 5.0  # not read yet; P is to keep a refused request's KV so long
     enable_local_decode: bool = True  # P may decode a request that no D takes
+    overlap: bool = False  # begin the next step of decodes while one is computed
     kv_pull: bool = False  # D fetches the KV of what we offer; else we push it
 
 

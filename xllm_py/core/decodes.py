@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from xllm_py.core.block_manager import BlockManager
 from xllm_py.core.plan import Outputs, StepPlan
 from xllm_py.core.request import Request, State
 
@@ -31,6 +32,7 @@ class Decodes:
         self._ids: list[str] = []
         self._attempts: list[int] = []
         self._choices: list[int] = []
+        self._alone = 0  # of them that no step is planned ahead of: see `_goes_ahead`
         self._columns: tuple[list[Any], ...] = (
             self.requests,
             self._tokens,
@@ -79,6 +81,7 @@ class Decodes:
         )
         for column, value in zip(self._columns, values, strict=True):
             column.append(value)
+        self._alone += not _goes_ahead(request)
         self.look_again(request)
 
     def drop(self, request: Request) -> None:
@@ -90,6 +93,7 @@ class Decodes:
             column.pop()
         if last is not request:
             last.lane = lane
+        self._alone -= not _goes_ahead(request)
         self.full.pop(request, None)
 
     def clear(self) -> list[Request]:
@@ -99,12 +103,13 @@ class Decodes:
             request.lane = -1
         for column in self._columns:
             column.clear()
+        self._alone = 0
         self.full.clear()
         return requests
 
     def look_again(self, request: Request) -> None:
         """Its blocks, or what is shared of them, changed."""
-        room = len(request.block_ids) * self._block_size
+        room = self._room(request)
         if request.num_computed < room:
             self.full.pop(request, None)
         else:
@@ -120,6 +125,38 @@ class Decodes:
         plan.num_computed.extend(self._computed)
         plan.token_ids.extend(self._newest)
         plan.positions.extend(self._positions)
+
+    def plan_ahead(self, step: int, blocks: BlockManager) -> StepPlan | None:
+        """The plan of once more all of them, while the one of now is computed; None where its result must be known first.
+
+        That is where somebody's answer ends with it for sure, where choosing takes more than the highest logit, where one may have to give way
+        at any moment, and where blocks lack.
+        """
+        due = [
+            request
+            for request, count, at in zip(self.requests, self._computed, self._look_at, strict=True)
+            if count + 1 >= at
+        ]
+        if self._alone or any(each.num_computed + 2 >= each.max_len for each in due):
+            return None
+        full = [each for each in due if each.num_computed + 1 >= self._room(each)]
+        if len(full) > blocks.num_free:
+            return None
+        plan = StepPlan(step=step, carried=True)
+        for request in full:
+            (fresh,) = blocks.allocate(1, tag=request.tag)
+            request.block_ids.append(fresh)
+            plan.grown_rows.append(request.row)
+            plan.grown_blocks.append(fresh)
+            self.look_again(request)
+        self.plan(plan)
+        plan.token_ids.clear()
+        plan.num_computed[:] = [count + 1 for count in plan.num_computed]
+        plan.positions[:] = [position + 1 for position in plan.positions]
+        return plan
+
+    def _room(self, request: Request) -> int:
+        return len(request.block_ids) * self._block_size
 
     def apply(self, token_ids: Sequence[int], outputs: Outputs) -> list[tuple[int, Request]]:
         """Give each its token, and an entry of the outputs.
@@ -148,3 +185,8 @@ class Decodes:
             for lane, (count, look_at, token, stop_ids) in enumerate(seen)
             if count >= look_at or token in stop_ids
         ]
+
+
+def _goes_ahead(request: Request) -> bool:
+    """Whether its next token may be computed before the one before it is known, except by the device."""
+    return request.submission.sampling.takes_highest and not request.submission.offline

@@ -16,6 +16,7 @@ from xllm_py.core.kv_plan import Share
 from xllm_py.core.plan import StepPlan, StepResult
 
 LayerDone = Callable[[int], None]
+Finish = Callable[[], StepResult]  # waits for the result of a step that was begun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,13 @@ class Executor(Protocol):
         `layer_done(layer)` is called, in ascending order, as soon as the KV of that layer is complete for every token of
         the plan, so that it can be sent while later layers compute. A failure that concerns one row is reported in
         `failed_rows`; anything raised means that the executor is broken.
+        """
+        ...
+
+    def begin(self, plan: StepPlan, layer_done: LayerDone | None = None) -> Finish:
+        """As `execute`, without waiting where the device computes apart from the host.
+
+        Steps are finished in the order they were begun. A carried plan may be begun before the one before it is finished; no other may.
         """
         ...
 

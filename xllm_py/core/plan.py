@@ -60,6 +60,8 @@ class StepPlan:
     )  # of the token to sample, 0 = first generated
     # index in `rows` -> prompt tokens whose logprobs are due: target j is judged by the output at token j
     targets: dict[int, list[int]] = field(default_factory=dict)
+    # planned before the result of the step before it was there: same rows, each computes the token it drew there; token_ids is empty
+    carried: bool = False
 
     @property
     def empty(self) -> bool:

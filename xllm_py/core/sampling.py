@@ -96,6 +96,12 @@ class SamplingParams:
         return self.penalised or bool(self.grammar)
 
     @property
+    def takes_highest(self) -> bool:
+        """Whether the next token is the one with the highest logit as the model gives it, and nothing else is asked."""
+        edited = self.has_history or bool(self.logit_bias) or self.min_tokens > 0
+        return self.greedy and self.logprobs < 0 and not edited
+
+    @property
     def greedy(self) -> bool:
         """True when the most likely token is taken, ties to the lowest id."""
         return self.temperature == 0

@@ -11,6 +11,7 @@ core/block_manager. Pure: `now` is a parameter. Called by engine/loop and engine
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from xllm_py.base.errors import ContextLengthExceeded, Draining, QueueFull, RequestError
 from xllm_py.core.admission import Admission, Tombstones
@@ -22,22 +23,12 @@ from xllm_py.core.journey import Moment
 from xllm_py.core.lifecycle import Lifecycle
 from xllm_py.core.open_requests import NEVER, OpenRequests
 from xllm_py.core.outbox import Outbox
-from xllm_py.core.plan import (
-    FINISH_ABORT,
-    Outputs,
-    StepPlan,
-    StepResult,
-)
+from xllm_py.core.plan import FINISH_ABORT, Outputs, StepPlan, StepResult
 from xllm_py.core.prefix_cache import PrefixCache
-from xllm_py.core.request import (
-    FirstToken,
-    Offer,
-    OfferAnswer,
-    Request,
-    State,
-    Submission,
-)
+from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Request, State, Submission
 from xllm_py.core.reservations import Reservations, refusal
+
+P = TypeVar("P", StepPlan, StepPlan | None)
 
 
 class Scheduler:
@@ -289,7 +280,16 @@ class Scheduler:
                     request, "deadline_exceeded", now, "the request's deadline passed"
                 )
             self._open.look_ahead()
-        plan = self._batch.plan(now)
+        return self._checked(self._batch.plan(now))
+
+    def schedule_ahead(self, now: float) -> StepPlan | None:
+        """The step after the one that is being computed, where only its tokens could change it; else None. Its result is taken in after that one's."""
+        expires = self.next_deadline()
+        if expires is not None and now >= expires:
+            return None
+        return self._checked(self._batch.plan_ahead())
+
+    def _checked(self, plan: P) -> P:
         if self._checks_all:
             for request in self._batch.running:
                 self._blocks.check(request.block_ids, request.tag, request.hashes)

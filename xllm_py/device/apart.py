@@ -6,7 +6,7 @@ of most of it. Results are as exact as the libraries behind them: engine/self_te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,7 +52,19 @@ class ApartDevice:
 
     def put(self, tensor: Tensor) -> Tensor:
         """See Device."""
-        return tensor.to(self._at)
+        return tensor.to(self._at, non_blocking=True)
+
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """See Device."""
+        here = self._pinned.alloc(tensor.shape, tensor.dtype)
+        here.copy_(tensor, non_blocking=True)
+        wait = self._pinned.mark()
+
+        def told() -> Tensor:
+            wait()
+            return here
+
+        return told
 
     # ---- what a model is built of
 
@@ -88,15 +100,14 @@ class ApartDevice:
         here = self.put(weight)
         return lambda x: rms_norm(x, here, eps)
 
-    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+    def best(self, logits: Tensor) -> Tensor:
         """See Device. Where the logits are: a row of them is as long as the vocabulary, and what comes to the host is two numbers."""
         lowest, highest = logits.aminmax(dim=-1, keepdim=True)
         sound = torch.isfinite(lowest) & torch.isfinite(highest)
         size = logits.shape[1]
         ids = torch.arange(size, device=logits.device)
-        first = torch.where(logits == highest, ids, size).amin(dim=-1, keepdim=True)
-        told = torch.cat([first, sound], dim=-1).cpu().tolist()
-        return [each for each, _ in told], [bool(each) for _, each in told]
+        first = torch.where(logits == highest, ids, size - 1).amin(dim=-1, keepdim=True)
+        return torch.cat([first, sound], dim=-1)
 
     def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:
         """See Device."""

@@ -133,6 +133,10 @@ class Device(Protocol):
         """The same numbers where the device computes: itself, where that is the host."""
         ...
 
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Have it copied to the host, behind what was asked of the device by now; what is returned waits for it and for nothing later."""
+        ...
+
     def row_padding(self) -> int:
         """A step's tokens are padded to a multiple of this, which row-wise kernels may need to be invariant."""
         ...
@@ -162,10 +166,10 @@ class Device(Protocol):
         """x / sqrt(mean(x^2) + eps) * weight, in float32; x: [..., size]. Source: Zhang and Sennrich 2019."""
         ...
 
-    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
-        """Of each row [vocabulary] float32: its highest number's index, the lowest of equal ones, and whether all are finite.
+    def best(self, logits: Tensor) -> Tensor:
+        """Of each row [vocabulary] float32: its highest number's index, the lowest of equal ones, and whether all are finite: [rows, 2] int64.
 
-        The index of a row that is not finite means nothing.
+        The index of a row that is not finite means nothing, but it is one.
         """
         ...
 

@@ -21,12 +21,12 @@ _BLOCK = 512  # tokens whose weights are summed before one of them is looked for
 _SHIFT = 46  # of a float64: its exponent and 6 bits of its fraction stay
 
 
-def best(logits: Tensor) -> tuple[list[int], list[bool]]:
+def best(logits: Tensor) -> Tensor:
     """See Device.best. The two extremes tell whether all are finite, at a tenth of the cost of asking each."""
     lowest, highest = logits.aminmax(dim=-1)
     sound = torch.isfinite(lowest) & torch.isfinite(highest)
     # numpy's promises the first of equal ones, torch's does not
-    return logits.numpy().argmax(-1).tolist(), sound.tolist()
+    return torch.stack([torch.from_numpy(logits.numpy().argmax(-1)), sound.long()], dim=-1)
 
 
 def draw(logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:

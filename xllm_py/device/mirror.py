@@ -26,6 +26,9 @@ class Pinned:
 
     alloc: Callable[[Sequence[int], torch.dtype], Tensor]
     wait: Callable[[], None]  # until every copy that was asked for is done
+    mark: Callable[
+        [], Callable[[], None]
+    ]  # what it returns waits until all asked for by now is done
 
 
 def pinned_memory(size: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -38,7 +41,11 @@ def in_place(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(*size, dtype=dtype)
 
 
-PAGEABLE = Pinned(in_place, lambda: None)
+def _nothing() -> None:
+    """What copies that wait by themselves need."""
+
+
+PAGEABLE = Pinned(in_place, _nothing, lambda: _nothing)
 
 
 class HostMirror:

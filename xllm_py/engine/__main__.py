@@ -204,7 +204,12 @@ def serve(pipe: EnginePipe, config: EngineConfig) -> None:
         )
         pipe.send(_ready(executor, ranks.endpoints))
         EngineLoop(
-            scheduler=scheduler, executor=executor, agent=agent, pipe=pipe, clock=clock
+            scheduler=scheduler,
+            executor=executor,
+            agent=agent,
+            pipe=pipe,
+            clock=clock,
+            overlaps=config.scheduler.overlap,
         ).run()
     finally:
         if transport is not None:

@@ -2,6 +2,9 @@
 
     take commands -> take transport events -> schedule -> execute (KV leaves layer by layer) -> apply -> send outputs
 
+With overlap (--enable_schedule_overlap), the step after a step of decodes is planned and begun while that one is computed, where nothing but
+its tokens could change it (Scheduler.schedule_ahead).
+
 Called by engine/__main__. It decides nothing: the scheduler decides what to compute, the handoff agent what to send. While a step
 is computed, only answers to our offers are obeyed, between two layers, because their KV can leave at once; all other commands wait
 for the step's end. When there is nothing to compute it sleeps in select until a command, a transport event or the next deadline.
@@ -21,8 +24,8 @@ from xllm_py.base.errors import (
     RequestError,
     StartError,
 )
-from xllm_py.core.executor import Executor
-from xllm_py.core.plan import StepPlan
+from xllm_py.core.executor import Executor, Finish
+from xllm_py.core.plan import StepPlan, StepResult
 from xllm_py.core.prefix_cache import COUNTS as PREFIX_COUNTS
 from xllm_py.core.request import Submission
 from xllm_py.core.scheduler import Scheduler
@@ -50,7 +53,10 @@ class EngineLoop:
         agent: HandoffAgent,
         pipe: EnginePipe,
         clock: Clock,
+        overlaps: bool = False,
     ) -> None:
+        self._overlaps = overlaps
+        self._under_way: list[tuple[StepPlan, Finish]] = []  # begun, and not taken in
         self._scheduler = scheduler
         self._executor = executor
         self._agent = agent
@@ -93,8 +99,7 @@ class EngineLoop:
             self._obey(command)
         now = self._clock.now()
         self._agent.on_news(now)
-        plan = self._scheduler.schedule(now)
-        self._agent.before_step(plan, now)
+        plan = self._next_plan(now)
         self._stuck = plan.empty
         if not plan.empty:
             self._step(plan)
@@ -104,9 +109,29 @@ class EngineLoop:
             self._pipe.send(m.Stepped(outputs=outputs))
         self._tell_progress(force=plan.empty or not self._scheduler.has_work())
 
+    def _next_plan(self, now: float) -> StepPlan:
+        """Of the step whose result is taken in next; it may be under way."""
+        if self._under_way:
+            return self._under_way[0][0]
+        plan = self._scheduler.schedule(now)
+        self._agent.before_step(plan, now)
+        return plan
+
+    def _computed(self, plan: StepPlan) -> StepResult:
+        """Begin on it, and on the one behind it, where they are not begun yet; its result."""
+        if not self._overlaps:
+            return self._executor.execute(plan, self._layer_done)
+        if not self._under_way:
+            self._under_way.append((plan, self._executor.begin(plan, self._layer_done)))
+        ahead = self._scheduler.schedule_ahead(self._clock.now())
+        if ahead is not None:
+            self._under_way.append((ahead, self._executor.begin(ahead)))
+        _, finish = self._under_way.pop(0)
+        return finish()
+
     def _step(self, plan: StepPlan) -> None:
         started = self._clock.now()
-        num_tokens = len(plan.token_ids)
+        num_tokens = sum(plan.num_tokens)
         estimate = self._s_per_token * num_tokens
         if estimate > _PROGRESS_S:
             self._tell_progress(announced_s=estimate, force=True)
@@ -115,11 +140,12 @@ class EngineLoop:
                 "d.step" if max(plan.num_tokens) == 1 else "p.prefill.chunk", plan.token_ids
             )
         try:
-            result = self._executor.execute(plan, self._layer_done)
+            result = self._computed(plan)
         except PeerUnavailable:
             raise  # the pipe ended in mid-step
         except Exception as error:
             # one of the four edges: whatever the model raised, it concerns a request until it has shown that it does not
+            self._under_way.clear()
             if not self._survives(plan, error):
                 raise StartError(f"the executor failed in step {plan.step}: {error}") from error
             return
@@ -162,7 +188,7 @@ class EngineLoop:
                     self._postponed.append(command)
 
     def _sleep_s(self) -> float:
-        if self._scheduler.has_work():
+        if self._under_way or self._scheduler.has_work():
             return _STUCK_S if self._stuck else 0.0
         now = self._clock.now()
         moments = [self._scheduler.next_deadline(), self._agent.next_tick()]

@@ -6,20 +6,17 @@ Called by engine/__main__, inside a function, because this is where torch comes 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-
-import torch
 
 from xllm_py.base import log
 from xllm_py.base.errors import DeviceUnavailable, UsageError
 from xllm_py.base.hashing import fingerprint
 from xllm_py.base.process import num_cores
 from xllm_py.core.config import EngineConfig, ModelFacts
-from xllm_py.core.executor import Capacity, Executor, LayerDone
+from xllm_py.core.executor import Capacity, Executor, Finish, LayerDone
 from xllm_py.core.kv_memory import KvMemory
 from xllm_py.core.kv_plan import Share
 from xllm_py.core.plan import StepPlan, StepResult
@@ -33,6 +30,7 @@ from xllm_py.engine.self_test import numerics_fingerprint
 from xllm_py.engine.worker import Worker
 from xllm_py.model import Model, load_model, open_weights, pick_dtype, read_config
 from xllm_py.model.config import ModelConfig
+from xllm_py.model.fingerprint import model_fingerprint
 from xllm_py.model.sharding import Shard
 from xllm_py.transport.pipe import decode_plan, encode_plan
 from xllm_py.transport.rank_line import RankLine
@@ -40,8 +38,6 @@ from xllm_py.transport.rank_servant import Progress, RankServant
 
 _CPU_CACHE_BYTES = 4 << 30
 _MIB = 1 << 20
-_SAMPLES = 64  # of each weight file, for the fingerprint
-_SAMPLE_BYTES = 4096
 
 _log = log.get(__name__)
 
@@ -265,7 +261,11 @@ class OneRank:
 
     def execute(self, plan: StepPlan, layer_done: LayerDone | None = None) -> StepResult:
         """See Executor."""
-        return self.worker.execute(plan, layer_done)
+        return self.begin(plan, layer_done)()
+
+    def begin(self, plan: StepPlan, layer_done: LayerDone | None = None) -> Finish:
+        """See Executor."""
+        return self.worker.begin(plan, layer_done)
 
     def capacity(self) -> Capacity:
         """See Executor."""
@@ -309,13 +309,14 @@ class ManyRanks(OneRank):
         super().__init__(worker, loading, capacity)
         self.others = others
 
-    def execute(self, plan: StepPlan, layer_done: LayerDone | None = None) -> StepResult:
-        """See Executor. A step that fails in its middle leaves the ranks at different places, and ends them all."""
+    def begin(self, plan: StepPlan, layer_done: LayerDone | None = None) -> Finish:
+        """See Executor; it waits, and takes no carried plan. A step that fails in its middle leaves the ranks at different places, and ends them all."""
         try:
-            return super().execute(plan, layer_done)
+            result = super().begin(plan, layer_done)()
         except Exception as error:
             self.others.group.end(error)
             raise
+        return lambda: result
 
     def close(self) -> None:
         """See Executor."""
@@ -372,28 +373,3 @@ def _size_cache(config: EngineConfig, shape: KvShape, device: Device, max_len: i
             "Raise --max_cache_size"
         )
     return _Sizing(num_blocks, tuple(lines))
-
-
-def model_fingerprint(folder: Path, dtype: torch.dtype, variant: str = "") -> str:
-    """Hash of config, weight files by name, size and samples, tokenizer and template (SPEC 4.2).
-
-    variant: what the flags make of the files beyond the dtype; instances that differ in it share no KV.
-
-    The samples tell a fine-tuned checkpoint from its base, whose files have the same names and sizes.
-    """
-    parts = [f"{dtype} {variant}".rstrip()]
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        path = folder / name
-        parts.append(hashlib.blake2b(path.read_bytes()).hexdigest() if path.exists() else "")
-    files = sorted(folder.glob("*.safetensors*"))
-    return fingerprint(*parts, *(f"{path.name}:{_sampled(path)}" for path in files))
-
-
-def _sampled(path: Path) -> str:
-    """Size, and a hash of pieces spread over the file."""
-    size, hashed = path.stat().st_size, hashlib.blake2b()
-    with path.open("rb") as file:
-        for index in range(_SAMPLES):
-            file.seek(size * index // _SAMPLES)
-            hashed.update(file.read(_SAMPLE_BYTES))
-    return f"{size}:{hashed.hexdigest()}"

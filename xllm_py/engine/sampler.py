@@ -99,7 +99,7 @@ class Sampler:
         self._top_ps[row], self._min_ps[row] = sampling.top_p, sampling.min_p
         edits = sampling.has_history or sampling.logit_bias or sampling.min_tokens
         self._edits[row] = Edits(start, size) if edits else None
-        self._highest[row] = sampling.temperature == 0 and sampling.logprobs < 0 and not edits
+        self._highest[row] = sampling.takes_highest
 
     def choose(
         self,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from xllm_py.base.hashing import fingerprint
 from xllm_py.base.logprob import TokenLogprob
 from xllm_py.core.config import EngineConfig, ModelFacts
-from xllm_py.core.executor import Capacity, LayerDone
+from xllm_py.core.executor import Capacity, Finish, LayerDone
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.core.kv_plan import Share
 from xllm_py.core.plan import RowStart, StepPlan, StepResult
@@ -64,6 +64,7 @@ class ToyExecutor:
         self._memory = KvMemory(self._layout, self._num_blocks, self._regions)
         self._slots = [region.cast("i") for region in self._regions]
         self._rows: dict[int, _Row] = {}
+        self._drawn: list[int] = []  # in the step computed last
 
     def capacity(self) -> Capacity:
         """See Executor."""
@@ -90,6 +91,10 @@ class ToyExecutor:
 
     def execute(self, plan: StepPlan, layer_done: LayerDone | None = None) -> StepResult:
         """See Executor."""
+        return self.begin(plan, layer_done)()
+
+    def begin(self, plan: StepPlan, layer_done: LayerDone | None = None) -> Finish:
+        """See Executor; it computes at once."""
         if self._config.toy_step_s:
             time.sleep(self._config.toy_step_s)
         self._copy_blocks(plan)
@@ -102,7 +107,9 @@ class ToyExecutor:
             self._write(plan, layer)
             if layer_done is not None:
                 layer_done(layer)
-        return self._draw_all(plan)
+        result = self._draw_all(plan)
+        self._drawn = result.token_ids
+        return lambda: result
 
     def _draw_all(self, plan: StepPlan) -> StepResult:
         result = StepResult(token_ids=[])
@@ -149,10 +156,10 @@ class ToyExecutor:
                     span[:] = self._memory.span(layer, part, source)
 
     def _write(self, plan: StepPlan, layer: int) -> None:
-        taken = 0
+        taken, known = 0, self._drawn if plan.carried else plan.token_ids
         for index, row in enumerate(plan.rows):
             count, first = plan.num_tokens[index], plan.num_computed[index]
-            ids = plan.token_ids[taken : taken + count]
+            ids = known[taken : taken + count]
             taken += count
             table = self._rows[row].table
             for part in range(PARTS):

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
-from xllm_py.core.executor import LayerDone
+from xllm_py.core.executor import Finish, LayerDone
 from xllm_py.core.plan import RowStart, StepPlan, StepResult
 from xllm_py.device.base import AttentionBatch, Device
 from xllm_py.engine.grammar import Matchers
@@ -55,14 +56,19 @@ class Worker:
             draw=device.draw,
         )
         self._matchers = matchers
+        self._best: Tensor | None = None  # of the rows of the step begun last, on the device
         self.tell: Callable[[StepPlan], None] | None = None  # the other ranks, before each step
         self.observer: Observer | None = (
             None  # tests compare logits with it: request ids, positions, logits
         )
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan, layer_done: LayerDone | None) -> StepResult:
         """See core.executor.Executor.execute."""
+        return self.begin(plan, layer_done)()
+
+    @torch.inference_mode()
+    def begin(self, plan: StepPlan, layer_done: LayerDone | None) -> Finish:
+        """See core.executor.Executor.begin."""
         if self.tell is not None:
             self.tell(plan)
         if plan.copied_to:
@@ -73,46 +79,53 @@ class Worker:
                 [row for row, draws in zip(plan.rows, plan.sample, strict=True) if draws]
             )
         token_ids, positions, batch = self._inputs(plan)
-        put = self._device.put
-        hidden = self._model.forward(put(token_ids), put(positions), batch, layer_done)
+        hidden = self._model.forward(token_ids, self._device.put(positions), batch, layer_done)
         result = StepResult(token_ids=[])
         if plan.targets:
             self._judge_prompts(hidden, plan, batch, result)
         due = [index for index, draws in enumerate(plan.sample) if draws]
         if not due:
-            return result
+            return lambda: result
         if len(due) < len(hidden):  # not the last token of every row and nothing else
             hidden = hidden[(batch.first_tokens + batch.num_tokens)[torch.tensor(due)] - 1]
         logits = self._model.logits(hidden)
-        if self._matchers is None:
-            return result
+        matchers = self._matchers
+        if matchers is None:
+            return lambda: result
         starts = [self._start(plan.rows[index]) for index in due]
         if self.observer is not None:
             names = [start.request_id for start in starts]
             self.observer(names, [plan.positions[index] for index in due], logits.cpu())
-        self._sample(logits, plan, due, result, self._matchers)
-        return result
+        found = self._device.best(logits)
+        self._best = found[:, 0]
+        told = self._device.fetch(found)
+        return lambda: self._sample(logits, told().tolist(), plan, due, result, matchers)
 
     def close(self) -> None:
         """End its threads."""
         if self._matchers is not None:
             self._matchers.close()
 
+    @torch.inference_mode()
     def _sample(
         self,
         logits: Tensor,
+        found: list[list[int]],
         plan: StepPlan,
         due: list[int],
         result: StepResult,
         matchers: Matchers,
-    ) -> None:
-        """A row whose logits are no numbers, or whose grammar cannot be followed, fails alone."""
+    ) -> StepResult:
+        """The tokens. A row whose logits are no numbers, or whose grammar cannot be followed, fails alone.
+
+        logits: of a step that another one was begun behind they may be that one's by now; nobody looks at them then.
+        """
         masks = matchers.take()
         result.failed_rows.update(masks.failed)
-        best, sound = self._device.best(logits)
-        for index, good in zip(due, sound, strict=True):
+        for index, (_, good) in zip(due, found, strict=True):
             if not good:
                 result.failed_rows[plan.rows[index]] = _NOT_FINITE
+        best = [each for each, _ in found]
         going = [plan.rows[index] not in result.failed_rows for index in due]
         failed = [index for index, goes in zip(due, going, strict=True) if not goes]
         if failed:
@@ -126,7 +139,7 @@ class Worker:
         if not failed:
             result.token_ids.extend(drawn.token_ids)
             result.logprobs.update(drawn.logprobs)
-            return
+            return result
         lost, entry = set(failed), 0
         for index, draws in enumerate(plan.sample):
             if index in lost:
@@ -137,6 +150,7 @@ class Worker:
                     result.logprobs[len(result.token_ids)] = drawn.logprobs[entry]
                 result.token_ids.append(drawn.token_ids[entry])
                 entry += 1
+        return result
 
     def _draw(
         self,
@@ -189,7 +203,7 @@ class Worker:
             for begin in range(0, len(targets), _JUDGED_AT_ONCE):
                 some = targets[begin : begin + _JUDGED_AT_ONCE]
                 logits = self._model.logits(hidden[first + begin : first + begin + len(some)])
-                if not all(self._device.best(logits)[1]):
+                if not self._device.best(logits)[:, 1].all():
                     result.failed_rows[plan.rows[index]] = _NOT_FINITE
                     break
                 said += judge(logits.cpu(), range(len(some)), some, [top] * len(some))
@@ -220,10 +234,9 @@ class Worker:
         counts, computed = np.array(plan.num_tokens), np.array(plan.num_computed)
         contexts, ends = computed + counts, counts.cumsum()
         firsts = ends - counts
-        total = len(plan.token_ids)
+        total = int(ends[-1])
         padded = total + -total % self._padding
-        positions, token_ids = np.zeros((2, padded), dtype=np.int64)
-        token_ids[:total] = plan.token_ids
+        positions = np.zeros(padded, dtype=np.int64)
         own, sequence = computed, np.arange(len(plan.rows))
         if total > len(plan.rows):  # not a token of each row
             sequence = np.repeat(sequence, counts)
@@ -239,4 +252,13 @@ class Worker:
             context_tokens=torch.from_numpy(contexts),
             slots=torch.from_numpy(slots),
         )
-        return torch.from_numpy(token_ids), torch.from_numpy(positions), batch
+        return self._tokens(plan, padded), torch.from_numpy(positions), batch
+
+    def _tokens(self, plan: StepPlan, padded: int) -> Tensor:
+        """Of a step, where the device computes; carried ones never leave it."""
+        if plan.carried:
+            assert self._best is not None
+            return functional.pad(self._best, (0, padded - len(self._best)))
+        token_ids = np.zeros(padded, dtype=np.int64)
+        token_ids[: len(plan.token_ids)] = plan.token_ids
+        return self._device.put(torch.from_numpy(token_ids))

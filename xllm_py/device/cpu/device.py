@@ -5,7 +5,7 @@ Native kernels are compiled at first use; where no compiler is, torch computes, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -68,7 +68,7 @@ class Kernels(Protocol):
         """See Device."""
         ...
 
-    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+    def best(self, logits: Tensor) -> Tensor:
         """See Device."""
         ...
 
@@ -123,6 +123,10 @@ class CpuDevice:
     def put(self, tensor: Tensor) -> Tensor:
         """See Device."""
         return tensor
+
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """See Device."""
+        return lambda: tensor
 
     def alloc_kv(self, shape: KvShape) -> None:
         """See Device."""

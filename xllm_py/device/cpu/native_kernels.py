@@ -104,15 +104,12 @@ class NativeKernels:
 
         return norm
 
-    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+    def best(self, logits: Tensor) -> Tensor:
         """See Device."""
         rows, size = logits.shape
-        highest = torch.empty(rows, dtype=torch.int64)
-        finite = torch.empty(rows, dtype=torch.bool)
-        self._library.best(
-            logits.data_ptr(), highest.data_ptr(), finite.data_ptr(), rows, size, self._threads
-        )
-        return highest.tolist(), finite.tolist()
+        found = torch.empty(rows, 2, dtype=torch.int64)
+        self._library.best(logits.data_ptr(), found.data_ptr(), rows, size, self._threads)
+        return found
 
     def draw(self, logits: Tensor, wanted: Sequence[base.Drawing]) -> list[list[int]]:
         """See Device."""

@@ -94,7 +94,7 @@ class TorchKernels:
         """See Device."""
         return lambda x: rms_norm(x, weight, eps)
 
-    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+    def best(self, logits: Tensor) -> Tensor:
         """See Device."""
         return best(logits)
 

@@ -92,7 +92,13 @@ class CudaDevice(TritonDevice):
         super().__init__(torch.device("cuda", index))
         self._is_exact = is_exact
         torch.cuda.set_device(index)
-        self._pinned = Pinned(pinned_memory, torch.cuda.current_stream(self._at).synchronize)
+        stream = torch.cuda.current_stream(self._at)
+
+        def mark() -> Callable[[], None]:
+            wait: Callable[[], None] = stream.record_event().synchronize
+            return wait
+
+        self._pinned = Pinned(pinned_memory, stream.synchronize, mark)
         # sums in fewer bits than the numbers have would differ from one shape to another
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -52,8 +52,10 @@ class NpuDevice(ApartDevice):
         super().__init__(choose(self._npu, index))
         if self._ops.__version__ != SIMULATED:
             self.collectives = "hccl"
-            wait = self._npu.current_stream(self._at).synchronize
-            self._pinned = Pinned(pinned_memory, wait)
+            stream = self._npu.current_stream(self._at)
+            self._pinned = Pinned(
+                pinned_memory, stream.synchronize, lambda: stream.record_event().synchronize
+            )
         self._mask = self.put(torch.ones(_MASK, _MASK, dtype=torch.int8).triu(1))
         self._step: tuple[AttentionBatch, _Step] | None = None
 

@@ -79,8 +79,8 @@ void xllm_rotate(const Rotation* it, int dtype, int threads) {
   else rotate_and_store<float>(*it, threads);
 }
 
-void xllm_best(const float* x, int64_t* highest, uint8_t* finite, int64_t rows, int64_t n, int threads) {
-  best(x, highest, finite, rows, n, threads);
+void xllm_best(const float* x, int64_t* found, int64_t rows, int64_t n, int threads) {
+  best(x, found, rows, n, threads);
 }
 
 void xllm_draw(const float* x, const Drawing* wanted, int64_t count, int64_t n, int threads) {

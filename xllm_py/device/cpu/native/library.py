@@ -104,7 +104,7 @@ class Library:
         self.rotate = found.xllm_rotate
         self.rotate.argtypes, self.rotate.restype = [pointer, c_int, c_int], None
         self.best = found.xllm_best
-        self.best.argtypes = [pointer, pointer, pointer, size, size, c_int]
+        self.best.argtypes = [pointer, pointer, size, size, c_int]
         self.best.restype = None
         self.draw = found.xllm_draw
         # logits, Drawings, how many, vocabulary, threads

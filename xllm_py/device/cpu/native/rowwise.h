@@ -93,9 +93,9 @@ void rotate_and_store(const Rotation& it, int threads) {
   }
 }
 
-// Of each row: the index of its highest number, the lowest of equal ones, and whether all are finite. Pieces are fixed, so that few rows
+// Of each row: the index of its highest number, the lowest of equal ones, and whether all are finite, side by side. Pieces are fixed, so that few rows
 // use all threads too.
-inline void best(const float* x, int64_t* highest, uint8_t* finite, long rows, long n, int threads) {
+inline void best(const float* x, int64_t* best, long rows, long n, int threads) {
   constexpr long PIECE = 1 << 14;
   const long pieces = (n + PIECE - 1) / PIECE;
   static thread_local std::vector<int64_t> kept;
@@ -123,12 +123,13 @@ inline void best(const float* x, int64_t* highest, uint8_t* finite, long rows, l
     found[task] = i;
   }
   for (long r = 0; r < rows; r++) {
-    highest[r] = 0, finite[r] = 1;
+    int64_t &highest = best[2 * r], &finite = best[2 * r + 1];
+    highest = 0, finite = 1;
     float peak = -std::numeric_limits<float>::infinity();
     for (long p = 0; p < pieces; p++) {
       const int64_t at = found[r * pieces + p];
-      if (at < 0) finite[r] = 0;
-      else if (x[r * n + at] > peak) peak = x[r * n + at], highest[r] = at;
+      if (at < 0) finite = 0;
+      else if (x[r * n + at] > peak) peak = x[r * n + at], highest = at;
     }
   }
 }
