@@ -70,7 +70,9 @@ def _submission(index: int, max_tokens: int) -> Submission:
     return Submission(
         request_id=f"cmpl-{index:024x}",
         prompt_ids=tuple((index + at) % EOS for at in range(PROMPT_TOKENS)),
-        sampling=SamplingParams(max_tokens=max_tokens, seed=index, stop_token_ids=(7, 11)),
+        sampling=SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, seed=index, stop_token_ids=(7, 11)
+        ),
         timeout_s=1e6,
     )
 
