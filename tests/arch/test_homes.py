@@ -59,7 +59,7 @@ HOMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "prometheus_client": ("prometheus_client", ("base.metrics",)),
     "psutil": ("psutil", ("base.ports", "base.process")),
     "torch_npu": ("torch_npu", ("device.npu.load",)),
-    "triton": ("triton", ("device.cuda.kernels", "device.cuda.launch")),
+    "triton": ("triton", ("device.cuda.kernels", "device.cuda.draw_kernels", "device.cuda.launch")),
     "safetensors": ("safetensors", ("model.weights",)),
     "tokenizers": ("tokenizers", ("openai.tokenizer",)),
     "torch": (

@@ -10,6 +10,7 @@ import torch
 
 from tests.checkpoints import make_checkpoint, make_int8
 from tests.engine.rig import Rig
+from xllm_py.engine.sampler import Sampler
 
 SHAPES = {
     "tied": {
@@ -114,6 +115,29 @@ def test_tokens_and_logits_do_not_depend_on_steps_begun_ahead(model: Path) -> No
     assert ahead.num_ahead > COUNT
     assert ahead.tokens == plain.tokens
     same(ahead.logits, plain.logits)
+
+
+def test_tokens_are_the_same_drawn_where_the_logits_are_or_on_the_host(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device of its own is asked for what only draws; the cpu has no choice."""
+    asked: tuple[dict[str, float], ...] = (
+        {},
+        {"temperature": 0.9},
+        {"temperature": 0.9, "top_p": 0.5, "top_k": 40},
+        {"temperature": 0.9, "logprobs": 2},
+        {"temperature": 0.9, "presence_penalty": 1.0},
+        {"temperature": 0.9, "min_tokens": 3},
+    )
+    told = []
+    for alone in (True, False):
+        if not alone:
+            monkeypatch.setattr(Sampler, "only_draws", lambda self, row: False)
+        rig = Rig(model)
+        for number, (name, prompt) in enumerate(prompts().items()):
+            rig.add(name, prompt, COUNT, **{"seed": number, **asked[number % len(asked)]})
+        told.append(rig.run())
+    assert told[0] == told[1]
 
 
 def test_logits_do_not_depend_on_prompts_going_first(model: Path, alone: Answers) -> None:

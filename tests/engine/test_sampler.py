@@ -144,6 +144,8 @@ def test_only_rows_of_which_nothing_else_is_asked_take_the_highest_unseen() -> N
         start = RowStart(row=number, request_id="r", block_ids=(), sampling=params)
         sampler.start(start)
     assert [sampler.is_highest(number) for number in range(len(asked))] == [True] + [False] * 5
+    draws = [asked[number] == {"temperature": 0.5} for number in range(len(asked))]
+    assert [sampler.only_draws(number) for number in range(len(asked))] == draws
 
 
 def test_rows_that_are_chosen_alone_come_between_those_that_took_the_highest() -> None:

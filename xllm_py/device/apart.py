@@ -7,6 +7,7 @@ of most of it. Results are as exact as the libraries behind them: engine/self_te
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -110,7 +111,10 @@ class ApartDevice:
         return torch.cat([first, sound], dim=-1)
 
     def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:
-        """See Device."""
+        """See Device; on the host."""
+        if logits.device.type != "cpu":
+            logits = logits[torch.tensor([each.row for each in wanted])].cpu()
+            wanted = [replace(each, row=place) for place, each in enumerate(wanted)]
         return draws.draw(logits, wanted)
 
     # ---- the cache

@@ -176,7 +176,7 @@ class Device(Protocol):
     def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:
         """For each entry the tokens that its numbers pick from the cumulative distribution of its row, in id order.
 
-        logits: [rows, vocabulary] float32 on the host, none NaN or positive infinity, each row with a finite one; unchanged. The cuts: min_p (Nguyen et al. 2024), then
+        logits: [rows, vocabulary] float32, on the host or where the device computes, none NaN or positive infinity, each row that is drawn from with a finite one; unchanged. The cuts: min_p (Nguyen et al. 2024), then
         top_k, then top_p (Holtzman et al. 2020) of what is left; of equal weights those with lower ids stay. What is drawn depends,
         to the bit, only on the row's logits and its entry.
         """

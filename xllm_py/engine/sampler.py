@@ -86,7 +86,7 @@ class Sampler:
         )
         self._temperatures, self._top_ps, self._min_ps = np.zeros((3, max_seqs))
         self._edits: list[Edits | None] = [None] * max_seqs
-        self._highest = [False] * max_seqs
+        self._highest, self._draws = [False] * max_seqs, [False] * max_seqs
 
     def start(self, start: RowStart) -> None:
         """A row has a new owner; everything of the last one is written over."""
@@ -100,6 +100,7 @@ class Sampler:
         edits = sampling.has_history or sampling.logit_bias or sampling.min_tokens
         self._edits[row] = Edits(start, size) if edits else None
         self._highest[row] = sampling.takes_highest
+        self._draws[row] = not sampling.greedy and sampling.logprobs < 0 and not edits
 
     def choose(
         self,
@@ -140,6 +141,22 @@ class Sampler:
         """Whether the row's token is the one with the highest logit, and nothing else is asked of it."""
         return self._highest[row]
 
+    def only_draws(self, row: int) -> bool:
+        """Whether the row's tokens are drawn from its logits as they are, and nothing else is asked of it."""
+        return self._draws[row]
+
+    def draw(
+        self,
+        logits: Tensor,
+        at: Sequence[int],
+        rows: Sequence[int],
+        positions: Sequence[int],
+        draws: Sequence[int],
+    ) -> list[list[int]]:
+        """As `choose`, for rows that only draw, whose logits are in the rows `at`, where the device has them."""
+        step = _Step(rows, positions, draws, [])
+        return self._draw(logits, self._wanted(step, [(at[i], i) for i in range(len(rows))]))
+
     def _split(self, rows: Sequence[int], positions: Sequence[int]) -> tuple[list[int], list[int]]:
         edited: list[int] = []
         plain: list[int] = []
@@ -171,16 +188,20 @@ class Sampler:
                 step.scored[place] = logits[index]
         if not drawn:
             return
-        numbers = self._numbers([place for _, place in drawn], step)
-        wanted = [
-            self._drawing(step.rows[place], index, own)
-            for (index, place), own in zip(drawn, numbers, strict=True)
-        ]
+        wanted = self._wanted(step, drawn)
         tokens = self._draw(logits, wanted)
         for (_, place), each, said in zip(drawn, wanted, tokens, strict=True):
             step.tokens[place] = said
             if each.weights is not None:
                 step.scored[place] = each.weights.log_()
+
+    def _wanted(self, step: _Step, drawn: list[tuple[int, int]]) -> list[Drawing]:
+        """drawn: (row of the logits, place in the step) of each that draws."""
+        numbers = self._numbers([place for _, place in drawn], step)
+        return [
+            self._drawing(step.rows[place], index, own)
+            for (index, place), own in zip(drawn, numbers, strict=True)
+        ]
 
     def _drawing(self, row: int, index: int, numbers: NDArray[np.float64]) -> Drawing:
         judged = self._processed and self._tops[row] >= 0

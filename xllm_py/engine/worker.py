@@ -173,13 +173,29 @@ class Worker:
         positions = [plan.positions[index] for index in due]
         if logits.device.type == "cpu":
             return self._sampler.choose(logits, rows, positions, draws, allowed, best)
+
+        def of(column: list[int], places: list[int]) -> list[int]:
+            return [column[place] for place in places]
+
+        drawn = [
+            place
+            for place in rest
+            if rows[place] not in allowed and self._sampler.only_draws(rows[place])
+        ]
+        if drawn:
+            columns = of(rows, drawn), of(positions, drawn), of(draws, drawn)
+            for place, said in zip(drawn, self._sampler.draw(logits, drawn, *columns), strict=True):
+                tokens[place] = said
+        rest = [place for place in rest if place not in set(drawn)]
+        if not rest:
+            return Drawn(token_ids=[token for each in tokens for token in each])
         chosen = self._sampler.choose(
             logits[torch.tensor(rest)].cpu(),
-            [rows[place] for place in rest],
-            [positions[place] for place in rest],
-            [draws[place] for place in rest],
+            of(rows, rest),
+            of(positions, rest),
+            of(draws, rest),
             allowed,
-            [best[place] for place in rest],
+            of(best, rest),
         )
         return merged(tokens, rest, chosen)
 

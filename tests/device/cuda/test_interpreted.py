@@ -1,4 +1,4 @@
-"""What cuda computes with, in Triton's interpreter, in processes of their own: it has to be chosen before Triton is loaded."""
+"""What cuda computes with, in Triton's interpreter and compiled, in processes of their own: which it is has to be chosen before Triton is loaded."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ pytestmark = [
 
 SUITES = {
     "attention": ["tests/device/cuda/attention.py"],
+    "draws": [
+        "tests/conformance/test_device.py",
+        "-k",
+        "draws_the_same or (drawn and 513)",
+    ],
     # at the sizes of tiles that a GPU has
     "device": [
         "tests/conformance/test_device.py",
@@ -29,3 +34,8 @@ SUITES = {
 @pytest.mark.parametrize("suite", SUITES)
 def test_it_holds_in_the_interpreter(suite: str) -> None:
     holds(SUITES[suite], TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_the_gpu() -> None:
+    holds(["tests/device/cuda/compiled.py"])

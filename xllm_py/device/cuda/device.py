@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from xllm_py.device.apart import ApartDevice
-from xllm_py.device.base import AttentionBatch, Head, HeadNorms, Linear, Quantized, RowWise, Turn
-from xllm_py.device.cuda import launch
+from xllm_py.device.base import (
+    AttentionBatch,
+    Drawing,
+    Head,
+    HeadNorms,
+    Linear,
+    Quantized,
+    RowWise,
+    Turn,
+)
+from xllm_py.device.cuda import drawing, launch
 from xllm_py.device.mirror import Pinned, pinned_memory
 from xllm_py.device.paged import PagedCache
 
@@ -48,6 +57,10 @@ class TritonDevice(ApartDevice):
         """See Device."""
         here = self.put(weight)
         return lambda x: launch.rms_norm(x, here, eps)
+
+    def draw(self, logits: Tensor, wanted: Sequence[Drawing]) -> list[list[int]]:
+        """See Device."""
+        return drawing.draw(self.put(logits), wanted, self.put)
 
     def _use(self, cache: PagedCache) -> None:
         super()._use(cache)

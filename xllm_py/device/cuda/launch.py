@@ -183,9 +183,9 @@ class Attention:
             items, merges = lay_out(batch, sliding, tokens)
             at = self._cache.keys[0].device
             found = self._work[sliding, tokens] = _Work(
-                tables=batch.block_tables.to(at),
-                items=items.to(at),
-                merges=merges.to(at),
+                tables=batch.block_tables.to(at, non_blocking=True),
+                items=items.to(at, non_blocking=True),
+                merges=merges.to(at, non_blocking=True),
                 num_states=int(merges[:, 1].sum()),
             )
         return found
