@@ -96,7 +96,7 @@ class Hosted:
         memory = self.inner.kv_memory()
         assert memory.mirror is not None
         for layer in range(memory.layout.num_layers):
-            memory.mirror.take_out(layer, range(memory.num_blocks))
+            memory.mirror.take_out(layer, range(memory.num_blocks))()
         return memory
 
     def settle(self) -> None:

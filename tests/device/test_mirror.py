@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ class Rooms:
 
     def __init__(self) -> None:
         self.waits = 0
+        self.is_aside = False
         self.made: list[torch.Tensor] = []
 
     def alloc(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -27,6 +29,16 @@ class Rooms:
 
     def wait(self) -> None:
         self.waits += 1
+
+    def mark(self) -> Callable[[], None]:
+        assert self.is_aside
+        return self.wait
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self.is_aside = True
+        yield
+        self.is_aside = False
 
 
 @pytest.fixture
@@ -37,7 +49,7 @@ def rooms() -> Rooms:
 def make(rooms: Rooms) -> tuple[list[torch.Tensor], HostMirror]:
     numbers = torch.arange(LAYERS * PARTS * BLOCKS * 8, dtype=torch.float32)
     caches = list(numbers.view(LAYERS * PARTS, BLOCKS, 2, 2, 2))
-    return caches, HostMirror(caches, Pinned(rooms.alloc, rooms.wait))
+    return caches, HostMirror(caches, Pinned(rooms.alloc, rooms.wait, rooms.mark, rooms.aside))
 
 
 @pytest.mark.parametrize("blocks", [(), (5,), MANY])
@@ -45,7 +57,9 @@ def test_what_is_taken_out_is_the_layer_s_and_nothing_else(
     rooms: Rooms, blocks: tuple[int, ...]
 ) -> None:
     caches, mirror = make(rooms)
-    mirror.take_out(1, blocks)
+    finish = mirror.take_out(1, blocks)
+    assert rooms.waits == 0 and not any(host.any() for host in mirror._host)
+    finish()
     for place, (cache, host) in enumerate(zip(caches, mirror._host, strict=True)):
         chosen = torch.zeros(BLOCKS, dtype=torch.bool)
         if place // PARTS == 1:
@@ -68,9 +82,11 @@ def test_what_is_put_in_is_all_layers_of_these_blocks(rooms: Rooms) -> None:
 
 def test_nobody_reads_the_room_or_fills_it_again_before_its_copies_are_done(rooms: Rooms) -> None:
     _, mirror = make(rooms)
-    mirror.take_out(0, MANY)
-    pieces = -(-len(MANY) // _AT_ONCE)
-    assert rooms.waits == pieces
+    finishes = [mirror.take_out(0, MANY), mirror.take_out(0, MANY)]
+    assert len(rooms.made) == 1 + len(finishes) * PARTS  # each has its own
+    for finish in finishes:
+        finish()
+    assert rooms.waits == len(finishes)
     mirror.put_in(MANY)
-    assert rooms.waits == pieces + pieces * LAYERS
-    assert len(rooms.made) == 1
+    assert rooms.waits == len(finishes) + -(-len(MANY) // _AT_ONCE) * LAYERS
+    assert len(rooms.made) == 1 + len(finishes) * PARTS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import pytest
 
 from xllm_py.core.kv_memory import KvLayout, KvMemory
 from xllm_py.transport import mirrored
@@ -24,8 +26,9 @@ class Log:
     def _plain(self, *given: Any) -> None:
         self.said.append(given)
 
-    def take_out(self, layer: int, block_ids: Sequence[int]) -> None:
-        self.said.append(("out", layer, list(block_ids)))
+    def take_out(self, layer: int, block_ids: Sequence[int]) -> Callable[[], None]:
+        self.said.append(("begin", layer, list(block_ids)))
+        return lambda: self.said.append(("out", layer, list(block_ids)))
 
     def put_in(self, block_ids: Sequence[int]) -> None:
         self.said.append(("in", list(block_ids)))
@@ -50,8 +53,8 @@ class Log:
 def opened() -> tuple[Log, mirrored.MirroredTransport]:
     """Blocks of 8 tokens."""
     log = Log()
-    layout = KvLayout(num_layers=1, block_size=8, block_bytes=16, shape="")
-    regions = [memoryview(bytearray(160)) for _ in range(2)]
+    layout = KvLayout(num_layers=3, block_size=8, block_bytes=16, shape="")
+    regions = [memoryview(bytearray(160)) for _ in range(6)]
     memory = KvMemory(layout, 10, regions, log)
     made = mirrored.over(log, memory)  # type: ignore[arg-type]  # what is asked for is there
     assert isinstance(made, mirrored.MirroredTransport)
@@ -89,15 +92,48 @@ def test_a_memory_that_is_the_cache_needs_no_copies() -> None:
 def test_blocks_are_taken_out_before_they_are_pushed() -> None:
     log, transport = opened()
     transport.connect(giver())
-    transport.push(GRANT, 5, 0, (4, 2))
-    assert log.said == [("out", 5, [2, 4]), ("push", GRANT, 5, 0, (4, 2))]
+    transport.push(GRANT, 2, 0, (4, 2))
+    assert log.said == [
+        ("begin", 2, [2, 4]),
+        ("out", 2, [2, 4]),
+        ("push", GRANT, 2, 0, (4, 2)),
+    ]
+
+
+def test_the_copy_of_a_layer_begins_before_that_of_the_last_one_is_waited_for() -> None:
+    log, transport = opened()
+    transport.connect(giver())
+    for layer in range(3):
+        transport.push(GRANT, layer, 0, (4,))
+    order = [(each[0], each[2 if each[0] == "push" else 1]) for each in log.said]
+    assert order == [
+        ("begin", 0),
+        ("begin", 1),
+        ("out", 0),
+        ("push", 0),
+        ("begin", 2),
+        ("out", 1),
+        ("push", 1),
+        ("out", 2),
+        ("push", 2),
+    ]
+
+
+@pytest.mark.parametrize("end", ["commit", "abandon"])
+def test_what_is_begun_is_pushed_before_its_grant_is_done_with(end: str) -> None:
+    log, transport = opened()
+    transport.connect(giver())
+    transport.push(GRANT, 0, 0, (4,))
+    assert [each[0] for each in log.said] == ["begin"]
+    getattr(transport, end)(GRANT)
+    assert [each[0] for each in log.said][:3] == ["begin", "out", "push"]
 
 
 def test_parts_of_a_block_take_the_whole_block_out_once() -> None:
     log, transport = opened()
     transport.connect(giver(block_size=2))
     transport.push(GRANT, 0, 1, (9, 10, 11, 12))
-    assert log.said[0] == ("out", 0, [2, 3])
+    assert log.said[0] == ("begin", 0, [2, 3])
 
 
 def test_what_was_abandoned_or_has_ended_copies_nothing() -> None:

@@ -59,8 +59,8 @@ class KvLayout:
 class Mirror(Protocol):
     """Copies between a cache that the host cannot reach and the host's bytes of it; whole blocks, by their numbers."""
 
-    def take_out(self, layer: int, block_ids: Sequence[int]) -> None:
-        """From the device, both parts of one layer; the bytes are there when it returns."""
+    def take_out(self, layer: int, block_ids: Sequence[int]) -> Callable[[], None]:
+        """Begin to copy both parts of one layer from the device; when what is returned has returned, the bytes are there."""
         ...
 
     def put_in(self, block_ids: Sequence[int]) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.device.base import KvShape
 
-_AT_ONCE = 16  # blocks of one layer that are copied through pinned memory in one go
+_AT_ONCE = 16  # blocks of one layer that are copied in through pinned memory in one go
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +28,8 @@ class Pinned:
 
     alloc: Callable[[Sequence[int], torch.dtype], Tensor]
     wait: Callable[[], None]  # until every copy that was asked for is done
-    mark: Callable[
-        [], Callable[[], None]
-    ]  # what it returns waits until all asked for by now is done
+    mark: Callable[[], Callable[[], None]]  # what it returns waits for all asked for by now
+    aside: Callable[[], AbstractContextManager[Any]]  # inside, copies keep no computation waiting
 
 
 def pinned_memory(size: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -45,7 +46,7 @@ def _nothing() -> None:
     """What copies that wait by themselves need."""
 
 
-PAGEABLE = Pinned(in_place, _nothing, lambda: _nothing)
+PAGEABLE = Pinned(in_place, _nothing, lambda: _nothing, nullcontext)
 
 
 class HostMirror:
@@ -54,18 +55,28 @@ class HostMirror:
     def __init__(self, caches: Sequence[Tensor], pinned: Pinned = PAGEABLE) -> None:
         self._caches = caches
         self._host = [untouched(cache.shape, cache.dtype) for cache in caches]
+        self._pinned = pinned
         self._room = pinned.alloc((PARTS, _AT_ONCE, *caches[0].shape[1:]), caches[0].dtype)
-        self._wait = pinned.wait
 
-    def take_out(self, layer: int, block_ids: Sequence[int]) -> None:
-        """See Mirror. Keys and values are under way together."""
-        for here, there in self._pieces(block_ids):
-            ways = self._ways(layer, len(here))
-            for cache, _, room in ways:
-                room.copy_(cache.index_select(0, there), non_blocking=True)
-            self._wait()
-            for _, host, room in ways:
-                host[here] = room
+    def take_out(self, layer: int, block_ids: Sequence[int]) -> Callable[[], None]:
+        """See Mirror. The blocks are gathered behind the layer that wrote them, and copied while the next one is computed."""
+        here = torch.tensor(block_ids, dtype=torch.int64)
+        there = here.to(self._caches[0].device, non_blocking=True)
+        places = range(PARTS * layer, PARTS * (layer + 1))
+        gathered = [self._caches[place].index_select(0, there) for place in places]
+        rooms = [self._pinned.alloc(each.shape, each.dtype) for each in gathered]
+        with self._pinned.aside():
+            for room, each in zip(rooms, gathered, strict=True):
+                room.copy_(each, non_blocking=True)
+            wait = self._pinned.mark()
+
+        def finish() -> None:
+            wait()
+            gathered.clear()  # not before: its memory would be somebody else's while it is read
+            for place, room in zip(places, rooms, strict=True):
+                self._host[place][here] = room
+
+        return finish
 
     def put_in(self, block_ids: Sequence[int]) -> None:
         """See Mirror."""
@@ -74,7 +85,7 @@ class HostMirror:
                 for cache, host, room in self._ways(layer, len(here)):
                     torch.index_select(host, 0, here, out=room)
                     cache.index_copy_(0, there, room.to(cache.device, non_blocking=True))
-                self._wait()  # the room is used again
+                self._pinned.wait()  # the room is used again
 
     def _pieces(self, block_ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Some numbers of blocks, on the host and on the device."""

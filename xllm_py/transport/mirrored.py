@@ -1,12 +1,13 @@
 """A KvTransport over a cache that the host cannot reach: blocks are copied out before they are pushed, and in when they have landed.
 
 Implements base.KvTransport around another one, whose bytes are the cache's mirror (core.kv_memory.Mirror). Copies are made by the engine's
-thread, which owns the device: in mid-step, layer by layer, on the way out; between two steps on the way in.
+thread, which owns the device: in mid-step, layer by layer, on the way out; between two steps on the way in. Out, they are one push behind: what a
+layer left is waited for and pushed when the copy of the next has begun, so that the device has that one to compute meanwhile; the last layer's at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from xllm_py.core.kv_memory import KvMemory, Mirror
 from xllm_py.transport.base import (
@@ -17,6 +18,8 @@ from xllm_py.transport.base import (
     TakerGrant,
 )
 
+_Asked = tuple[bytes, int, int, tuple[int, ...]]  # of `push`
+
 
 class MirroredTransport:
     """Implements KvTransport."""
@@ -25,10 +28,13 @@ class MirroredTransport:
         self._inner = inner
         self._mirror = mirror
         self._block_size = memory.layout.block_size
+        self._last_layer = memory.layout.num_layers - 1
+        self._begun: tuple[Callable[[], None], _Asked] | None = (
+            None  # a copy, and what is pushed then
+        )
         self._pieces: dict[bytes, int] = {}  # given: how many granted blocks make one of ours
         self._wanted: dict[bytes, list[int]] = {}  # taken: our blocks that will be written
         self.revoke = self._inner.revoke
-        self.commit = self._inner.commit
         self.probe = self._inner.probe
         self.ledger = self._inner.ledger
         self.close = self._inner.close
@@ -60,12 +66,30 @@ class MirroredTransport:
     ) -> None:
         """See KvTransport."""
         pieces = self._pieces.get(grant)
-        if pieces is not None and block_ids:
-            self._mirror.take_out(layer, _whole(block_ids, pieces))
-        self._inner.push(grant, layer, first_relative, block_ids)
+        if pieces is None or not block_ids:
+            self._inner.push(grant, layer, first_relative, block_ids)
+            return
+        finish = self._mirror.take_out(layer, _whole(block_ids, pieces))
+        self._push_begun()
+        self._begun = finish, (grant, layer, first_relative, block_ids)
+        if layer == self._last_layer:
+            self._push_begun()
+
+    def _push_begun(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            finish, asked = begun
+            finish()
+            self._inner.push(*asked)
+
+    def commit(self, grant: bytes) -> None:
+        """See KvTransport."""
+        self._push_begun()
+        self._inner.commit(grant)
 
     def abandon(self, grant: bytes) -> None:
         """See KvTransport."""
+        self._push_begun()
         self._pieces.pop(grant, None)
         self._inner.abandon(grant)
 

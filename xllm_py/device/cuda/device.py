@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,12 +108,19 @@ class CudaDevice(TritonDevice):
         self._is_exact = is_exact
         torch.cuda.set_device(index)
         stream = torch.cuda.current_stream(self._at)
+        copies = torch.cuda.Stream(self._at)  # type: ignore[no-untyped-call]  # torch's
 
         def mark() -> Callable[[], None]:
-            wait: Callable[[], None] = stream.record_event().synchronize
+            wait: Callable[[], None] = (
+                torch.cuda.current_stream(self._at).record_event().synchronize
+            )
             return wait
 
-        self._pinned = Pinned(pinned_memory, stream.synchronize, mark)
+        def aside() -> AbstractContextManager[Any]:
+            copies.wait_stream(stream)
+            return torch.cuda.stream(copies)
+
+        self._pinned = Pinned(pinned_memory, stream.synchronize, mark, aside)
         # sums in fewer bits than the numbers have would differ from one shape to another
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

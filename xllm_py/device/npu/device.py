@@ -52,9 +52,17 @@ class NpuDevice(ApartDevice):
         super().__init__(choose(self._npu, index))
         if self._ops.__version__ != SIMULATED:
             self.collectives = "hccl"
-            stream = self._npu.current_stream(self._at)
+            stream, copies = self._npu.current_stream(self._at), self._npu.Stream(self._at)
+
+            def aside() -> Any:
+                copies.wait_stream(stream)
+                return self._npu.stream(copies)
+
             self._pinned = Pinned(
-                pinned_memory, stream.synchronize, lambda: stream.record_event().synchronize
+                pinned_memory,
+                stream.synchronize,
+                lambda: self._npu.current_stream(self._at).record_event().synchronize,
+                aside,
             )
         self._mask = self.put(torch.ones(_MASK, _MASK, dtype=torch.int8).triu(1))
         self._step: tuple[AttentionBatch, _Step] | None = None
