@@ -28,6 +28,25 @@ async def test_a_key_that_is_gone_is_put_again_by_who_has_it() -> None:
     await registry.close()
 
 
+async def test_who_comes_first_to_a_registry_that_was_emptied_waits_for_the_key_of_the_others() -> (
+    None
+):
+    registry = MemoryRegistry(Store(RealClock()))
+    newcomer = asyncio.ensure_future(cluster_key_of(registry, patience_s=30.0))
+    await asyncio.sleep(0.2)
+    assert not newcomer.done()
+    of_all = await cluster_key_of(registry)  # who has one puts it there, as a master makes it
+    assert await newcomer == of_all
+    await registry.close()
+
+
+async def test_without_any_others_the_key_is_made_when_patience_is_over() -> None:
+    registry = MemoryRegistry(Store(RealClock()))
+    made = await cluster_key_of(registry, patience_s=0.2)
+    assert await cluster_key_of(registry) == made
+    await registry.close()
+
+
 async def test_a_key_that_another_made_is_left_alone() -> None:
     registry, tasks = MemoryRegistry(Store(RealClock())), TaskFamily("test")
     other = await cluster_key_of(registry)

@@ -38,6 +38,9 @@ from xllm_py.registry.cluster_key import cluster_key_of, keep_cluster_key
 
 _log = log.get(__name__)
 _POLL_S = 0.05
+_KEY_PATIENCE_S = (
+    4.0  # who has the key looks again for a registry that went away every three seconds at most
+)
 
 
 class Instance:
@@ -90,7 +93,7 @@ class Instance:
         registry = await self._open_registry()
         key = config.cluster.cluster_key
         if registry is not None and not key:
-            key = await cluster_key_of(registry)
+            key = await cluster_key_of(registry, patience_s=_KEY_PATIENCE_S)
             self._tasks.start(keep_cluster_key(registry, key), name="cluster key")
         failpoints.arm(config.engine.failpoints, key)
         identity = Identity(

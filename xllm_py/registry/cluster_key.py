@@ -16,12 +16,21 @@ from xllm_py.registry.base import Entry, Put, Registry
 
 _KEY_BYTES = 32
 _RETRY_S = 1.0
+_LOOK_S = 0.1
 
 _log = log.get(__name__)
 
 
-async def cluster_key_of(registry: Registry) -> bytes:
-    """32 bytes. Raises RegistryUnavailable."""
+async def cluster_key_of(registry: Registry, *, patience_s: float = 0.0) -> bytes:
+    """32 bytes. Raises RegistryUnavailable.
+
+    patience_s: how long one that is not there is waited for before it is made: those who have it put it into a registry that came back empty
+    within three seconds, and a daemon that starts just then would be of a cluster of its own.
+    """
+    for _ in range(round(patience_s / _LOOK_S)):
+        if await registry.get(keys.CLUSTER_KEY) is not None:
+            break
+        await asyncio.sleep(_LOOK_S)
     made = secrets.token_bytes(_KEY_BYTES).hex().encode()
     await _create(registry, made)
     text = await registry.get(keys.CLUSTER_KEY) or b""
