@@ -274,7 +274,7 @@ class Worker:
         """Of a step, where the device computes; carried ones never leave it."""
         if plan.carried:
             assert self._best is not None
-            return functional.pad(self._best, (0, padded - len(self._best)))
+            return functional.pad(self._best, (0, padded - len(self._best))).contiguous()
         token_ids = np.zeros(padded, dtype=np.int64)
         token_ids[: len(plan.token_ids)] = plan.token_ids
         return self._device.put(torch.from_numpy(token_ids))
