@@ -1,7 +1,8 @@
 """One GPU against its own limits: decode at batch 1 and 32 as a share of the memory bandwidth, prefill of 2,048 tokens as a share of the matmul peak.
 
-Random bfloat16 weights in Qwen2's shapes, exact kernels and `--enable_deterministic=false` in turn, no HTTP. Bandwidth (a copy of 1 GiB: bytes read and written) and peak
-(a product of two 8,192-square matrices) are measured in the same run. One JSON line per row. On `--device cpu:0` it runs too, for trying the script.
+Also decode with steps begun ahead, and with tokens drawn (temperature 0.8, top_p 0.95). Random bfloat16 weights in Qwen2's shapes, exact kernels and
+`--enable_deterministic=false` in turn, no HTTP. Bandwidth (a copy of 1 GiB: bytes read and written) and peak (a product of two 8,192-square matrices) are
+measured in the same run. One JSON line per row. On `--device cpu:0` it runs too, for trying the script.
 
     python -m benchmarks.gpu [--device cuda:0] [--shape 0.5b 7b] [--rounds 5]
 """
@@ -22,11 +23,13 @@ import torch
 from benchmarks.models import config_of
 from benchmarks.offline import open_engine, start, step
 from benchmarks.report import emit
+from xllm_py.core.plan import StepPlan
 from xllm_py.engine.ranks import OneRank
 
 CONTEXT = 512
 PROMPT = 2048
 BATCHES = (1, 32)
+STEPS = 32  # begun ahead, one after the other
 _BYTES = 2  # of a number
 
 
@@ -72,14 +75,44 @@ def kv_bytes(shape: dict[str, Any]) -> int:
     return 2 * shape["num_hidden_layers"] * heads * head_dim * _BYTES
 
 
-def measure(executor: OneRank, rows: int, count: int, computed: int, rounds: int) -> float:
+def measure(
+    executor: OneRank, rows: int, count: int, computed: int, rounds: int, **asked: Any
+) -> float:
     """Median seconds of a step of so many rows with so many tokens each."""
     names = list(range(rows))
-    starts = tuple(start(row, computed + count + 1) for row in names)
+    starts = tuple(start(row, computed + count + 1, **asked) for row in names)
     found = [
         step(executor, names, [count] * rows, [computed] * rows, starts) for _ in range(rounds + 2)
     ]
     return statistics.median(found[2:])  # the first compile
+
+
+def measure_ahead(executor: OneRank, rows: int, rounds: int) -> float:
+    """Median seconds of a step that is begun before the one before it is finished (--enable_schedule_overlap)."""
+    names = list(range(rows))
+    starts = tuple(start(row, CONTEXT + STEPS + 2) for row in names)
+    found = []
+    for _ in range(rounds + 2):
+        step(executor, names, [1] * rows, [CONTEXT] * rows, starts)
+        began, finish = time.perf_counter(), None
+        for number in range(1, STEPS + 1):
+            plan = StepPlan(
+                step=number,
+                rows=names,
+                num_tokens=[1] * rows,
+                num_computed=[CONTEXT + number] * rows,
+                sample=[1] * rows,
+                positions=[number] * rows,
+                carried=True,
+            )
+            begun = executor.begin(plan)
+            if finish is not None:
+                finish()
+            finish = begun
+        assert finish is not None
+        finish()
+        found.append((time.perf_counter() - began) / STEPS)
+    return statistics.median(found[2:])
 
 
 def main() -> None:
@@ -110,6 +143,12 @@ def report(name: str, device: str, is_exact: bool, limit: tuple[float, float], r
             floor = ((layers + head) * _BYTES + batch * CONTEXT * kv_bytes(shape)) / limit[0]
             found = {"tokens_s": batch / seconds, "share_of_bandwidth": floor / seconds}
             emit(f"decode batch {batch}", common, found)
+            ahead = measure_ahead(executor, batch, rounds)
+            found = {"tokens_s": batch / ahead, "share_of_bandwidth": floor / ahead}
+            emit(f"decode batch {batch}, begun ahead", common, found)
+            drawn = measure(executor, batch, 1, CONTEXT, rounds, temperature=0.8, top_p=0.95)
+            found = {"tokens_s": batch / drawn, "of_greedy": seconds / drawn}
+            emit(f"decode batch {batch}, drawn", common, found)
         seconds = measure(executor, 1, PROMPT, 0, rounds)
         width = shape["hidden_size"]
         # causal attention: half of the square, products with keys and with values

@@ -55,8 +55,8 @@ def open_engine(
     return executor
 
 
-def start(row: int, tokens: int) -> RowStart:
-    """A row with blocks of its own."""
+def start(row: int, tokens: int, **asked: Any) -> RowStart:
+    """A row with blocks of its own; greedy, unless something else is asked."""
     count = -(-tokens // BLOCK)
     first = row * count
     blocks = tuple(range(first, first + count))
@@ -64,7 +64,7 @@ def start(row: int, tokens: int) -> RowStart:
         row=row,
         request_id=str(row),
         block_ids=blocks,
-        sampling=SamplingParams(max_tokens=1, temperature=0.0, seed=0),
+        sampling=SamplingParams(**{"max_tokens": 1, "temperature": 0.0, "seed": 0, **asked}),
     )
 
 
