@@ -1,4 +1,4 @@
-"""A lease that ends on purpose while it is being renewed is not taken again."""
+"""A lease that ends on purpose while it is being renewed is not taken again; one that was taken again in part is taken once more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from xllm_py.base.clock import RealClock
+from xllm_py.base.errors import RegistryUnavailable
 from xllm_py.base.tasks import TaskFamily
 from xllm_py.registry.etcd_lease import EtcdLease
 from xllm_py.registry.etcd_stubs import rpc_pb2
@@ -18,6 +21,7 @@ class FakeEtcd:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.revoked = False
+        self.failing: dict[str, bool] = {}  # methods whose next call fails
         self.asked = asyncio.Event()
         self.answer = asyncio.Event()
         self.leases = SimpleNamespace(
@@ -33,6 +37,8 @@ class FakeEtcd:
 
     async def call(self, method: Any, request: Any) -> Any:
         self.calls.append(method)
+        if self.failing.pop(method, False):
+            raise RegistryUnavailable("it answers no more")
         self.revoked = self.revoked or method == "revoke"
         return rpc_pb2.LeaseGrantResponse(ID=len(self.calls))
 
@@ -58,3 +64,22 @@ async def test_a_lease_revoked_in_mid_renewal_puts_nothing_again() -> None:
     await asyncio.wait_for(asyncio.gather(keeping, revoking), 5)
     assert etcd.calls == ["grant", "put", "revoke"]
     await tasks.close()
+
+
+async def test_a_lease_under_which_not_everything_stands_is_not_valid_and_is_granted_again() -> (
+    None
+):
+    """An etcd that is killed while it comes back: it grants, and does not put any more; asked later, it knows the lease."""
+    etcd = FakeEtcd()
+    etcd.answer.set()
+    lease = EtcdLease(etcd, 30, RealClock())
+    await lease.grant()
+    await lease.put("card", b"here")
+    etcd.failing["put"] = True
+    with pytest.raises(RegistryUnavailable):
+        await lease.grant()
+    assert lease.left_s <= 0
+    etcd.calls.clear()
+    await lease._renew_or_grant()
+    assert etcd.calls == ["grant", "put"]
+    assert lease.left_s > 0

@@ -113,9 +113,9 @@ class Instance:
         self._parts.on_engine_ready(ready)
         if registry is not None:
             await self._join(registry, identity)
+        stay()
         self._health.loaded = True
         self._starting = None
-        stay()
         notify("READY=1")
         self._tasks.start(feed_watchdog(self._health.moves), name="watchdog")
         self._tell_ready(http)

@@ -108,9 +108,9 @@ class Master:
         standing = parts.election.stand(registry, lease, config.etcd.ttl_s)
         self._tasks.start(standing, name="election", vital=True)
         self._tasks.start(parts.roles.keep(), name="roles", vital=True)
+        stay()
         self._front.open(parts.backend, parts.routes)
         self._starting = None
-        stay()
         notify("READY=1")
         # a loop that stands still feeds nobody, which is what the watchdog is for
         self._tasks.start(feed_watchdog(lambda: True), name="watchdog")

@@ -57,7 +57,9 @@ class EtcdLease:
         sent = self._clock.now()
         request = rpc_pb2.LeaseGrantRequest(TTL=self._ttl_s)
         self._id = (await self._etcd.call(self._etcd.leases.LeaseGrant, request)).ID
-        for key, value in self._content.items():
+        # until everything stands under it: etcd would renew it without
+        self._valid_until = 0.0
+        for key, value in list(self._content.items()):
             await self._put(key, value)
         self._valid_until = sent + self._ttl_s
 
