@@ -119,6 +119,20 @@ def test_the_copy_of_a_layer_begins_before_that_of_the_last_one_is_waited_for() 
     ]
 
 
+def test_a_copy_left_over_from_a_step_that_broke_off_is_done_before_its_blocks_are_anybody_elses() -> (
+    None
+):
+    for ask in (
+        lambda transport: transport.poll(),
+        lambda transport: transport.open_grant(taker(8, (4,), 0)),
+    ):
+        log, transport = opened()
+        transport.connect(giver())
+        transport.push(GRANT, 0, 0, (4,))  # the step raised before the next layer
+        ask(transport)
+        assert [each[0] for each in log.said] == ["begin", "out", "push"]
+
+
 @pytest.mark.parametrize("end", ["commit", "abandon"])
 def test_what_is_begun_is_pushed_before_its_grant_is_done_with(end: str) -> None:
     log, transport = opened()

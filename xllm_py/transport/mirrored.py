@@ -51,6 +51,7 @@ class MirroredTransport:
 
     def open_grant(self, grant: TakerGrant) -> int:
         """See KvTransport."""
+        self._push_begun()  # else a copy that a broken step left would land on what is written here
         stream = self._inner.open_grant(grant)
         pieces = self._block_size // grant.block_size
         self._wanted[grant.grant] = _whole(grant.block_ids[grant.first_wanted :], pieces)
@@ -95,6 +96,7 @@ class MirroredTransport:
 
     def poll(self) -> list[KvEvent]:
         """See KvTransport."""
+        self._push_begun()
         events = self._inner.poll()
         for event in events:
             blocks = None
