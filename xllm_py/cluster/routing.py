@@ -204,7 +204,10 @@ def _ready_pairs(
 
 
 def round_robin(found: Options, turns: tuple[int, int], num_prompt: int) -> Route:
-    """The next P and the next D in turn, of options that are not empty. turns: how many requests were placed so far, for P and for D."""
+    """The next P and the next D in turn, of options that are not empty. turns: how many requests were placed so far, for P and for D.
+
+    num_prompt: tokens that the first instance computes.
+    """
     if found.mode != "pd":
         first = found.alone[turns[0] % len(found.alone)]
         reason = f"{found.mode}: instance {turns[0] % len(found.alone) + 1} of {len(found.alone)} in turn"

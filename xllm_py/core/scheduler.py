@@ -11,7 +11,6 @@ core/block_manager. Pure: `now` is a parameter. Called by engine/loop and engine
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from xllm_py.base.errors import ContextLengthExceeded, Draining, QueueFull, RequestError
 from xllm_py.core.admission import Admission, Tombstones
@@ -27,8 +26,6 @@ from xllm_py.core.plan import FINISH_ABORT, Outputs, StepPlan, StepResult
 from xllm_py.core.prefix_cache import PrefixCache
 from xllm_py.core.request import FirstToken, Offer, OfferAnswer, Request, State, Submission
 from xllm_py.core.reservations import Reservations, refusal
-
-P = TypeVar("P", StepPlan, StepPlan | None)
 
 
 class Scheduler:
@@ -280,20 +277,23 @@ class Scheduler:
                     request, "deadline_exceeded", now, "the request's deadline passed"
                 )
             self._open.look_ahead()
-        return self._checked(self._batch.plan(now))
+        plan = self._batch.plan(now)
+        self._check_running()
+        return plan
 
     def schedule_ahead(self, now: float) -> StepPlan | None:
         """The step after the one that is being computed, where only its tokens could change it; else None. Its result is taken in after that one's."""
         expires = self.next_deadline()
         if expires is not None and now >= expires:
             return None
-        return self._checked(self._batch.plan_ahead())
+        plan = self._batch.plan_ahead()
+        self._check_running()
+        return plan
 
-    def _checked(self, plan: P) -> P:
+    def _check_running(self) -> None:
         if self._checks_all:
             for request in self._batch.running:
                 self._blocks.check(request.block_ids, request.tag, request.hashes)
-        return plan
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Take in what a step computed. Requests that ended meanwhile are passed over."""
