@@ -4,13 +4,15 @@
 
 The engines write from registered memory into registered memory of a second process, contiguous pieces of 64 KiB to 16 MiB, and
 scattered blocks by lists of descriptors, 4 MiB a call. They check nothing. Over TCP, unless UCX_TLS says else. One JSON line a row;
-engines that are not installed are left out. benchmarks/kv_link has the KV link, against the same loop.
+engines that are not installed are left out. benchmarks/kv_link has the KV link, against the same loop; --beside=shared (or another
+way of it) measures the link and each engine's contiguous rows in turn, --rounds times, and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -21,14 +23,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
-from benchmarks.kv_link import PIECE_BYTES, say
+from benchmarks.kv_link import PIECE_BYTES, SHAPES, WAYS, Giver, Shape, say
 from benchmarks.report import emit, summary
 from xllm_py.base import log
 
 CALL_BYTES = 4 << 20
+TURN_ROUNDS = 5
 ENVIRONMENT = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo", "GLOG_minloglevel": "3"}
 ROWS = [(f"{kib} KiB pieces", kib << 10, False) for kib in (64, 512, 1024, 4096, 16384)]
 ROWS += [(f"{kib} KiB blocks, scattered", kib << 10, True) for kib in (32, 16, 4)]
@@ -161,6 +165,34 @@ def places_of(size: int, piece: int, scattered: bool, source: int, target: int) 
     return [pieces[at : at + step] for at in range(0, number, step)]
 
 
+def beside(engine: str, shape: Shape, turns: int) -> None:
+    """The engine and our link in turn, each while the other does not exist (engines poll): the medians of a turn, and their ratio."""
+    ours: list[float] = []
+    theirs: dict[str, list[float]] = {}
+    for _ in range(turns):
+        command = [sys.executable, "-m", "benchmarks.kv_engines", "--only", engine]
+        command += ["--mebibytes", str(shape.mebibytes), "--rounds", str(TURN_ROUNDS)]
+        # no check: nixl may crash when its process ends, with all rows told
+        told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        for line in told.splitlines():
+            row = json.loads(line) if line.startswith("{") else {}
+            if row.get("engine") == engine and "scattered" not in row["row"]:
+                theirs.setdefault(row["row"], []).append(row["gb_s"]["median"])
+        with closing(Giver(shape)) as giver:
+            giver.run_link(check=True)
+            ours.append(statistics.median(giver.run_link() for _ in range(TURN_ROUNDS)))
+    for row, rates in theirs.items():
+        emit(
+            "kv_engines",
+            {"engine": engine, "row": row, "beside": f"{shape.way}, {shape.name}"},
+            {
+                "gb_s": summary(rates),
+                "our_gb_s": summary(ours),
+                "ours_to_theirs": summary([a / b for a, b in zip(ours, rates, strict=True)]),
+            },
+        )
+
+
 def run_plain(memory: Any, sock: socket.socket, size: int) -> float:
     """GB/s."""
     view, start = memoryview(memory), time.perf_counter()
@@ -225,6 +257,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mebibytes", type=int, default=240)
+    parser.add_argument("--beside", default="", choices=WAYS)
+    parser.add_argument("--shapes", nargs="+", type=int, default=[0, 4])
+    parser.add_argument("--only", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--bytes", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -233,11 +268,16 @@ def main() -> None:
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if shutil.which("iperf3"):
+    there = [name for name in options.only if importlib.util.find_spec(ENGINES[name][0])]
+    if options.beside:
+        for engine, index in itertools.product(there, options.shapes):
+            shape = replace(SHAPES[index], mebibytes=options.mebibytes, way=options.beside)
+            beside(engine, shape, options.rounds)
+        return
+    if shutil.which("iperf3") and options.only == list(ENGINES):
         measure_iperf(options.rounds)
-    for engine, (package, _) in ENGINES.items():
-        if importlib.util.find_spec(package):
-            measure(engine, options.mebibytes << 20, options.rounds)
+    for engine in there:
+        measure(engine, options.mebibytes << 20, options.rounds)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kv_link [--rounds 7] [--mebibytes 240] [--ways tcp shared ...] [--shapes 0 2 ...] [--frames 512 ...]
 
---frames: KiB that a giver fills a frame to, at most 4096. "no digest" leaves the checksums out, which the link itself never does.
+--frames: KiB that a giver fills a frame to, at most 4096; 0, as the link does it. "no digest" leaves the checksums out, which the link itself never does.
 nixl and mooncake are measured when they are installed; benchmarks/kv_engines measures them without our link around them.
 Giver and taker are two processes. Each round moves the same number of bytes once through a plain sendall / recv_into loop and
 once through grants, frames, checksums and COMMIT, in turns; both read from and write to memory of that whole size, so caches
@@ -37,7 +37,7 @@ from xllm_py.core.kv_memory import PARTS, KvLayout, KvMemory
 from xllm_py.core.service_config import TlsSlice
 from xllm_py.device.cpu.native.build import build, instruction_sets
 from xllm_py.device.cpu.native.library import Library
-from xllm_py.transport import kv_giving, tcp_giver, tcp_taker
+from xllm_py.transport import kv_giving, stage, tcp_taker
 from xllm_py.transport.base import GiverGrant, KvEventKind, TakerGrant
 from xllm_py.transport.fabric import open_fabric
 from xllm_py.transport.tcp import TcpKvTransport
@@ -66,7 +66,7 @@ class Shape:
     mebibytes: int = 240
     way: str = "tcp"
     folder: str = ""  # of the certificates
-    frame_kib: int = codec.FRAME_BYTES >> 10
+    frame_kib: int = 0  # the link's own
 
     @property
     def layout(self) -> KvLayout:
@@ -79,22 +79,26 @@ class Shape:
 
     def transport(self, memory: KvMemory, incarnation: str, listen: bool) -> TcpKvTransport:
         """One end, as `way` says."""
-        codec.FRAME_BYTES = self.frame_kib << 10
+        if self.frame_kib:
+            codec.FRAME_BYTES = codec.BESIDE_BYTES = self.frame_kib << 10
         digest = payload_checksum if self.way != "no digest" else lambda *_views: 0
-        for module in (tcp_giver, tcp_taker, kv_giving):
+        for module in (stage, tcp_taker, kv_giving):
             module.payload_checksum = digest
-        files = [f"{self.folder}/{name}" for name in ("cert.pem", "key.pem", "ca.pem")]
-        tls = KvTls(TlsSlice(cert_file=files[0], key_file=files[1], ca_file=files[2]))
         return TcpKvTransport(
             memory=memory,
             incarnation=incarnation,
             cluster_key=KEY,
             listen=listen,
             num_streams={"2 streams": 2, "4 streams": 4}.get(self.way, 1),
-            tls=tls if self.way == "tls" else None,
+            tls=self.tls() if self.way == "tls" else None,
             shared_memory=self.way == "shared",
             fabric=open_fabric(self.way, "127.0.0.1", RealClock()) if self.way in FABRICS else None,
         )
+
+    def tls(self) -> KvTls:
+        """Of both ends."""
+        files = [f"{self.folder}/{name}" for name in ("cert.pem", "key.pem", "ca.pem")]
+        return KvTls(TlsSlice(cert_file=files[0], key_file=files[1], ca_file=files[2]))
 
     @property
     def num_grants(self) -> int:
@@ -139,8 +143,7 @@ def make_memory(shape: Shape, fill: bool) -> tuple[KvMemory, list[memoryview]]:
             region[:] = random.Random(index).randbytes(size)
         regions.append(memoryview(region))
     native = build(instruction_sets()[0])  # as the cpu device does
-    gather = Library(native, "").gather
-    return KvMemory(shape.layout, shape.num_blocks, regions, gather=gather), regions
+    return KvMemory(shape.layout, shape.num_blocks, regions, carrier=Library(native, "")), regions
 
 
 def content(memory: KvMemory, shape: Shape, grants: list[tuple[int, ...]]) -> int:
@@ -355,7 +358,7 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=240)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--frames", nargs="+", type=int, default=[codec.FRAME_BYTES >> 10])
+    parser.add_argument("--frames", nargs="+", type=int, default=[0])
     parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))))
     options = parser.parse_args()
     if options.serve:

@@ -97,14 +97,15 @@ def test_an_engine_that_fails_breaks_the_link_and_at_last_the_grant(engine: Fake
 def test_more_than_the_ring_holds_goes_through_it(engine: FakeFabric) -> None:
     reader = FabricReader(engine)
     writer = FabricWriter(engine, reader.description)
-    size, target = 3 << 20, bytearray(3 << 20)
+    size = 3 << 20
     for turn in range(20):
         payload = bytes([turn]) * size
         assert writer.has_room(size)
-        writer.put([memoryview(payload)], size)
-        reader.begin(size)
-        assert reader.read_into([memoryview(target)]) == size
-        assert target == payload
+        with writer.place(size) as room:
+            room[:] = payload
+        writer.send()
+        with reader.take(size) as found:
+            assert found == payload
         taken = reader.news()
         assert taken is not None
         writer.taken(taken)

@@ -17,6 +17,7 @@ from xllm_py.base.hashing import fingerprint
 
 PARTS = 2
 POISON = b"\x7f"  # repeated: finite in every dtype, so that nothing times it is nothing, and far from any key or value
+CARRIED_BYTES = 1024
 _MAX_REMEMBERED = 64  # block lists: every layer and part of a push asks for the same blocks
 
 
@@ -68,14 +69,25 @@ class Mirror(Protocol):
         ...
 
 
-# (a region, numbers of blocks as 64-bit integers, out): copies these blocks to `out`, one after the other. The numbers are believed.
-Gather = Callable[[memoryview, memoryview, memoryview], None]
+class Carrier(Protocol):
+    """Copies blocks between a region and one piece of memory where they lie one after the other, and returns the content's
+    `hashing.payload_checksum`, computed from what was read once. Blocks are at least one, of a multiple of CARRIED_BYTES, their numbers
+    64-bit integers and believed. Without the interpreter's lock.
+    """
+
+    def gather(self, region: memoryview, blocks: memoryview, flat: memoryview) -> int:
+        """Out of the region."""
+        ...
+
+    def scatter(self, region: memoryview, blocks: memoryview, flat: memoryview) -> int:
+        """Into the region."""
+        ...
 
 
 class KvMemory:
     """Byte views over all blocks. mirror: the cache itself is elsewhere, and these bytes are a copy that is as new as it was asked to be.
 
-    gather: a faster way than the library's to copy many small blocks, where the device has one.
+    carrier: where the device has one.
     """
 
     def __init__(
@@ -84,7 +96,7 @@ class KvMemory:
         num_blocks: int,
         regions: Sequence[memoryview],
         mirror: Mirror | None = None,
-        gather: Gather | None = None,
+        carrier: Carrier | None = None,
     ) -> None:
         if len(regions) != layout.num_layers * PARTS:
             raise ValueError(f"{len(regions)} regions for {layout.num_layers} layers")
@@ -94,7 +106,7 @@ class KvMemory:
         self.layout = layout
         self.num_blocks = num_blocks
         self.mirror = mirror
-        self.gather = gather
+        self._carrier = carrier
         self._regions = [region.cast("B") for region in regions]
         self.token = slice(None)  # bytes of each token that are meant (see `heads`)
         self._finer: dict[int, KvMemory] = {layout.block_size: self}
@@ -108,7 +120,7 @@ class KvMemory:
             layout = self.layout.at(block_size)
             num_blocks = self.num_blocks * self.layout.block_size // block_size
             found = self._finer[block_size] = KvMemory(
-                layout, num_blocks, self._regions, gather=self.gather
+                layout, num_blocks, self._regions, carrier=self._carrier
             )
         return found
 
@@ -123,12 +135,17 @@ class KvMemory:
             return self
         found = self._cut.get((first, count))
         if found is None:
-            found = KvMemory(self.layout, self.num_blocks, self._regions, self.mirror, self.gather)
+            found = KvMemory(self.layout, self.num_blocks, self._regions, self.mirror)
             self._cut[first, count] = found
             found.layout = self.layout.heads(count)
             head_bytes = self.layout.block_bytes // self.layout.block_size // total
             found.token = slice(first * head_bytes, (first + count) * head_bytes)
         return found
+
+    @property
+    def carrier(self) -> Carrier | None:
+        """The device's, when it can carry blocks of this size."""
+        return self._carrier if self.layout.block_bytes % CARRIED_BYTES == 0 else None
 
     @property
     def is_cut(self) -> bool:

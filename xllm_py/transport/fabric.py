@@ -8,7 +8,6 @@ names. A peer that writes elsewhere, or late, spoils its own payloads, which the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from xllm_py.base.clock import Clock
@@ -86,9 +85,10 @@ class FabricWriter(Outgoing):
             self._memory.close()
             raise
 
-    def put(self, views: Sequence[memoryview], length: int) -> None:
+    def send(self) -> None:
         """See PayloadWriter."""
-        self._route.write(self._copy_in(views, length), length)
+        _, place, end = self._held[-1]
+        self._route.write(place, end - place)
 
     def close(self) -> None:
         """See PayloadWriter."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections import deque
-from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 from xllm_py.transport.tcp_socket import LinkBroken
@@ -19,7 +19,9 @@ RING_BYTES = 16 << 20  # room for four of the largest payloads
 HOT_BYTES = (
     4 << 20
 )  # payloads of up to a quarter of it stay within it: what is used again soon is in the processor's cache
-TELL_BYTES = 1 << 20  # the taker says how far it is after so many bytes
+TELL_BYTES = (
+    2 << 20
+)  # the taker says how far it is after so many bytes; with two of the largest payloads it must fit a ring
 
 
 class PayloadWriter(Protocol):
@@ -29,8 +31,12 @@ class PayloadWriter(Protocol):
         """Whether a payload fits without touching what the taker has not taken."""
         ...
 
-    def put(self, views: Sequence[memoryview], length: int) -> None:
-        """Have a payload there when this returns; there must be room. Raises LinkBroken."""
+    def place(self, length: int) -> memoryview:
+        """Where the next payload is to be written; there must be room. To be released before `close`."""
+        ...
+
+    def send(self) -> None:
+        """Have the payload at the last place there when this returns. Raises LinkBroken."""
         ...
 
     def taken(self, total: int) -> None:
@@ -45,12 +51,8 @@ class PayloadWriter(Protocol):
 class PayloadReader(Protocol):
     """The taker's end."""
 
-    def begin(self, length: int) -> None:
-        """The next payload has so many bytes; `read_into` reads it."""
-        ...
-
-    def read_into(self, views: Sequence[memoryview]) -> int:
-        """Fill the views with what comes next of the payload; returns the bytes."""
+    def take(self, length: int) -> memoryview:
+        """The next payload, of so many bytes, as the peer wrote it and may still change it. To be released before `close`."""
         ...
 
     def news(self) -> int | None:
@@ -107,21 +109,18 @@ class Outgoing:
     def has_room(self, length: int) -> bool:
         """See PayloadWriter."""
         place = self._places.of(length)
-        return all(end <= place or place + length <= start for _, start, end in self._held)
+        # in mid-ring only the oldest can be in the way: what came after the last return to the beginning lies before this place
+        near = islice(self._held, 1) if place else self._held
+        return all(end <= place or place + length <= start for _, start, end in near)
 
-    def put(self, views: Sequence[memoryview], length: int) -> None:
+    def place(self, length: int) -> memoryview:
         """See PayloadWriter."""
-        self._copy_in(views, length)
+        place = self._places.fill(length)
+        self._held.append((self._places.total, place, place + length))
+        return self._view[place : place + length]
 
-    def _copy_in(self, views: Sequence[memoryview], length: int) -> int:
-        """Returns the place."""
-        place = first = self._places.fill(length)
-        for view in views:
-            end = place + view.nbytes
-            self._view[place:end] = view
-            place = end
-        self._held.append((self._places.total, first, place))
-        return first
+    def send(self) -> None:
+        """See PayloadWriter."""
 
     def taken(self, total: int) -> None:
         """See PayloadWriter."""
@@ -137,22 +136,12 @@ class Incoming:
     def __init__(self, view: memoryview) -> None:
         self._view = view
         self._places = _Places()
-        self._place = 0
         self._told = 0
 
-    def begin(self, length: int) -> None:
+    def take(self, length: int) -> memoryview:
         """See PayloadReader."""
-        self._place = self._places.fill(length)
-
-    def read_into(self, views: Sequence[memoryview]) -> int:
-        """See PayloadReader."""
-        place = self._place
-        for view in views:
-            end = place + view.nbytes
-            view[:] = self._view[place:end]
-            place = end
-        count, self._place = place - self._place, place
-        return count
+        place = self._places.fill(length)
+        return self._view[place : place + length]
 
     def news(self) -> int | None:
         """See PayloadReader."""

@@ -1,8 +1,9 @@
-"""Blocks that lie scattered in small pieces go through one buffer: a call for each piece costs more than copying it. Used by tcp_giver
-and tcp_taker.
+"""Copies blocks between the cache and one piece of memory: a payload beside the socket, or a buffer for blocks that lie scattered in
+small pieces. Used by tcp_giver and tcp_taker.
 
-A frame of 128 blocks of 4 KiB is 128 buffers to the kernel and to the checksum; gathered by one call it is one, and the second copy stays
-in the processor's cache (docs/decisions/0042). Pieces that are large go from and to the cache's own memory.
+To a socket, pieces that are large go from and to the cache's own memory. A frame of 128 blocks of 4 KiB would be 128 buffers to the kernel
+and to the checksum; gathered by one call it is one, and the second copy stays in the processor's cache (docs/decisions/0042). Where the
+device has a Carrier, copying and checksum are one pass (docs/decisions/0045).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import KvMemory
 from xllm_py.wire import codec
 
@@ -54,25 +56,41 @@ class Stage:
         start, self._used = self._used, self._used + num_bytes
         return self._room[start : self._used]
 
-    def gather(self, layer: int, part: int, block_ids: tuple[int, ...]) -> list[memoryview]:
-        """The content of these blocks: a copy, or their own memory. Raises IndexError as KvMemory.spans does."""
+    def gather(
+        self, layer: int, part: int, block_ids: tuple[int, ...]
+    ) -> tuple[list[memoryview], int]:
+        """The content of these blocks, a copy or their own memory, and its checksum. Raises IndexError as KvMemory.spans does."""
         if not self.wants(block_ids):
-            return self._memory.spans(layer, part, block_ids)
-        self._memory.check(layer, block_ids)
-        rows, wanted = self._rows_of(layer, part), _index(block_ids)
+            views = self._memory.spans(layer, part, block_ids)
+            return views, payload_checksum(*views)
         copy = self.room(len(block_ids) * self._memory.layout.block_bytes)
-        if self._memory.gather is not None and not self._memory.is_cut:
-            self._memory.gather(rows.data, wanted.data, copy)
-        else:
-            out = np.frombuffer(copy, np.uint8).reshape(len(block_ids), *rows.shape[1:])
-            np.take(rows, wanted, axis=0, out=out, mode="clip")
-        return [copy]
+        return [copy], self.lift(layer, part, block_ids, copy)
 
-    def scatter(self, layer: int, part: int, block_ids: tuple[int, ...], data: memoryview) -> None:
-        """Into these blocks, one after the other. Only after `wants`."""
+    def lift(self, layer: int, part: int, block_ids: tuple[int, ...], room: memoryview) -> int:
+        """Copy these blocks there, one after the other. Returns the checksum of what lies there. Raises IndexError as KvMemory.spans."""
+        memory = self._memory
+        memory.check(layer, block_ids)
+        if (carrier := memory.carrier) is not None:
+            return carrier.gather(memory.region(layer, part), _index(block_ids).data, room)
         rows = self._rows_of(layer, part)
-        come = np.frombuffer(data, np.uint8).reshape(len(block_ids), *rows.shape[1:])
-        rows[_index(block_ids)] = come
+        out = np.frombuffer(room, np.uint8).reshape(len(block_ids), *rows.shape[1:])
+        np.take(rows, _index(block_ids), axis=0, out=out, mode="clip")
+        return payload_checksum(room)
+
+    def land(self, layer: int, part: int, block_ids: tuple[int, ...], data: memoryview) -> int:
+        """Copy into these blocks what lies there one after the other. Returns the checksum of what they got, also when somebody else
+        changes `data` meanwhile. Raises IndexError as KvMemory.spans.
+        """
+        memory = self._memory
+        memory.check(layer, block_ids)
+        if (carrier := memory.carrier) is not None:
+            return carrier.scatter(memory.region(layer, part), _index(block_ids).data, data)
+        own = bytes(data)
+        rows = self._rows_of(layer, part)
+        rows[_index(block_ids)] = np.frombuffer(own, np.uint8).reshape(
+            len(block_ids), *rows.shape[1:]
+        )
+        return payload_checksum(own)
 
     def _rows_of(self, layer: int, part: int) -> NDArray[np.uint8]:
         """[blocks, tokens, bytes] over the cache's own memory."""

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from xllm_py.base import failpoints, log
 from xllm_py.base.clock import Clock
 from xllm_py.base.errors import InternalError
-from xllm_py.base.hashing import payload_checksum
 from xllm_py.core.kv_memory import KvMemory
 from xllm_py.transport import tcp_socket
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind
@@ -28,7 +27,6 @@ from xllm_py.transport.tcp_handshake import GiverEnd, Hold, Pause
 from xllm_py.transport.tcp_socket import LinkBroken
 from xllm_py.wire import codec, kv_session
 from xllm_py.wire.codec import FrameType
-from xllm_py.wire.kv_session import GiverSession
 
 ACK_S = 1.0  # a verified COMMIT is answered in microseconds; after so long the peer is asked again over a new connection
 ABANDON_S = 0.5  # how long `abandon` lets the thread come out of the kernel before it cuts the link
@@ -37,6 +35,9 @@ CUT_S = 10.0  # the kernel returns from a cut link at once; only a machine that 
 _IDLE_MS = 250
 
 _log = log.get(__name__)
+_Frame = tuple[
+    bytes, list[memoryview], int
+]  # header, payload where it goes over the socket, the payload's bytes
 
 
 class GiverLink:
@@ -69,7 +70,8 @@ class GiverLink:
         self._closing = False
         self._ended = False
         self._wake = Wake()
-        self._blocks_per_frame = codec.blocks_per_frame(memory.layout.block_bytes)
+        self._block_bytes = memory.layout.block_bytes
+        self._per_frame = codec.blocks_per_frame(self._block_bytes)
         self._thread = threading.Thread(target=self._run, name="kv-giver", daemon=True)
 
     def start(self) -> None:
@@ -110,7 +112,7 @@ class GiverLink:
 
     def push(self, grant: bytes, layer: int, first: int, block_ids: tuple[int, ...]) -> None:
         """Queue blocks; passed over when the grant has ended."""
-        self._enqueue(frames_of(grant, layer, first, block_ids, self._blocks_per_frame))
+        self._enqueue(frames_of(grant, layer, first, block_ids, self._per_frame))
 
     def commit(self, grant: bytes) -> None:
         """Queue COMMIT."""
@@ -167,6 +169,7 @@ class GiverLink:
             except LinkBroken as broken:
                 return cause + self._named(broken.message)
             _log.info("KV link open", peer=self._peer, way=end.way)
+            self._per_frame = codec.blocks_per_frame(self._block_bytes, end.ring is not None)
             try:
                 self._serve(end)
                 return "closed"
@@ -254,40 +257,39 @@ class GiverLink:
                 if item.kind is FrameType.DATA:
                     self._reading.add(item.grant)
             make = self._data if item.kind is FrameType.DATA else self._question
-            header, payload, size = make(end.session, giving, item)
-            views.append(memoryview(header))
+            header, payload, size = make(end, giving, item)
+            views += [memoryview(header), *payload]
             moved += codec.HEADER_BYTES + size
-            num_bytes += codec.HEADER_BYTES
-            if end.ring is None:
-                views += payload
-                num_bytes += size
-            elif size:
-                self._await_room(end, end.ring, size)
-                end.ring.put(payload, size)
+            num_bytes += codec.HEADER_BYTES + (size if payload else 0)
         return views, num_bytes
 
-    def _data(
-        self, session: GiverSession, giving: Giving, item: Item
-    ) -> tuple[bytes, list[memoryview], int]:
-        """Header, payload, and the payload's bytes."""
+    def _data(self, end: GiverEnd, giving: Giving, item: Item) -> _Frame:
+        """Of blocks."""
         _, grant, layer, part, first, block_ids = item
         giving.started_s = giving.started_s or self._clock.now()
-        views = self._stage.gather(layer, part, block_ids)
-        checksum = payload_checksum(*views)
-        header, data = session.data(grant, layer, part, first, len(block_ids), checksum)
+        if end.ring is None:
+            views, checksum = self._stage.gather(layer, part, block_ids)
+        else:
+            with self._room(end, end.ring, len(block_ids) * self._block_bytes) as room:
+                views, checksum = [], self._stage.lift(layer, part, block_ids, room)
+            end.ring.send()
+        header, data = end.session.data(grant, layer, part, first, len(block_ids), checksum)
         giving.frames.sent(header)
         self._counts.add("bytes_sent", header.length)
         return data, views, header.length
 
-    def _question(
-        self, session: GiverSession, giving: Giving, item: Item
-    ) -> tuple[bytes, list[memoryview], int]:
-        """COMMIT, RESUME or PROBE, which the taker answers; as `_data`."""
+    def _question(self, end: GiverEnd, giving: Giving, item: Item) -> _Frame:
+        """COMMIT, RESUME or PROBE, which the taker answers."""
         giving.committed_s = self._clock.now()
         giving.started_s = giving.started_s or giving.committed_s
-        frame = memoryview(giving.question(session, item.kind))
+        frame = memoryview(giving.question(end.session, item.kind))
         header, payload = bytes(frame[: codec.HEADER_BYTES]), frame[codec.HEADER_BYTES :]
-        return header, [payload], payload.nbytes
+        if end.ring is None or not payload:
+            return header, [payload], payload.nbytes
+        with self._room(end, end.ring, payload.nbytes) as room:
+            room[:] = payload
+        end.ring.send()
+        return header, [], payload.nbytes
 
     def _write(self, end: GiverEnd, views: list[memoryview], num_bytes: int) -> None:
         try:
@@ -300,14 +302,15 @@ class GiverLink:
         finally:
             self._stop_reading()
 
-    def _await_room(self, end: GiverEnd, ring: PayloadWriter, size: int) -> None:
-        """Until the taker has taken enough out of the ring."""
+    def _room(self, end: GiverEnd, ring: PayloadWriter, size: int) -> memoryview:
+        """A place for the next payload, when the taker has taken enough out of the ring."""
         since = self._clock.now()
         while not ring.has_room(size):
             if select.select([end.sock], [], [], tcp_socket.STALL_S)[0]:
                 self._read_reply(end)
             if self._clock.now() - since > tcp_socket.STALL_S:  # also when it only talks
                 raise LinkBroken("the peer takes no bytes")
+        return ring.place(size)
 
     def _is_abandoned(self) -> bool:
         with self._state:

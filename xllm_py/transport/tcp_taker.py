@@ -148,10 +148,15 @@ class TakerLink:
 
     def _read_payload(self, take: Take) -> tuple[int, bytes]:
         """(checksum of what came, the bytes themselves when it is a COMMIT)."""
-        if self._ring is not None:
-            self._ring.begin(take.header.length)
         if take.is_commit:
             failpoints.hit("d.kv.pre_commit")
+        elif take.store:
+            failpoints.hit("d.kv.frame")
+            self._arriving(take)
+        if self._ring is not None:
+            with self._ring.take(take.header.length) as there:
+                return self._read_beside(take, there)
+        if take.is_commit:
             payload = bytearray(take.header.length)
             self._fill(take, [memoryview(payload)], len(payload))
             return payload_checksum(payload), bytes(payload)
@@ -159,8 +164,24 @@ class TakerLink:
             return self._write_blocks(take), b""
         return self._drain(take.header.length), b""
 
+    def _read_beside(self, take: Take, there: memoryview) -> tuple[int, bytes]:
+        """`_read_payload` of one that did not come over the socket."""
+        header = take.header
+        if take.is_commit:
+            payload = bytes(there)
+            return payload_checksum(payload), payload
+        if not take.store:
+            return payload_checksum(there), b""
+        if self._is_revoked(take):
+            return header.checksum, b""  # nothing of it is used
+        return self._stage.land(header.layer, header.part, take.block_ids, there), b""
+
+    def _arriving(self, take: Take) -> None:
+        with self._taking.lock:
+            if take.grant is not None:
+                self._taking.arriving(take.grant, self._clock.now())
+
     def _write_blocks(self, take: Take) -> int:
-        failpoints.hit("d.kv.frame")
         header = take.header
         self._stage.clear()
         staged = self._stage.wants(take.block_ids)
@@ -168,22 +189,19 @@ class TakerLink:
             views = [self._stage.room(header.length)]
         else:
             views = self._memory.spans(header.layer, header.part, take.block_ids)
-        with self._taking.lock:
-            if take.grant is not None:
-                self._taking.arriving(take.grant, self._clock.now())
         left = self._fill(take, views, header.length)
         if left:
             self._drain(left)
             return header.checksum  # nothing of it is used
         if staged:
-            self._stage.scatter(header.layer, header.part, take.block_ids, views[0])
+            return self._stage.land(header.layer, header.part, take.block_ids, views[0])
         return payload_checksum(*views)
 
     def _fill(self, take: Take, views: list[memoryview], left: int) -> int:
         """Read into the views, `left` bytes; stops when the grant is revoked meanwhile. Returns the number of bytes left."""
         progress_s = self._clock.now()
         while not (take.store and self._is_revoked(take)):
-            count = self._read_into(views)
+            count = tcp_socket.read_into(self._sock, views)
             left -= count
             if not left:
                 return 0
@@ -194,12 +212,6 @@ class TakerLink:
             elif now - progress_s > tcp_socket.STALL_S:
                 raise LinkBroken("the giver stopped in the middle of a frame")
         return left
-
-    def _read_into(self, views: list[memoryview]) -> int:
-        """Of a payload."""
-        if self._ring is not None:
-            return self._ring.read_into(views)
-        return tcp_socket.read_into(self._sock, views)
 
     def _is_revoked(self, take: Take) -> bool:
         """When it is, the frame leaves the blocks here and now."""
@@ -217,7 +229,7 @@ class TakerLink:
         progress_s = self._clock.now()
         while length:
             view = self._sink[: min(length, _SINK_BYTES)]
-            count = self._read_into([view])
+            count = tcp_socket.read_into(self._sock, [view])
             checksum.add(view[:count])
             length -= count
             now = self._clock.now()

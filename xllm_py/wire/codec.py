@@ -30,6 +30,7 @@ MAC_BYTES = 16
 FRAME_BYTES = (
     512 << 10
 )  # what a giver fills a frame to: after its checksum it is still in the core's cache when it is sent
+BESIDE_BYTES = 1 << 20  # the same where payloads go beside the socket
 MAX_FRAME_BLOCKS = 511  # the giver's own limit: a header and its blocks fit one system call (1,024 buffers on Linux)
 NO_GRANT = bytes(GRANT_BYTES)
 NONCE_BYTES = 32
@@ -172,11 +173,12 @@ class Signer:
         return keyed.digest()[:MAC_BYTES]
 
 
-def blocks_per_frame(block_bytes: int) -> int:
+def blocks_per_frame(block_bytes: int, beside: bool = False) -> int:
     """How many blocks of one layer and part a giver puts in one frame; 0 when not even one fits."""
     if block_bytes > MAX_PAYLOAD_BYTES:
         return 0
-    return max(1, min(FRAME_BYTES // block_bytes, MAX_FRAME_BLOCKS))
+    full = BESIDE_BYTES if beside else FRAME_BYTES
+    return max(1, min(full // block_bytes, MAX_FRAME_BLOCKS))
 
 
 def pack_header(header: Header, signer: Signer) -> bytes:

@@ -102,7 +102,7 @@ class CpuDevice:
         self._kernels: Kernels = (
             TorchKernels(self.threads) if library is None else NativeKernels(library, self.threads)
         )
-        self._gather = None if library is None else library.gather
+        self._carrier = library
         self.variant = self._kernels.variant
         self.row_padding = self._kernels.row_padding
         self.pack_linear = self._kernels.pack_linear
@@ -142,7 +142,7 @@ class CpuDevice:
         self._cache = PagedCache(caches[0::2], caches[1::2], shape.block_size, shape.kv_heads)
         self._kernels.use(self._cache)
         regions = regions_of([cache[: shape.num_blocks] for cache in caches])
-        self._memory = KvMemory(kv_layout(shape), shape.num_blocks, regions, gather=self._gather)
+        self._memory = KvMemory(kv_layout(shape), shape.num_blocks, regions, carrier=self._carrier)
 
     def kv_memory(self) -> KvMemory:
         """See Device."""

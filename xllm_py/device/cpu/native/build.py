@@ -23,6 +23,7 @@ _SOURCES = (
     "kernels.cpp",
     "linear.h",
     "attention.h",
+    "carry.h",
     "rowwise.h",
     "draw.h",
     "products.h",

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "carry.h"
 #include "draw.h"
 #include "linear.h"
 #include "rowwise.h"
@@ -92,19 +93,12 @@ void xllm_attend(const Attention* it, int dtype, int threads) {
   else attend<OfFloat>(*it, threads);
 }
 
-// Rows of `size` bytes of a region, one after the other. They lie anywhere, where the processor does not look ahead by itself, so the
-// next row is asked for while this one is copied.
-void xllm_gather(const char* region, const int64_t* rows, char* out, int64_t count, int64_t size) {
-  for (int64_t i = 0; i < count; i++, out += size) {
-    const char* from = region + rows[i] * size;
-    const char* next = region + rows[i + 1 < count ? i + 1 : i] * size;
-    int64_t at = 0;
-    for (; at + 64 <= size; at += 64) {
-      __builtin_prefetch(next + at);
-      memcpy(out + at, from + at, 64);
-    }
-    memcpy(out + at, from + at, size - at);
-  }
+// Blocks of a region to `flat`, or from there into them; see carry.h.
+uint32_t xllm_gather(char* region, const int64_t* blocks, char* flat, int64_t count, int64_t size) {
+  return uint32_t(carry<false>(region, blocks, flat, count, size));
+}
+uint32_t xllm_scatter(char* region, const int64_t* blocks, char* flat, int64_t count, int64_t size) {
+  return uint32_t(carry<true>(region, blocks, flat, count, size));
 }
 
 // Ask for huge pages behind the whole ones of this memory; without them it works as well, slower.

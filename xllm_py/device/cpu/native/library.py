@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import c_char, c_double, c_float, c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
+
+import numpy as np
 
 PLAIN, ADD, GATE = 0, 1, 2  # what follows a linear, `After` in linear.h
 
@@ -111,19 +113,28 @@ class Library:
         self.draw.argtypes, self.draw.restype = [pointer, pointer, size, size, c_int], None
         self.attend = found.xllm_attend
         self.attend.argtypes, self.attend.restype = [pointer, c_int, c_int], None
-        self._gather = found.xllm_gather
-        # region, numbers of rows, out; how many, bytes of one
-        self._gather.argtypes, self._gather.restype = [*[pointer] * 3, *[size] * 2], None
+        self._gather, self._scatter = found.xllm_gather, found.xllm_scatter
+        for carry in (self._gather, self._scatter):
+            # region, numbers of blocks, the flat side; how many, bytes of one
+            carry.argtypes, carry.restype = [*[pointer] * 3, *[size] * 2], c_uint32
         self.huge_pages = found.xllm_huge_pages
         self.huge_pages.argtypes, self.huge_pages.restype = [pointer, size], None
 
-    def gather(self, region: memoryview, rows: memoryview, out: memoryview) -> None:
-        """See core.kv_memory.Gather."""
-        count = len(rows)
-        if count:
-            self._gather(_at(region), _at(rows), _at(out), count, out.nbytes // count)
+    def gather(self, region: memoryview, blocks: memoryview, flat: memoryview) -> int:
+        """See core.kv_memory.Carrier."""
+        count = len(blocks)
+        found: int = self._gather(_at(region), _at(blocks), _at(flat), count, flat.nbytes // count)
+        return found
+
+    def scatter(self, region: memoryview, blocks: memoryview, flat: memoryview) -> int:
+        """See core.kv_memory.Carrier."""
+        count = len(blocks)
+        found: int = self._scatter(_at(region), _at(blocks), _at(flat), count, flat.nbytes // count)
+        return found
 
 
 def _at(view: memoryview) -> int:
-    """Where its bytes are; it is writable."""
+    """Where its bytes are, which stay there while it is alive."""
+    if view.readonly:
+        return np.frombuffer(view, np.uint8).ctypes.data
     return ctypes.addressof(c_char.from_buffer(view))
