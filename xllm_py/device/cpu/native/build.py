@@ -126,12 +126,14 @@ def _compile(compiler: str, flags: list[str], target: Path) -> None:
                 "kernels compiled", compiler=compiler, file=str(target), threads=bool(threads)
             )
             return
-        told = (
-            told or run.stderr.strip().splitlines()[0]
-            if run.stderr.strip()
-            else str(run.returncode)
-        )
+        told = told or _cause(run.stderr) or f"exit code {run.returncode}"
     raise DeviceUnavailable(f"{compiler} failed on the kernels ({told[:200]}); set CXX to another")
+
+
+def _cause(stderr: str) -> str:
+    """Of all lines the one that says what is wrong."""
+    lines = stderr.strip().splitlines()
+    return next((line for line in lines if "error" in line), "".join(lines[:1]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 // Linears over weights packed once: y = x W^T + b, and what commonly follows it, for any number of rows with the same bits.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "products.h"
@@ -13,7 +14,9 @@ enum After { PLAIN = 0, ADD = 1, GATE = 2 };
 template <class T>
 struct Linear {
   static_assert(T::PER * sizeof(typename T::B) == 4, "a step of a column is a word");
-  static constexpr long DEPTH = 512 / sizeof(typename T::B);  // of k at once: such a piece of a panel stays in the L1 cache
+  static constexpr long STEP = PANEL * T::PER;       // numbers of a panel in one step
+  static constexpr long LINES = PANEL * 4 / LINE;    // of one step
+  static constexpr long DEPTH = 128, AHEAD = 4096;   // steps at once: such a piece of a panel stays in the L1 cache; bytes
 
   static long steps_of(long k) { return (k + T::PER - 1) / T::PER; }
   static long panels_of(long n, bool gated) {
@@ -68,16 +71,30 @@ struct Linear {
     return true;
   }
 
-  // One panel of some rows. sums: [rows][PANEL] scratch.
+  // One panel of some rows. sums: [rows][PANEL] scratch. then: the panel that comes after it, or null.
+  //
+  // Weights come from memory once, however many tiles of rows there are. While a piece of them is multiplied with one tile after the
+  // other, the memory would rest: so the tiles share in asking for the piece that follows.
   static void panel(const typename T::A* x, long lda, long rows, const typename T::B* b, long steps,
-                    typename T::Sum* sums) {
-    long depth = rows <= TILE_M ? steps : DEPTH / T::PER;
+                    typename T::Sum* sums, const typename T::B* then) {
+    if (rows <= TILE_M) {  // one or two leave the processor time to look ahead by itself
+      micro_rows<T, PANEL_V>(int(rows), x, lda, b, STEP, steps, sums, PANEL, true, (const char*)b + AHEAD,
+                             rows > 2 ? LINES : 0);
+      return;
+    }
+    const long tiles = (rows + TILE_M - 1) / TILE_M, most = tiles < 4 ? DEPTH / 2 : DEPTH;
+    const long pieces = (steps + most - 1) / most, depth = (steps + pieces - 1) / pieces;
     for (long s = 0; s < steps; s += depth) {
-      long some = std::min(depth, steps - s);
-      for (long m = 0; m < rows;) {
-        int count = tile_of(rows - m);
-        micro_rows<T, PANEL_V>(count, x + m * lda + s * T::PER, lda, b + s * PANEL * T::PER,
-                               PANEL * T::PER, some, sums + m * PANEL, PANEL, s == 0);
+      const long some = std::min(depth, steps - s);
+      const char* soon = (const char*)(s + depth < steps ? b + (s + depth) * STEP : then);
+      long left = soon ? LINES : 0, tiles_left = tiles;
+      for (long m = 0; m < rows; tiles_left--) {
+        const int count = tile_of(rows - m);
+        const long lines = (left + tiles_left - 1) / tiles_left;
+        micro_rows<T, PANEL_V>(count, x + m * lda + s * T::PER, lda, b + s * STEP, STEP, some, sums + m * PANEL,
+                               PANEL, s == 0, soon, lines);
+        soon += lines * some * LINE;
+        left -= lines;
         m += count;
       }
     }
@@ -135,14 +152,16 @@ struct Linear {
       a = widened.data();
     }
     long columns = after == GATE ? n / 2 : n;
-    tasks(m, panels, n * k, threads, [&](long from, long some, long p, void* scratch) {
+    tasks(m, panels, n * k, threads, [&](long from, long some, long p, long then, void* scratch) {
       float* sums = (float*)scratch;
-      panel(a + from * width, width, some, packed + p * steps * PANEL * T::PER, steps, sums);
+      panel(a + from * width, width, some, packed + p * steps * STEP, steps, sums,
+            then < 0 ? nullptr : packed + then * steps * STEP);
       finish(sums, some, p, n, bias, after, more ? more + from * columns : nullptr, out + from * columns);
     });
   }
 
-  // Every band of rows with every panel: do(first row, rows, panel, scratch for [rows][PANEL] numbers of 32 bits).
+  // Every band of rows with every panel: do(first row, rows, panel, this thread's next panel or -1, scratch for [rows][PANEL] numbers of
+  // 32 bits). A thread takes its next task before it does one.
   template <class Do>
   static void tasks(long m, long panels, long weights, int threads, Do each) {
     long rows = std::min<long>(m, 512);  // of one task; fewer where threads would wait
@@ -150,14 +169,16 @@ struct Linear {
     long bands = (m + rows - 1) / rows;
     // reading them and multiplying takes less than 10 us, and calling a second thread and waiting for it 4 to 5
     if (weights + m * weights / 8 < 400 << 10) threads = 1;
+    const long total = bands * panels;
+    std::atomic<long> taken{0};
 #pragma omp parallel num_threads(threads)
     {
       static thread_local std::vector<float> scratch;
       if (scratch.size() < size_t(rows * PANEL)) scratch.resize(rows * PANEL);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (long task = 0; task < bands * panels; task++) {
-        long from = task / panels * rows;
-        each(from, std::min(rows, m - from), task % panels, scratch.data());
+      for (long task = taken++; task < total;) {
+        const long then = taken++, from = task / panels * rows;
+        each(from, std::min(rows, m - from), task % panels, then < total ? then % panels : -1, scratch.data());
+        task = then;
       }
     }
   }
@@ -206,9 +227,10 @@ struct Linear8 {
 #pragma omp parallel for num_threads(m * k < 1 << 15 ? 1 : threads) schedule(static)
     for (long i = 0; i < m; i++) row_scales[i] = quantize(x + i * k, rows + i * width, k, width);
     const long columns = after == GATE ? n / 2 : n;
-    Int8::tasks(m, panels, n * k, threads, [&](long from, long some, long p, void* scratch) {
+    Int8::tasks(m, panels, n * k, threads, [&](long from, long some, long p, long then, void* scratch) {
       int32_t* sums = (int32_t*)scratch;
-      Int8::panel(rows + from * width, width, some, packed + p * steps * PANEL * 4, steps, sums);
+      Int8::panel(rows + from * width, width, some, packed + p * steps * Int8::STEP, steps, sums,
+                  then < 0 ? nullptr : packed + then * steps * Int8::STEP);
       for (long i = 0; i < some; i++)
         for (long j = 0; j < PANEL; j += W) {
           int32_t exact[W];

@@ -5,6 +5,8 @@
 
 namespace xllm {
 
+constexpr long LINE = 64;  // bytes that the memory gives at once
+
 // What a product of A rows with packed B columns is made of: PER numbers along k are one step.
 // B in panels: [steps][columns of the panel][PER]. A: [rows][k], float where the machine cannot multiply bfloat16.
 struct OfFloat {
@@ -123,16 +125,18 @@ struct OfInt8 {
 };
 
 // c[M][N vectors] (+)= a[M][steps] * b[steps][N vectors], each number summed over the steps in their order and in nothing else.
-// ldb: numbers from one step of b to the next.
+// ldb: numbers from one step of b to the next. In each step `lines` lines of what is to be read soon are asked for, from `soon` on.
 template <class T, int M, int N>
 inline void micro(const typename T::A* a, long lda, const typename T::B* b, long ldb, long steps,
-                  typename T::Sum* c, long ldc, bool fresh) {
+                  typename T::Sum* c, long ldc, bool fresh, const char* soon, long lines) {
   typename T::Acc acc[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) acc[m][n] = fresh ? typename T::Acc{} : load(c + m * ldc + n * W);
   for (long s = 0; s < steps; s++, b += ldb) {
+#pragma GCC unroll 1
+    for (long line = 0; line < lines; line++, soon += LINE) __builtin_prefetch(soon);
     typename T::Bv bv[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) bv[n] = T::load_b(b + n * W * T::PER);
@@ -150,15 +154,15 @@ inline void micro(const typename T::A* a, long lda, const typename T::B* b, long
 }
 
 template <class T, int N>
-inline void micro_rows(int rows, const typename T::A* a, long lda, const typename T::B* b, long ldb,
-                       long steps, typename T::Sum* c, long ldc, bool fresh) {
+inline void micro_rows(int rows, const typename T::A* a, long lda, const typename T::B* b, long ldb, long steps,
+                       typename T::Sum* c, long ldc, bool fresh, const char* soon = nullptr, long lines = 0) {
   switch (rows) {
-    case 1: return micro<T, 1, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    case 2: return micro<T, 2, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    case 3: return micro<T, 3, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    case 4: return micro<T, 4, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    case 5: return micro<T, 5, N>(a, lda, b, ldb, steps, c, ldc, fresh);
-    default: return micro<T, 6, N>(a, lda, b, ldb, steps, c, ldc, fresh);
+    case 1: return micro<T, 1, N>(a, lda, b, ldb, steps, c, ldc, fresh, soon, lines);
+    case 2: return micro<T, 2, N>(a, lda, b, ldb, steps, c, ldc, fresh, soon, lines);
+    case 3: return micro<T, 3, N>(a, lda, b, ldb, steps, c, ldc, fresh, soon, lines);
+    case 4: return micro<T, 4, N>(a, lda, b, ldb, steps, c, ldc, fresh, soon, lines);
+    case 5: return micro<T, 5, N>(a, lda, b, ldb, steps, c, ldc, fresh, soon, lines);
+    default: return micro<T, 6, N>(a, lda, b, ldb, steps, c, ldc, fresh, soon, lines);
   }
 }
 
