@@ -138,10 +138,10 @@ class Worker {
     for (int64_t key = from; key <= last; key += KEYS) {
       std::swap(here_, next_);
       if (key + KEYS <= last) find(tile, key + KEYS, context);
-      else next_.count = 0;
+      else next_->count = 0;
       asked_ = asked_at_ = 0;
       for (long h = 0; h < tile.heads; h++) {
-        last_asked_ = next_.count * (h + 1) / tile.heads;
+        last_asked_ = next_->count * (h + 1) / tile.heads;
         pack(h * dim_);
         add_block(tile, h, key, first);
       }
@@ -169,12 +169,12 @@ class Worker {
     const int32_t* table = it_.tables + tile.sequence * it_.table_width + key / it_.block_size;
     const long row = it_.kv_heads * dim_;
     long offset = key % it_.block_size;
-    next_.count = int(std::min<int64_t>(KEYS, context - key));
-    for (long i = 0; i < next_.count; i++) {
-      long at_row = (*table * it_.block_size + offset) * row + tile.head * dim_;
-      if (++offset == it_.block_size) offset = 0, table++;
-      next_.keys[i] = (const B*)it_.keys + at_row;
-      next_.values[i] = (const B*)it_.values + at_row;
+    next_->count = int(std::min<int64_t>(KEYS, context - key));
+    for (long i = 0; i < next_->count; table++, offset = 0) {  // cache block by cache block
+      const long at = (*table * it_.block_size + offset) * row + tile.head * dim_;
+      const long end = std::min<long>(next_->count, i + it_.block_size - offset);
+      const B *k = (const B*)it_.keys + at, *v = (const B*)it_.values + at;
+      for (; i < end; i++, k += row, v += row) next_->keys[i] = k, next_->values[i] = v;
     }
   }
 
@@ -182,8 +182,8 @@ class Worker {
   // Few at a time: the processor drops what it cannot take at once.
   void ask(int lines) {
     for (; lines && asked_ < last_asked_; lines--) {
-      __builtin_prefetch((const char*)next_.keys[asked_] + asked_at_, 0, 3);
-      __builtin_prefetch((const char*)next_.values[asked_] + asked_at_, 0, 3);
+      __builtin_prefetch((const char*)next_->keys[asked_] + asked_at_, 0, 3);
+      __builtin_prefetch((const char*)next_->values[asked_] + asked_at_, 0, 3);
       asked_at_ += 64;
       if (asked_at_ >= row_bytes_) asked_at_ = 0, asked_++;
     }
@@ -194,18 +194,18 @@ class Worker {
     const uint32_t* words[KEYS];
     alignas(64) static const B nothing[MOST_HEAD_DIM] = {};  // what lies past the end
     for (int i = 0; i < KEYS; i++)
-      words[i] = (const uint32_t*)(i < here_.count ? here_.keys[i] + at : nothing);
+      words[i] = (const uint32_t*)(i < here_->count ? here_->keys[i] + at : nothing);
     transpose_words(words, (uint32_t*)packed_keys_, dim_ / T::PER, [this] { ask(4); });
     if constexpr (T::PER == 1) {
       for (int i = 0; i < KEYS; i++) {
         B* to = packed_values_ + i * wide_;
-        std::memcpy(to, i < here_.count ? here_.values[i] + at : nothing, dim_ * sizeof(B));
+        std::memcpy(to, i < here_->count ? here_->values[i] + at : nothing, dim_ * sizeof(B));
       }
     } else {
       for (int i = 0; i < KEYS; i += 2) {
         ask(2);
-        const B* even = i < here_.count ? here_.values[i] + at : nothing;
-        const B* odd = i + 1 < here_.count ? here_.values[i + 1] + at : nothing;
+        const B* even = i < here_->count ? here_->values[i] + at : nothing;
+        const B* odd = i + 1 < here_->count ? here_->values[i + 1] + at : nothing;
         interleave(even, odd, packed_values_ + i * wide_, dim_);
       }
     }
@@ -321,7 +321,7 @@ class Worker {
   struct Rows {
     int count;  // keys past it lie past the end of the sequence
     const B *keys[KEYS], *values[KEYS];
-  } here_, next_;
+  } rows_[2], *here_ = rows_, *next_ = rows_ + 1;
 };
 
 template <class T>
