@@ -133,14 +133,16 @@ class CpuDevice:
         # one block more than asked for: it stays zero, and what lies past the end of a sequence is read from it
         size = (shape.num_blocks + 1, shape.block_size, shape.kv_heads, shape.head_dim)
         try:
-            caches = [torch.zeros(size, dtype=shape.dtype) for _ in range(2 * shape.num_layers)]
+            caches = [torch.empty(size, dtype=shape.dtype) for _ in range(2 * shape.num_layers)]
         except RuntimeError as error:
             raise DeviceUnavailable(
                 f"the KV cache of {shape.num_blocks} blocks could not be allocated; "
                 "lower --max_cache_size"
             ) from error
         self._cache = PagedCache(caches[0::2], caches[1::2], shape.block_size, shape.kv_heads)
-        self._kernels.use(self._cache)
+        self._kernels.use(self._cache)  # asks for huge pages, which there are only before the first touch
+        for cache in caches:
+            cache.zero_()
         regions = regions_of([cache[: shape.num_blocks] for cache in caches])
         self._memory = KvMemory(kv_layout(shape), shape.num_blocks, regions, carrier=self._carrier)
 
