@@ -1,6 +1,6 @@
 """Does splitting pay? One prefill and one decode instance against two colocated ones, on the same two cores, behind the same master.
 
-    python -m benchmarks.pd_vs_colocated [--part gaps goodput] [--shape 0.5b] [--plot-dir docs] [--save FILE] [--replot FILE]
+    python -m benchmarks.pd_vs_colocated [--part gaps goodput overhead] [--shape 0.5b] [--plot-dir docs] [--save FILE] [--replot FILE]
 
 Three clusters, each instance one thread on a core of its own, the same model and the same arrivals:
   pd          PREFILL + DECODE
@@ -9,7 +9,8 @@ Three clusters, each instance one thread on a core of its own, the same model an
 
 gaps: eight answers are being written; then prompts of 2,048 tokens arrive. The gaps between tokens before and while: p50, p99, mean of the
 worst tenth. goodput: for each traffic shape and a few rates, the share of requests within limits of TTFT and TPOT that are multiples of what
-one request alone needs (Zhong et al. 2024, DistServe, section 6.1); goodput is the highest rate with 90 % within. One JSON line per row.
+one request alone needs (Zhong et al. 2024, DistServe, section 6.1); goodput is the highest rate with 90 % within. overhead: requests alone, one
+by pd and one by whole in turn: what the handoff adds to TTFT and TPOT. One JSON line per row.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from benchmarks.http_stream import Answer
 from benchmarks.load import Target
 from benchmarks.models import write_model
 from benchmarks.open_loop import Load, run_open
-from benchmarks.report import emit, percentile
+from benchmarks.report import emit, percentile, summary
 from benchmarks.service import Limits, attainment, milliseconds
 from benchmarks.traffic import SHAPES, Asked, Drawn, at_rate, fixed
 
@@ -50,6 +51,7 @@ SCALES = tuple(itertools.product((2.0, 4.0, 8.0), (1.25, 1.5, 2.0, 3.0)))
 TIGHT, LOOSE = (4.0, 1.5), (8.0, 3.0)
 REACHED = 0.9
 STREAMS, LONG, ANSWER = 8, 2048, 8
+SHORT, SHORT_ANSWER = (16, 64, 256), 32  # tokens of requests alone
 WARM_UP_S = 3.0
 
 
@@ -164,6 +166,28 @@ def measure_gaps(options: argparse.Namespace) -> dict[str, dict[str, list[float]
         settings = {"cluster": name, "shape": options.shape, "streams": STREAMS, "long": LONG}
         emit("pd_gaps", {**settings, "every_s": options.every_s}, {**results, **ratio})
     return found
+
+
+# ---- overhead ----
+
+
+def measure_overhead(options: argparse.Namespace) -> None:
+    """One row per length of prompt."""
+    with cluster("pd", options.shape) as pd, cluster("whole", options.shape) as whole:
+        for tokens in SHORT:
+            source = Drawn(fixed(tokens), fixed(SHORT_ANSWER), seed=7)
+            found: dict[str, list[Answer]] = {"pd": [], "whole": []}
+            for number in range(options.rounds * 10):
+                for target in (pd, whole):
+                    found[target.name] += run(target, [source.request(number)]).good
+            ttft = [each.ttft - other.ttft for each, other in zip(*found.values(), strict=True)]
+            tpot = [each.tpot / other.tpot for each, other in zip(*found.values(), strict=True)]
+            rows = {
+                name: {"ttft_ms": milliseconds([each.ttft for each in answers])["p50"]}
+                for name, answers in found.items()
+            }
+            results = {"ttft_added_ms": milliseconds(ttft), "tpot_ratio": summary(tpot)}
+            emit("pd_overhead", {"shape": options.shape, "prompt": tokens}, {**rows, **results})
 
 
 # ---- goodput ----
@@ -303,9 +327,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--part", nargs="+", choices=("gaps", "goodput"), default=["gaps", "goodput"])
+    add("--part", nargs="+", choices=("gaps", "goodput", "overhead"), default=["gaps", "goodput"])
     add("--shape", default="0.5b")
-    add("--rounds", type=int, default=3, help="of gaps")
+    add("--rounds", type=int, default=3, help="of gaps; tens of overhead")
     add("--stream-tokens", type=int, default=500, help="of each running answer")
     add("--calm-s", type=float, default=8.0)
     add("--storm-s", type=float, default=15.0)
@@ -320,6 +344,8 @@ def main() -> None:
     if not options.replot:
         if "gaps" in options.part:
             found["gaps"] = measure_gaps(options)
+        if "overhead" in options.part:
+            measure_overhead(options)
         if "goodput" in options.part:
             found["solo"], found["answers"] = measure_goodput(options)
     if options.save:

@@ -26,6 +26,7 @@ from xllm_py.core.kv_plan import Ranks
 from xllm_py.core.plan import StepPlan
 from xllm_py.core.request import HOLDS_BLOCKS, FirstToken, Offer, OfferAnswer, Request, State
 from xllm_py.core.scheduler import Scheduler
+from xllm_py.engine.leaving import Leaving
 from xllm_py.transport.base import GiverGrant, KvEvent, KvEventKind, KvTransport
 from xllm_py.wire import messages as m
 
@@ -71,11 +72,10 @@ class GivingAgent:
         self._send = send
         self._giving: dict[str, _Giving] = {}
         self._by_grant: dict[bytes, _Giving] = {}
-        # of the step that runs now: its rows, how many of its layers are stored, and the blocks that leave with each layer
-        self._plan: StepPlan | None = None
+        self._plan: StepPlan | None = None  # of the step that runs now, with the places of its rows
         self._index_of_row: dict[int, int] = {}
-        self._num_stored = 0
-        self._claims: list[tuple[bytes, int, tuple[int, ...]]] = []
+        self._leaving = Leaving(layout, transport)
+        self.layer_done = self._leaving.stored
         self._offers: list[Offer] = []
         self._jitter = random.Random()
 
@@ -104,19 +104,11 @@ class GivingAgent:
         if self._offers:  # now, so that the peers answer while the step computes
             self._send(m.OffersOut(offers=self._offers))
             self._offers = []
-        self._plan, self._num_stored = (None if plan.empty else plan), 0
+        self._plan = None if plan.empty else plan
         self._index_of_row = {row: i for i, row in enumerate(plan.rows)} if self._giving else {}
-        self._claims.clear()
+        self._leaving.begin()
         for giving in self._by_grant.values():
             self._claim(giving)
-
-    def layer_done(self, layer: int) -> None:
-        """In mid-step: the KV of this layer is complete for every claimed block."""
-        self._num_stored = layer + 1
-        if self._transport is None:
-            return
-        for grant, first, block_ids in self._claims:
-            self._transport.push(grant, layer, first, block_ids)
 
     @property
     def awaits_answer(self) -> bool:
@@ -126,14 +118,14 @@ class GivingAgent:
 
     def on_crash(self) -> None:
         """The step raised: what it was to complete is sent with a later one; a block sent twice has the same bytes."""
-        for grant, first, _ in self._claims:
+        for grant, first in self._leaving.claimed():
             if grant in self._by_grant:
                 self._by_grant[grant].machine.unclaim(first)
 
     def after_step(self, now: float) -> None:
         """Tell the machines how far the prompts are."""
         self._plan = None
-        self._claims.clear()
+        self._leaving.begin()
         self.drop_ended(now)
         for giving in list(self._giving.values()):
             self._on_computed(giving, now)
@@ -218,9 +210,7 @@ class GivingAgent:
         if not count:
             return
         block_ids = self._pieces(giving, first, count)
-        self._claims.append((giving.grant, first, block_ids))
-        for layer in range(self._num_stored):
-            self._require_transport().push(giving.grant, layer, first, block_ids)
+        self._leaving.claim(giving.grant, first, block_ids, giving.block_size)
 
     def _pieces(self, giving: _Giving, first: int, count: int) -> tuple[int, ...]:
         """The blocks that D counts as first...; they may be parts of ours."""
@@ -260,7 +250,7 @@ class GivingAgent:
                 self._push(giving, first, count)
             case handoff.Commit():
                 failpoints.hit("p.kv.pre_commit")
-                self._require_transport().commit(giving.grant)
+                self._leaving.transport.commit(giving.grant)
             case handoff.SendFirst():
                 self._send_first(giving)
             case handoff.CancelPeer():
@@ -283,11 +273,6 @@ class GivingAgent:
             case handoff.Fail(code=code, message=message):
                 self._scheduler.fail(*key, code, message, now)
 
-    def _require_transport(self) -> KvTransport:
-        if self._transport is None:
-            raise LayoutMismatch("a handoff on an engine without KV transport")
-        return self._transport
-
     def _offer(self, giving: _Giving, now: float) -> Offer:
         """Names and addresses of this instance are filled in by the API process, which knows them."""
         request = giving.request
@@ -306,7 +291,7 @@ class GivingAgent:
 
     def _connect(self, giving: _Giving, answer: OfferAnswer) -> None:
         receiver = giving.request.submission.receiver
-        transport = self._require_transport()
+        transport = self._leaving.transport
         if receiver is None:
             raise LayoutMismatch("a grant for a request without a receiver")
         giving.grant = answer.grant
@@ -325,7 +310,7 @@ class GivingAgent:
         )
 
     def _push(self, giving: _Giving, first: int, count: int) -> None:
-        transport = self._require_transport()
+        transport = self._leaving.transport
         block_ids = self._pieces(giving, first, count)
         for layer in range(self._layout.num_layers):
             transport.push(giving.grant, layer, first, block_ids)

@@ -89,8 +89,12 @@ class HandoffAgent:
         self.taking.revoke_ended()
         self.giving.before_step(plan, now)
 
+    def ended(self, now: float) -> None:
+        """After a step was applied, before its outputs are told: the word on a handoff goes before the end of its request."""
+        self.giving.drop_ended(now)
+
     def after_step(self, now: float) -> None:
-        """After a step was applied, or when there was none."""
+        """After its outputs were told, or when there was no step."""
         self.giving.after_step(now)
         self.taking.revoke_ended()
 

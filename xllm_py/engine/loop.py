@@ -103,11 +103,16 @@ class EngineLoop:
         self._stuck = plan.empty
         if not plan.empty:
             self._step(plan)
+        self._agent.ended(self._clock.now())
+        self._tell_outputs()  # before what handoffs take: somebody waits for a first token
         self._agent.after_step(self._clock.now())
+        self._tell_outputs()
+        self._tell_progress(force=plan.empty or not self._scheduler.has_work())
+
+    def _tell_outputs(self) -> None:
         outputs = self._scheduler.take_outputs()
         if outputs.request_ids:
             self._pipe.send(m.Stepped(outputs=outputs))
-        self._tell_progress(force=plan.empty or not self._scheduler.has_work())
 
     def _next_plan(self, now: float) -> StepPlan:
         """Of the step whose result is taken in next; it may be under way."""
