@@ -255,6 +255,31 @@ async def test_a_master_that_stays_away_loses_its_requests(speaker: Speaker) -> 
     assert await said(speaker.network.to("master:1")[-1], 1) == [("c", 0, 7)]
 
 
+async def test_a_master_that_was_heard_again_is_waited_for_anew(speaker: Speaker) -> None:
+    """However short it was there."""
+    speaker.say(("a", 0, 5))
+    stream = await speaker.network.stream("master:1")
+    await said(stream, 1)
+    speaker.network.away.add("master:1")
+    stream.cut()
+    await speaker.network.stream("master:1", 2)
+    speaker.clock.turn(GIVE_UP_S - 0.5)
+    speaker.network.away.clear()
+    await until("a good stream", lambda: speaker.network.to("master:1")[-1].sent)
+    stream = speaker.network.to("master:1")[-1]
+    await said(stream, 1)
+    stream.answer(ack("a", 1))
+    speaker.say(("b", 0, 6))
+    await said(stream, 2)
+    speaker.network.away.add("master:1")
+    speaker.clock.turn(0.6)
+    stream.cut()
+    before = len(speaker.network.to("master:1"))
+    await until("the next try", lambda: len(speaker.network.to("master:1")) > before)
+    await settle()
+    assert speaker.cancelled == []
+
+
 async def test_a_relayed_stream_that_breaks_goes_straight_to_the_master(speaker: Speaker) -> None:
     speaker.say(("a", 1, 5), ("b", 1, 6), to=RELAY)
     relayed = await speaker.network.stream("p:1")

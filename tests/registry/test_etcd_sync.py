@@ -18,7 +18,7 @@ from xllm_py.base.clock import RealClock
 from xllm_py.core.service_config import EtcdSlice
 from xllm_py.registry import etcd_sync
 from xllm_py.registry.embedded import EmbeddedEtcd, serve_embedded
-from xllm_py.registry.etcd_stubs import rpc_pb2
+from xllm_py.registry.etcd_stubs import rpc_pb2, rpc_pb2_grpc
 
 KEY = b"XLLM:"
 
@@ -56,6 +56,20 @@ def test_a_real_etcd_says_who_it_is(etcd: str) -> None:
     found = etcd_sync.greet(config(etcd), KEY)
     assert found.endpoint == etcd
     assert found.version.startswith("3.")
+
+
+async def test_a_lease_of_another_life_of_the_registry_is_not_found() -> None:
+    """Two daemons would keep one lease alive, and the record of one of them would be missing for ever."""
+    granted = []
+    for _ in range(2):
+        server = await serve_embedded("127.0.0.1:0", clock=RealClock())
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = rpc_pb2_grpc.LeaseStub(channel)
+            for _ in range(2):
+                reply = await stub.LeaseGrant(rpc_pb2.LeaseGrantRequest(TTL=5))
+                granted.append(reply.ID)
+        await server.close()
+    assert len(set(granted)) == 4
 
 
 async def test_the_first_endpoint_that_answers_counts(embedded: EmbeddedEtcd) -> None:

@@ -211,10 +211,10 @@ class _Talk:
                 reason = "closed by the other side"
             except XllmError as error:
                 reason = error.message
-            self.broken = True
             now = clock.now()
-            if now - began > 1.0:
+            if not self.broken or now - began > 1.0:  # somebody was there
                 broken_at, retry_s = now, _FIRST_RETRY_S
+            self.broken = True
             _log.debug("stream broken", to=self.destination.address, reason=reason)
             if self.destination.relay:
                 self._owner.reroute(self)

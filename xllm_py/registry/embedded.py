@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import signal
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ class EmbeddedEtcd:
 
 async def serve_embedded(address: str, *, clock: Clock) -> EmbeddedEtcd:
     """Serve at host:port (port 0: any). Raises PortInUse."""
-    store = Store(clock)
+    store = Store(clock, first_lease=1 + secrets.randbits(62))
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
     rpc_pb2_grpc.add_KVServicer_to_server(Kv(store), server)
     rpc_pb2_grpc.add_LeaseServicer_to_server(LeaseService(store), server)

@@ -29,7 +29,8 @@ class Record:
 class Store:
     """One registry's content."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, first_lease: int = 7001) -> None:
+        """first_lease: the number of the first lease. Who kept one of another life of the registry must not find it here, with another's keys."""
         self._clock = clock
         self.revision = 1
         self.compacted = 0
@@ -37,7 +38,7 @@ class Store:
         self.history: list[tuple[Record, Record | None]] = []  # change, and what was there before
         self.leases: dict[int, tuple[float, float]] = {}  # id -> (ttl, end)
         self.listeners: set[Callable[[], None]] = set()
-        self._next_lease = 7000
+        self._next_lease = first_lease
 
     def put(self, key: bytes, value: bytes, lease: int = 0) -> Record:
         """Put at a new revision."""
@@ -90,8 +91,8 @@ class Store:
 
     def grant(self, ttl_s: float, wanted: int = 0) -> int:
         """A new lease; its id."""
-        self._next_lease += 1
         lease = wanted or self._next_lease
+        self._next_lease += 1
         self.leases[lease] = (ttl_s, self._clock.now() + ttl_s)
         return lease
 
