@@ -140,9 +140,8 @@ class CpuDevice:
                 "lower --max_cache_size"
             ) from error
         self._cache = PagedCache(caches[0::2], caches[1::2], shape.block_size, shape.kv_heads)
-        self._kernels.use(
-            self._cache
-        )  # asks for huge pages, which there are only before the first touch
+        # asks for huge pages, which there are only before the first touch
+        self._kernels.use(self._cache)
         for cache in caches:
             cache.zero_()
         regions = regions_of([cache[: shape.num_blocks] for cache in caches])
