@@ -19,6 +19,7 @@ from xllm_py.device.cpu.torch_kernels import TorchKernels
 OLD = "flags : fpu sse2 avx\n"
 AVX2 = "processor: 0\nflags\t\t: fpu sse2 avx avx2 fma f16c\nbugs: none\n"
 AVX512 = AVX2.replace("fma", "fma avx512f avx512bw avx512vl avx512dq")
+AVX512_BF16 = AVX512.replace("fma", "fma avx512_vnni avx512_bf16")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,9 @@ AVX512 = AVX2.replace("fma", "fma avx512f avx512bw avx512vl avx512dq")
         (AVX2, "avx2"),
         (AVX512, "avx512"),
         (AVX512.replace("avx512dq", ""), "avx2"),
-        (AVX512.replace("fma", "fma avx512_vnni avx512_bf16"), "avx512_bf16"),
+        (AVX512_BF16, "avx512_bf16"),
+        (AVX512_BF16.replace("fma", "fma amx_tile amx_bf16"), "avx512_bf16"),
+        (AVX512_BF16.replace("fma", "fma amx_tile amx_bf16 amx_int8"), "amx"),
     ],
 )
 def test_the_best_set_is_the_first_whose_every_instruction_the_cpu_has(
@@ -97,9 +100,28 @@ def test_without_a_compiler_torch_computes_and_one_line_says_what_to_install(
     assert cause in str(said[0][1]["cause"])
 
 
+def test_a_set_that_the_system_does_not_allow_gives_way_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+
+    class Strict(cpu.Library):
+        def __init__(self, path: Path, instruction_set: str) -> None:
+            opened.append(instruction_set)
+            if instruction_set == "first":
+                raise DeviceUnavailable("the system does not let this process use first")
+
+    monkeypatch.setattr(cpu, "Library", Strict)
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: ["first", "second", "third"])
+    monkeypatch.setattr(cpu, "build", lambda name: Path(name))
+    assert cpu.open_library() is not None
+    assert opened == ["first", "second"]
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="emulates another machine's flags")
 def test_it_compiles_for_every_set_of_this_family_of_machines(cache: Path) -> None:
-    for name in ("avx512_bf16", "avx512", "avx2", "plain"):
+    names = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
+    for name in names:
         symbols = subprocess.run(
             ["nm", "-D", "--defined-only", str(build(name))],
             capture_output=True,
@@ -107,4 +129,4 @@ def test_it_compiles_for_every_set_of_this_family_of_machines(cache: Path) -> No
             check=True,
         )
         assert "xllm_attend" in symbols.stdout
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == len(names)

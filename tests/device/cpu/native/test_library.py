@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from xllm_py.base.errors import DeviceUnavailable
 from xllm_py.base.hashing import payload_checksum
 from xllm_py.device.cpu.native.build import build, instruction_sets
 from xllm_py.device.cpu.native.library import Library
@@ -42,3 +47,10 @@ def test_blocks_are_carried_out_and_in(
     assert flat == content
     assert library.scatter(target, numbers, flat.toreadonly()) == payload_checksum(content)
     assert target == wanted
+
+
+def test_instructions_that_the_system_keeps_back_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = SimpleNamespace(xllm_allowed=Mock(return_value=0))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: refusing)
+    with pytest.raises(DeviceUnavailable, match="does not let this process use amx"):
+        Library(Path("some.so"), "amx")

@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "products.h"
+#include "tiles.h"
 
 namespace xllm {
 
@@ -103,22 +103,29 @@ template <class T>
 class Worker {
   using A = typename T::A;
   using B = typename T::B;
+  static constexpr int ROWS = ON_TILES<T> ? TILE : TILE_M;  // at once
 
  public:
   Worker(const Attention& it)
       : it_(it),
         dim_(it.head_dim),
         wide_((it.head_dim + W - 1) / W * W),
+        deep_(ON_TILES<T> ? (it.head_dim + TILE * T::PER - 1) / (TILE * T::PER) * TILE * T::PER : it.head_dim),
         group_(it.heads / it.kv_heads) {
     static thread_local Scratch<A> queries;
     static thread_local Scratch<B> keys, values;
-    static thread_local Scratch<float> sums, highest, totals;
+    static thread_local Scratch<float> sums, highest, totals, added;
     const long rows = std::max<long>(TILE_ROWS, it.heads);
-    queries_ = queries.of(rows * dim_);
-    packed_keys_ = keys.of(KEYS * dim_), packed_values_ = values.of(KEYS * wide_);
+    queries_ = queries.of(rows * deep_);
+    packed_keys_ = keys.of(KEYS * deep_), packed_values_ = values.of(KEYS * wide_);
     sums_ = sums.of(rows * wide_), highest_ = highest.of(rows), totals_ = totals.of(rows);
+    added_ = added.of(ROWS * wide_);
     // what lies past the last number of a value meets weights, and must be one
     std::fill(packed_values_, packed_values_ + KEYS * wide_, B(0));
+    if (deep_ > dim_) {  // and past the last of a key or a query
+      std::fill(packed_keys_, packed_keys_ + KEYS * deep_, B(0));
+      std::fill(queries_, queries_ + rows * deep_, A(0));
+    }
   }
 
   void compute(const Tile& tile) {
@@ -156,11 +163,12 @@ class Worker {
     for (long h = 0; h < tile.heads; h++)
       for (long t = 0; t < tile.count; t++) {
         const B* from = q + ((token + t) * it_.heads + (tile.head + h) * group_) * dim_;
-        A* to = queries_ + (h * tile.count + t) * group_ * dim_;
-        for (long i = 0; i < group_ * dim_; i++) {
-          if constexpr (sizeof(A) == sizeof(B)) to[i] = from[i];
-          else to[i] = widen(from[i]);
-        }
+        A* to = queries_ + (h * tile.count + t) * group_ * deep_;
+        for (long g = 0; g < group_; g++, from += dim_, to += deep_)
+          for (long i = 0; i < dim_; i++) {
+            if constexpr (sizeof(A) == sizeof(B)) to[i] = from[i];
+            else to[i] = widen(from[i]);
+          }
       }
   }
 
@@ -214,7 +222,7 @@ class Worker {
   void add_block(const Tile& tile, long head, int64_t key, int64_t first) {
     const long rows = tile.count * group_, begin = head * rows;
     for (long r = 0; r < rows;) {
-      int count = tile_of(rows - r);
+      int count = ON_TILES<T> ? int(std::min<long>(TILE, rows - r)) : tile_of(rows - r);
       // the rows' earliest and latest token
       int64_t earliest = first + r / group_, latest = first + (r + count - 1) / group_;
       bool unseen = key > latest || (it_.sliding_window && key + KEYS <= earliest - it_.sliding_window + 1);
@@ -226,14 +234,21 @@ class Worker {
   // r: the first of the rows; row: counted from its head's first.
   void add_rows(long r, int count, int64_t key, int64_t first, long row) {
     const float scale = LOG2_E / std::sqrt(float(dim_));
-    for (int panel = 0; panel < KEYS / PANEL; panel++)
-      micro_rows<T, PANEL_V>(count, queries_ + r * dim_, dim_,
-                             packed_keys_ + panel * PANEL * dim_, PANEL * T::PER, dim_ / T::PER,
-                             scores_ + panel * PANEL, KEYS, true);
+    if constexpr (ON_TILES<T>) {
+      static_assert(PANEL == KEYS || !ON_TILES<T>);
+      unit_.shape(count, count);
+      tile_row<T, 4>(queries_ + r * deep_, deep_, packed_keys_, KEYS * 4, deep_ / T::PER / TILE,
+                     scores_, KEYS, true);
+    } else {
+      for (int panel = 0; panel < KEYS / PANEL; panel++)
+        micro_rows<T, PANEL_V>(count, queries_ + r * deep_, deep_,
+                               packed_keys_ + panel * PANEL * deep_, PANEL * T::PER, deep_ / T::PER,
+                               scores_ + panel * PANEL, KEYS, true);
+    }
     ask(8);
     if (key + KEYS - 1 > first + row / group_ || it_.sliding_window) hide(count, key, first + row / group_, row % group_);
     // stage by stage over all rows, so that they wait for each other's results as little as may be
-    static_assert(TILE_M <= W, "one vector holds a number of each row");
+    static_assert(ROWS <= W, "one vector holds a number of each row");
     float highest[W] = {}, less[W] = {};
     bool changed = false;
     for (int i = 0; i < count; i++) {
@@ -259,15 +274,26 @@ class Worker {
       totals[i] = sum(total);
     }
     ask(8);
-    if (changed) {
-      float rescales[W];
-      store(rescales, exp2_(load(less)));
+    float rescales[W] = {};
+    if (ON_TILES<T> || changed) store(rescales, exp2_(load(less)));
+    if constexpr (ON_TILES<T>) {
+      // beside the sums and not onto them: a tile would wait long for what vectors have just written
+      long d = 0;
+      for (; d + PANEL <= wide_; d += PANEL) tile_values<PANEL / TILE>(count, d);
+      for (; d < wide_; d += TILE) tile_values<1>(count, d);
+      for (int i = 0; i < count; i++) {
+        float *sums = sums_ + (r + i) * wide_, *added = added_ + i * wide_;
+        for (d = 0; d < wide_; d += W) store(sums + d, fma(load(sums + d), all(rescales[i]), load(added + d)));
+        totals_[r + i] = totals_[r + i] * rescales[i] + totals[i];
+      }
+      return;
+    }
+    if (changed)
       for (int i = 0; i < count; i++) {
         float* sums = sums_ + (r + i) * wide_;
         for (long d = 0; d < wide_; d += W) store(sums + d, mul(load(sums + d), all(rescales[i])));
         totals_[r + i] *= rescales[i];
       }
-    }
     for (int i = 0; i < count; i++) totals_[r + i] += totals[i];
     long d = 0;
     for (; d + PANEL <= wide_; d += PANEL) add_values<PANEL_V>(r, count, d);
@@ -285,6 +311,11 @@ class Worker {
       const int64_t seen = std::min<int64_t>(KEYS, position + 1 - it_.sliding_window - key);
       for (int64_t j = 0; j < seen; j++) scores[j] = nothing;
     }
+  }
+
+  template <int N>
+  void tile_values(int count, long d) {
+    tile_row<T, N>(weights_, KEYS, packed_values_ + d * T::PER, wide_ * 4, KEYS / T::PER / TILE, added_ + d, wide_, true);
   }
 
   template <int N>
@@ -311,12 +342,14 @@ class Worker {
   }
 
   const Attention& it_;
-  const long dim_, wide_, group_;
+  MatrixUnit unit_;
+  const long dim_, wide_, deep_, group_;  // of a head; whole vectors, whole tiles; heads
   A* queries_;
   B *packed_keys_, *packed_values_;  // values: [KEYS / PER][wide][PER]
   float *sums_, *highest_, *totals_;  // of each row
-  float scores_[TILE_M * KEYS];
-  A weights_[TILE_M * KEYS];
+  float* added_;                      // what a block adds to the sums of some
+  float scores_[ROWS * KEYS];
+  A weights_[ROWS * KEYS];
   long asked_, last_asked_, asked_at_, row_bytes_;  // rows of the next block, and bytes in one
   struct Rows {
     int count;  // keys past it lie past the end of the sequence

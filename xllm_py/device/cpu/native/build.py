@@ -26,6 +26,7 @@ _SOURCES = (
     "carry.h",
     "rowwise.h",
     "draw.h",
+    "tiles.h",
     "products.h",
     "simd.h",
 )
@@ -33,9 +34,11 @@ _COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 _TIMEOUT_S = 120.0
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AVX512_BF16 = (*_AVX512, "fma", "avx512_vnni", "avx512_bf16")
 # instruction set -> what the CPU must have, which is also what the compiler may use; the best one first
 _SETS = {
-    "avx512_bf16": (*_AVX512, "fma", "avx512_vnni", "avx512_bf16"),
+    "amx": (*_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"),
+    "avx512_bf16": _AVX512_BF16,
     "avx512": (*_AVX512, "fma"),
     "avx2": ("avx2", "fma"),
     "plain": (),
@@ -65,7 +68,10 @@ def build(instruction_set: str) -> Path:
     if compiler is None:
         wanted = given or "C++ compiler"
         raise DeviceUnavailable(f"no {wanted} is there; install one (Debian: apt-get install g++)")
-    flags = [f"-m{name.replace('_', '')}" for name in _SETS[instruction_set]]
+    flags = [
+        f"-m{name.replace('_', '-' if name.startswith('amx') else '')}"
+        for name in _SETS[instruction_set]
+    ]
     name = f"kernels-{instruction_set}-{_version(compiler, flags)}.so"
     folder = _cache()
     if folder is None:

@@ -10,10 +10,14 @@
 #include "draw.h"
 #include "linear.h"
 #include "rowwise.h"
+#include "tiles.h"
 
 using namespace xllm;
 
 extern "C" {
+
+// This process may use all that the file was compiled for.
+int xllm_allowed() { return MatrixUnit::allowed(); }
 
 // Numbers in a packed weight [n][k].
 int64_t xllm_packed_size(int64_t n, int64_t k, int gated, int dtype) {

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from xllm_py.base.errors import DeviceUnavailable
+
 PLAIN, ADD, GATE = 0, 1, 2  # what follows a linear, `After` in linear.h
 
 
@@ -72,11 +74,14 @@ class Drawing(ctypes.Structure):
 
 
 class Library:
-    """One compiled file; see kernels.cpp for what each function does. Calls release the interpreter's lock."""
+    """One compiled file; see kernels.cpp for what each function does. Calls release the interpreter's lock.
+
+    Raises DeviceUnavailable where the system does not let this process use what the file is compiled for.
+    """
 
     def __init__(self, path: Path, instruction_set: str) -> None:
         self.instruction_set = instruction_set
-        found = ctypes.CDLL(str(path))
+        found = _open(path, instruction_set)
         size, pointer = c_int64, c_void_p
         self.packed_size = found.xllm_packed_size
         self.packed_size.argtypes, self.packed_size.restype = [size, size, c_int, c_int], size
@@ -131,6 +136,16 @@ class Library:
         count = len(blocks)
         found: int = self._scatter(_at(region), _at(blocks), _at(flat), count, flat.nbytes // count)
         return found
+
+
+def _open(path: Path, instruction_set: str) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    found.xllm_allowed.argtypes, found.xllm_allowed.restype = [], c_int
+    if not found.xllm_allowed():
+        raise DeviceUnavailable(
+            f"the system does not let this process use {instruction_set}; name another set of instructions"
+        )
+    return found
 
 
 def _at(view: memoryview) -> int:

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <vector>
 
-#include "products.h"
+#include "tiles.h"
 
 namespace xllm {
 
@@ -18,7 +18,11 @@ struct Linear {
   static constexpr long LINES = PANEL * 4 / LINE;    // of one step
   static constexpr long DEPTH = 128, AHEAD = 4096;   // steps at once: such a piece of a panel stays in the L1 cache; bytes
 
-  static long steps_of(long k) { return (k + T::PER - 1) / T::PER; }
+  static long steps_of(long k) {
+    const long steps = (k + T::PER - 1) / T::PER;
+    if constexpr (ON_TILES<T>) return (steps + TILE - 1) / TILE * TILE;
+    return steps;
+  }
   static long panels_of(long n, bool gated) {
     return gated ? (n / 2 + PANEL / 2 - 1) / (PANEL / 2) : (n + PANEL - 1) / PANEL;
   }
@@ -51,7 +55,8 @@ struct Linear {
               std::memcpy(to + step * PANEL + column, from + step * T::PER, 4);
             for (long step = std::max(first, whole); step < end; step++) {
               uint32_t word = 0;  // past the end, and in a column without a row
-              if (row >= 0) std::memcpy(&word, from + step * T::PER, (k - step * T::PER) * sizeof(typename T::B));
+              const long rest = std::max(k - step * T::PER, 0L);
+              if (row >= 0) std::memcpy(&word, from + step * T::PER, rest * sizeof(typename T::B));
               to[step * PANEL + column] = word;
             }
           }
@@ -75,8 +80,9 @@ struct Linear {
   //
   // Weights come from memory once, however many tiles of rows there are. While a piece of them is multiplied with one tile after the
   // other, the memory would rest: so the tiles share in asking for the piece that follows.
-  static void panel(const typename T::A* x, long lda, long rows, const typename T::B* b, long steps,
+  static void panel(MatrixUnit& unit, const typename T::A* x, long lda, long rows, const typename T::B* b, long steps,
                     typename T::Sum* sums, const typename T::B* then) {
+    if constexpr (ON_TILES<T>) return tile_panel<T>(unit, x, lda, rows, b, steps / TILE, sums, then);
     if (rows <= TILE_M) {  // one or two leave the processor time to look ahead by itself
       micro_rows<T, PANEL_V>(int(rows), x, lda, b, STEP, steps, sums, PANEL, true, (const char*)b + AHEAD,
                              rows > 2 ? LINES : 0);
@@ -152,19 +158,22 @@ struct Linear {
       a = widened.data();
     }
     long columns = after == GATE ? n / 2 : n;
-    tasks(m, panels, n * k, threads, [&](long from, long some, long p, long then, void* scratch) {
+    tasks(m, panels, width, n * k, threads, [&](MatrixUnit& unit, long from, long some, long p, long then, void* scratch) {
       float* sums = (float*)scratch;
-      panel(a + from * width, width, some, packed + p * steps * STEP, steps, sums,
+      panel(unit, a + from * width, width, some, packed + p * steps * STEP, steps, sums,
             then < 0 ? nullptr : packed + then * steps * STEP);
       finish(sums, some, p, n, bias, after, more ? more + from * columns : nullptr, out + from * columns);
     });
   }
 
-  // Every band of rows with every panel: do(first row, rows, panel, this thread's next panel or -1, scratch for [rows][PANEL] numbers of
+  // Every band of rows with every panel: do(the thread's matrix unit, first row, rows, panel, this thread's next panel or -1, scratch for [rows][PANEL] numbers of
   // 32 bits). A thread takes its next task before it does one.
   template <class Do>
-  static void tasks(long m, long panels, long weights, int threads, Do each) {
-    long rows = std::min<long>(m, 512);  // of one task; fewer where threads would wait
+  static void tasks(long m, long panels, long k, long weights, int threads, Do each) {
+    // rows of one task. On tiles they pass faster than a further cache than L2 could give them
+    long rows = 512;
+    if constexpr (ON_TILES<T>) rows = std::clamp<long>((3 << 19) / (k * sizeof(typename T::A)), 64, 512) / 32 * 32;
+    rows = std::min(rows, m);  // fewer where threads would wait
     while (rows > 48 && panels * ((m + rows - 1) / rows) < 4 * threads) rows = (rows + 1) / 2;
     long bands = (m + rows - 1) / rows;
     // reading them and multiplying takes less than 10 us, and calling a second thread and waiting for it 4 to 5
@@ -173,11 +182,12 @@ struct Linear {
     std::atomic<long> taken{0};
 #pragma omp parallel num_threads(threads)
     {
+      MatrixUnit unit;
       static thread_local std::vector<float> scratch;
       if (scratch.size() < size_t(rows * PANEL)) scratch.resize(rows * PANEL);
       for (long task = taken++; task < total;) {
         const long then = taken++, from = task / panels * rows;
-        each(from, std::min(rows, m - from), task % panels, then < total ? then % panels : -1, scratch.data());
+        each(unit, from, std::min(rows, m - from), task % panels, then < total ? then % panels : -1, scratch.data());
         task = then;
       }
     }
@@ -227,9 +237,9 @@ struct Linear8 {
 #pragma omp parallel for num_threads(m * k < 1 << 15 ? 1 : threads) schedule(static)
     for (long i = 0; i < m; i++) row_scales[i] = quantize(x + i * k, rows + i * width, k, width);
     const long columns = after == GATE ? n / 2 : n;
-    Int8::tasks(m, panels, n * k, threads, [&](long from, long some, long p, long then, void* scratch) {
+    Int8::tasks(m, panels, width, n * k, threads, [&](MatrixUnit& unit, long from, long some, long p, long then, void* scratch) {
       int32_t* sums = (int32_t*)scratch;
-      Int8::panel(rows + from * width, width, some, packed + p * steps * Int8::STEP, steps, sums,
+      Int8::panel(unit, rows + from * width, width, some, packed + p * steps * Int8::STEP, steps, sums,
                   then < 0 ? nullptr : packed + then * steps * Int8::STEP);
       for (long i = 0; i < some; i++)
         for (long j = 0; j < PANEL; j += W) {
