@@ -291,7 +291,7 @@ class _Head(_Product):
         count, it = token_ids.shape[0], self._packed
         out = torch.empty(count, it.width, dtype=it.weight.dtype)
         dtype = DTYPES[out.dtype]
-        at, to = token_ids.data_ptr(), out.data_ptr()
-        if not self._library.rows(it.at, at, to, count, it.width, it.rows, dtype):
+        at, to, sizes = token_ids.data_ptr(), out.data_ptr(), (count, it.width, it.rows)
+        if not self._library.rows(it.at, at, to, *sizes, dtype, self._threads):
             raise IndexError(f"a token id lies outside the vocabulary of {it.rows}")
         return out

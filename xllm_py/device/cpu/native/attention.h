@@ -115,7 +115,7 @@ class Worker {
     static thread_local Scratch<A> queries;
     static thread_local Scratch<B> keys, values;
     static thread_local Scratch<float> sums, highest, totals, added;
-    const long rows = std::max<long>(TILE_ROWS, it.heads);
+    const long rows = std::max<long>(TILE_ROWS, it.heads) + ROWS;
     queries_ = queries.of(rows * deep_);
     packed_keys_ = keys.of(KEYS * deep_), packed_values_ = values.of(KEYS * wide_);
     sums_ = sums.of(rows * wide_), highest_ = highest.of(rows), totals_ = totals.of(rows);
@@ -219,92 +219,139 @@ class Worker {
     }
   }
 
+  // Whether some of these tokens see something of the block.
+  bool seen(int64_t key, int64_t earliest, int64_t latest) const {
+    return key <= latest && !(it_.sliding_window && key + KEYS <= earliest - it_.sliding_window + 1);
+  }
+
   void add_block(const Tile& tile, long head, int64_t key, int64_t first) {
     const long rows = tile.count * group_, begin = head * rows;
+    if constexpr (ON_TILES<T>) return add_on_tiles(begin, rows, key, first);
     for (long r = 0; r < rows;) {
-      int count = ON_TILES<T> ? int(std::min<long>(TILE, rows - r)) : tile_of(rows - r);
-      // the rows' earliest and latest token
-      int64_t earliest = first + r / group_, latest = first + (r + count - 1) / group_;
-      bool unseen = key > latest || (it_.sliding_window && key + KEYS <= earliest - it_.sliding_window + 1);
-      if (!unseen) add_rows(begin + r, count, key, first, r);
+      const int count = tile_of(rows - r);
+      if (seen(key, first + r / group_, first + (r + count - 1) / group_)) add_rows(begin + r, count, key, first, r);
       r += count;
     }
   }
 
-  // r: the first of the rows; row: counted from its head's first.
-  void add_rows(long r, int count, int64_t key, int64_t first, long row) {
-    const float scale = LOG2_E / std::sqrt(float(dim_));
-    if constexpr (ON_TILES<T>) {
-      static_assert(PANEL == KEYS || !ON_TILES<T>);
-      unit_.shape(count, count);
-      tile_row<T, 4>(queries_ + r * deep_, deep_, packed_keys_, KEYS * 4, deep_ / T::PER / TILE,
-                     scores_, KEYS, true);
-    } else {
-      for (int panel = 0; panel < KEYS / PANEL; panel++)
-        micro_rows<T, PANEL_V>(count, queries_ + r * deep_, deep_,
-                               packed_keys_ + panel * PANEL * deep_, PANEL * T::PER, deep_ / T::PER,
-                               scores_ + panel * PANEL, KEYS, true);
-    }
-    ask(8);
-    if (key + KEYS - 1 > first + row / group_ || it_.sliding_window) hide(count, key, first + row / group_, row % group_);
-    // stage by stage over all rows, so that they wait for each other's results as little as may be
+  // What a block makes of some rows: their highest score, by how much it rose (an exponent), the sum of their weights.
+  struct Change {
+    float highest[W] = {}, less[W] = {}, totals[W] = {};
+  };
+
+  // Rows [from, to) of a group whose first is r. Stage by stage over all of them, so that they wait for each other's results as little as may be.
+  void weigh(Change& change, const float* scores, A* weights, long r, int from, int to) {
     static_assert(ROWS <= W, "one vector holds a number of each row");
-    float highest[W] = {}, less[W] = {};
-    bool changed = false;
-    for (int i = 0; i < count; i++) {
-      const float* scores = scores_ + i * KEYS;
-      vf most = load(scores);
-      for (int j = W; j < KEYS; j += W) most = larger(most, load(scores + j));
+    const float scale = LOG2_E / std::sqrt(float(dim_));
+    for (int i = from; i < to; i++) {
+      vf most = load(scores + i * KEYS);
+      for (int j = W; j < KEYS; j += W) most = larger(most, load(scores + i * KEYS + j));
       const float before = highest_[r + i];
-      highest[i] = std::max(before, largest(most));
-      less[i] = (before - highest[i]) * scale;
-      changed |= highest[i] != before;
-      highest_[r + i] = highest[i];
+      change.highest[i] = std::max(before, largest(most));
+      change.less[i] = (before - change.highest[i]) * scale;
+      highest_[r + i] = change.highest[i];
     }
-    float totals[W];
-    for (int i = 0; i < count; i++) {
-      const float* scores = scores_ + i * KEYS;
-      A* weights = weights_ + i * KEYS;
+    for (int i = from; i < to; i++) {
       vf total = zero();
       for (int j = 0; j < KEYS; j += W) {
-        vf p = exp2_(mul(sub(load(scores + j), all(highest[i])), all(scale)));
+        vf p = exp2_(mul(sub(load(scores + i * KEYS + j), all(change.highest[i])), all(scale)));
         total = add(total, p);
-        store(weights + j, p);
+        store(weights + i * KEYS + j, p);
       }
-      totals[i] = sum(total);
+      change.totals[i] = sum(total);
     }
+  }
+
+  void hide_some(float* scores, int count, int64_t key, int64_t first, long row) {
+    if (key + KEYS - 1 > first + row / group_ || it_.sliding_window)
+      hide(scores, count, key, first + row / group_, row % group_);
+  }
+
+  // r: the first of the rows; row: counted from its head's first.
+  void add_rows(long r, int count, int64_t key, int64_t first, long row) {
+    for (int panel = 0; panel < KEYS / PANEL; panel++)
+      micro_rows<T, PANEL_V>(count, queries_ + r * deep_, deep_,
+                             packed_keys_ + panel * PANEL * deep_, PANEL * T::PER, deep_ / T::PER,
+                             scores_[0] + panel * PANEL, KEYS, true);
     ask(8);
-    float rescales[W] = {};
-    if (ON_TILES<T> || changed) store(rescales, exp2_(load(less)));
-    if constexpr (ON_TILES<T>) {
-      // beside the sums and not onto them: a tile would wait long for what vectors have just written
-      long d = 0;
-      for (; d + PANEL <= wide_; d += PANEL) tile_values<PANEL / TILE>(count, d);
-      for (; d < wide_; d += TILE) tile_values<1>(count, d);
-      for (int i = 0; i < count; i++) {
-        float *sums = sums_ + (r + i) * wide_, *added = added_ + i * wide_;
-        for (d = 0; d < wide_; d += W) store(sums + d, fma(load(sums + d), all(rescales[i]), load(added + d)));
-        totals_[r + i] = totals_[r + i] * rescales[i] + totals[i];
-      }
-      return;
-    }
-    if (changed)
+    hide_some(scores_[0], count, key, first, row);
+    Change change;
+    weigh(change, scores_[0], weights_[0], r, 0, count);
+    ask(8);
+    bool changed = false;
+    for (int i = 0; i < count; i++) changed |= change.less[i] != 0.0f;
+    if (changed) {
+      float rescales[W];
+      store(rescales, exp2_(load(change.less)));
       for (int i = 0; i < count; i++) {
         float* sums = sums_ + (r + i) * wide_;
         for (long d = 0; d < wide_; d += W) store(sums + d, mul(load(sums + d), all(rescales[i])));
         totals_[r + i] *= rescales[i];
       }
-    for (int i = 0; i < count; i++) totals_[r + i] += totals[i];
+    }
+    for (int i = 0; i < count; i++) totals_[r + i] += change.totals[i];
     long d = 0;
     for (; d + PANEL <= wide_; d += PANEL) add_values<PANEL_V>(r, count, d);
     for (; d < wide_; d += W) add_values<1>(r, count, d);
   }
 
+  // The same for all rows of a head on the matrix unit, in groups of a tile's rows. While vectors make a group's weights, the unit computes the
+  // next one's scores and what the one before adds to its sums: a quarter of each with a quarter of the rows, near enough for the processor to
+  // do them at once. What is added goes beside the sums and not onto them: a tile would wait long for what vectors have just written.
+  void add_on_tiles(long begin, long rows, int64_t key, int64_t first) {
+    auto sees = [&](long r) { return seen(key, first + r / group_, first + (std::min(r + TILE, rows) - 1) / group_); };
+    long from = 0, to = rows;
+    while (from < rows && !sees(from)) from += TILE;
+    while (to > from && !sees((to - 1) / TILE * TILE)) to = (to - 1) / TILE * TILE;
+    if (from >= to) return;
+    // rows past the last are computed too where the shape would change for them alone; nobody looks at them
+    const int height = int(std::min<long>(rows, TILE));
+    unit_.shape(height, height);
+    Change changes[2];
+    int at = 0;
+    for (int quarter = 0; quarter < 4; quarter++) tile_scores(begin + from, scores_[at], quarter);
+    for (long r = from; r < to; r += TILE, at ^= 1) {
+      const int count = int(std::min<long>(TILE, rows - r));
+      const bool next = r + TILE < to, before = r > from;
+      hide_some(scores_[at], count, key, first, r);
+      for (int quarter = 0; quarter < 4; quarter++) {
+        weigh(changes[at], scores_[at], weights_[at], begin + r, std::min(4 * quarter, count), std::min(4 * quarter + 4, count));
+        if (next) tile_scores(begin + r + TILE, scores_[at ^ 1], quarter);
+        if (before) tile_values(weights_[at ^ 1], quarter);
+        ask(4);
+      }
+      if (before) take_added(changes[at ^ 1], begin + r - TILE, TILE);
+    }
+    for (int quarter = 0; quarter < 4; quarter++) tile_values(weights_[at ^ 1], quarter);
+    const long last = (to - from - 1) / TILE * TILE + from;
+    take_added(changes[at ^ 1], begin + last, int(std::min<long>(TILE, rows - last)));
+  }
+
+  void tile_scores(long r, float* scores, int quarter) {
+    tile_column<T, 0, 4>(queries_ + r * deep_, deep_, packed_keys_ + quarter * TILE * T::PER, KEYS * 4, deep_ / T::PER / TILE,
+                         scores + quarter * TILE, KEYS, quarter == 0);
+  }
+
+  void tile_values(const A* weights, int quarter) {
+    for (long d = quarter * TILE; d < wide_; d += 4 * TILE)
+      tile_column<T, 1, 2>(weights, KEYS, packed_values_ + d * T::PER, wide_ * 4, KEYS / T::PER / TILE, added_ + d, wide_, d == 0);
+  }
+
+  void take_added(const Change& change, long r, int count) {
+    float rescales[W];
+    store(rescales, exp2_(load(change.less)));
+    for (int i = 0; i < count; i++) {
+      float *sums = sums_ + (r + i) * wide_, *added = added_ + i * wide_;
+      for (long d = 0; d < wide_; d += W) store(sums + d, fma(load(sums + d), all(rescales[i]), load(added + d)));
+      totals_[r + i] = totals_[r + i] * rescales[i] + change.totals[i];
+    }
+  }
+
   // The first row is query head `head` of its KV head at position `first`.
-  void hide(int count, int64_t key, int64_t first, long head) {
+  void hide(float* of, int count, int64_t key, int64_t first, long head) {
     const float nothing = -std::numeric_limits<float>::infinity();
     for (int i = 0; i < count; i++) {
-      float* scores = scores_ + i * KEYS;
+      float* scores = of + i * KEYS;
       const int64_t position = first + (head + i) / group_;
       for (int64_t j = std::max<int64_t>(0, position + 1 - key); j < KEYS; j++) scores[j] = nothing;
       if (!it_.sliding_window) continue;
@@ -314,13 +361,8 @@ class Worker {
   }
 
   template <int N>
-  void tile_values(int count, long d) {
-    tile_row<T, N>(weights_, KEYS, packed_values_ + d * T::PER, wide_ * 4, KEYS / T::PER / TILE, added_ + d, wide_, true);
-  }
-
-  template <int N>
   void add_values(long r, int count, long d) {
-    micro_rows<T, N>(count, weights_, KEYS, packed_values_ + d * T::PER, wide_ * T::PER,
+    micro_rows<T, N>(count, weights_[0], KEYS, packed_values_ + d * T::PER, wide_ * T::PER,
                      KEYS / T::PER, sums_ + r * wide_ + d, wide_, false);
   }
 
@@ -348,8 +390,8 @@ class Worker {
   B *packed_keys_, *packed_values_;  // values: [KEYS / PER][wide][PER]
   float *sums_, *highest_, *totals_;  // of each row
   float* added_;                      // what a block adds to the sums of some
-  float scores_[ROWS * KEYS];
-  A weights_[ROWS * KEYS];
+  alignas(64) float scores_[2][ROWS * KEYS];  // of two groups of rows
+  alignas(64) A weights_[2][ROWS * KEYS];
   long asked_, last_asked_, asked_at_, row_bytes_;  // rows of the next block, and bytes in one
   struct Rows {
     int count;  // keys past it lie past the end of the sequence

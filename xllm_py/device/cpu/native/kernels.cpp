@@ -39,9 +39,10 @@ void xllm_pack(const void* weight, void* packed, int64_t n, int64_t k, int gated
   else Linear<OfFloat>::pack((const float*)weight, (float*)packed, n, k, gated, threads);
 }
 
-int xllm_rows(const void* packed, const int64_t* ids, void* out, int64_t count, int64_t k, int64_t n, int dtype) {
-  if (dtype) return Linear<OfBf16>::rows((const bf16*)packed, ids, (bf16*)out, count, k, n);
-  return Linear<OfFloat>::rows((const float*)packed, ids, (float*)out, count, k, n);
+int xllm_rows(const void* packed, const int64_t* ids, void* out, int64_t count, int64_t k, int64_t n, int dtype,
+              int threads) {
+  if (dtype) return Linear<OfBf16>::rows((const bf16*)packed, ids, (bf16*)out, count, k, n, threads);
+  return Linear<OfFloat>::rows((const float*)packed, ids, (float*)out, count, k, n, threads);
 }
 
 // The largest head that the kernels have room for.

@@ -93,8 +93,8 @@ class Library:
         self.pack.argtypes = [pointer, pointer, size, size, c_int, c_int, c_int]
         self.pack.restype = None
         self.rows = found.xllm_rows
-        # packed, ids, out; how many, width, rows there are; dtype
-        self.rows.argtypes, self.rows.restype = [*[pointer] * 3, *[size] * 3, c_int], c_int
+        # packed, ids, out; how many, width, rows there are; dtype, threads
+        self.rows.argtypes, self.rows.restype = [*[pointer] * 3, *[size] * 3, c_int, c_int], c_int
         self.most_head_dim = found.xllm_most_head_dim
         self.most_head_dim.argtypes, self.most_head_dim.restype = [], size
         self.linear = found.xllm_linear

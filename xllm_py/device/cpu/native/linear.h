@@ -64,14 +64,18 @@ struct Linear {
   }
 
   // Rows of the weight, read back from a packed one that is not gated. False, and nothing done, when there is no such row.
-  static bool rows(const typename T::B* packed, const int64_t* ids, typename T::B* out, long count, long k, long n) {
+  static bool rows(const typename T::B* packed, const int64_t* ids, typename T::B* out, long count, long k, long n,
+                   int threads) {
     for (long i = 0; i < count; i++)
       if (ids[i] < 0 || ids[i] >= n) return false;
-    long steps = steps_of(k);
+    const long steps = steps_of(k), whole = k / T::PER;
+    if (count * k < 1 << 15) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (long i = 0; i < count; i++) {
-      const typename T::B* from =
-          packed + (ids[i] / PANEL) * steps * PANEL * T::PER + ids[i] % PANEL * T::PER;
-      for (long j = 0; j < k; j++) out[i * k + j] = from[j / T::PER * PANEL * T::PER + j % T::PER];
+      const typename T::B* from = packed + (ids[i] / PANEL) * steps * STEP + ids[i] % PANEL * T::PER;
+      typename T::B* to = out + i * k;
+      for (long step = 0; step < whole; step++) std::memcpy(to + step * T::PER, from + step * STEP, 4);
+      for (long j = whole * T::PER; j < k; j++) to[j] = from[whole * STEP + j % T::PER];
     }
     return true;
   }

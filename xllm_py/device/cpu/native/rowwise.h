@@ -50,19 +50,23 @@ struct Rotation {  // as in device/cpu/native/library.py
   double eps;
 };
 
-// x cos + (-right, left) sin, halves. Source: Su et al. 2021, RoFormer.
+// x cos + (-right, left) sin, halves: `some` numbers of each, in which SOME says that they are fewer than a vector's. Source: Su et al. 2021, RoFormer.
+template <bool SOME, class B>
+inline void rotate_vector(const B* x, const B* cos, const B* sin, B* out, long half, int some) {
+  auto take = [some](const B* p) { return SOME ? load(p, some) : load(p); };
+  const vf left = take(x), right = take(x + half);
+  const vf turned_left = fma(left, take(cos), mul(sub(zero(), right), take(sin)));
+  const vf turned_right = fma(right, take(cos + half), mul(left, take(sin + half)));
+  if constexpr (SOME) store(out, turned_left, some), store(out + half, turned_right, some);
+  else store(out, turned_left), store(out + half, turned_right);
+}
+
 template <class B>
 inline void rotate(const B* x, const B* cos, const B* sin, B* out, long dim) {
   const long half = dim / 2;
-  for (long i = 0; i < half; i += W) {
-    int some = int(std::min<long>(W, half - i));
-    vf left = load(x + i, some), right = load(x + half + i, some);
-    vf turned_left = fma(left, load(cos + i, some), mul(sub(zero(), right), load(sin + i, some)));
-    vf turned_right =
-        fma(right, load(cos + half + i, some), mul(left, load(sin + half + i, some)));
-    store(out + i, turned_left, some);
-    store(out + half + i, turned_right, some);
-  }
+  long i = 0;
+  for (; i + W <= half; i += W) rotate_vector<false>(x + i, cos + i, sin + i, out + i, half, W);
+  if (i < half) rotate_vector<true>(x + i, cos + i, sin + i, out + i, half, int(half - i));
 }
 
 template <class B>

@@ -111,7 +111,8 @@ inline void tile_row(const typename T::A* a, long lda, const typename T::B* b, l
   if constexpr (N > 2) U::store<2>(c + 2 * TILE, to_row), U::store<3>(c + 3 * TILE, to_row);
 }
 
-// c[two tiles of rows][two tiles] (+)= a * b: each tile that is loaded is used twice. The rest as in tile_row.
+// c[two tiles of rows][two tiles] (+)= a * b: each tile that is loaded is used twice. The rest as in tile_row. The unit waits for every line of a
+// tile, so those of the rows' next tiles are asked for.
 template <class T>
 inline void tile_square(const typename T::A* a, long lda, const typename T::B* b, long ldb, long depth,
                         typename T::Sum* c, long ldc, bool fresh, const char* soon, long lines) {
@@ -126,7 +127,9 @@ inline void tile_square(const typename T::A* a, long lda, const typename T::B* b
     U::load<2>(below, to_row), U::load<3>(below + TILE, to_row);
   }
   for (long d = 0; d < depth; d++, upper += LINE, lower += LINE, columns += TILE * ldb) {
-    for (long line = 0; line < lines; line++, soon += LINE) __builtin_prefetch(soon);
+    for (long line = 0; line < lines; line++, soon += LINE) __builtin_prefetch(soon, 0, 2);
+    for (long i = 0; i < TILE; i++)
+      __builtin_prefetch(upper + i * from_row + LINE), __builtin_prefetch(lower + i * from_row + LINE);
     U::load<4>(upper, from_row);
     U::load<6>(columns, ldb);
     U::dot<T, 0, 4, 6>();
@@ -138,6 +141,31 @@ inline void tile_square(const typename T::A* a, long lda, const typename T::B* b
   }
   U::store<0>(c, to_row), U::store<1>(c + TILE, to_row);
   U::store<2>(below, to_row), U::store<3>(below + TILE, to_row);
+}
+
+// One tile of sums: c[rows][16] = a[rows] * b[16], in tile SUM. Two tiles of depth, as heads of 64 and blocks of 64 keys have, are kept in tiles KEPT
+// and the one after it from column to column: they are loaded for the first.
+template <class T, int SUM, int KEPT>
+inline void tile_column(const typename T::A* a, long lda, const typename T::B* b, long ldb, long depth,
+                        typename T::Sum* c, long ldc, bool first) {
+  using U = MatrixUnit;
+  const char *rows = (const char*)a, *columns = (const char*)b;
+  const long from_row = lda * sizeof(*a);
+  U::zero<SUM>();
+  if (depth == 2) {
+    if (first) U::load<KEPT>(rows, from_row), U::load<KEPT + 1>(rows + LINE, from_row);
+    U::load<6>(columns, ldb);
+    U::dot<T, SUM, KEPT, 6>();
+    U::load<7>(columns + TILE * ldb, ldb);
+    U::dot<T, SUM, KEPT + 1, 7>();
+  } else {
+    for (long d = 0; d < depth; d++, rows += LINE, columns += TILE * ldb) {
+      U::load<KEPT>(rows, from_row);
+      U::load<6>(columns, ldb);
+      U::dot<T, SUM, KEPT, 6>();
+    }
+  }
+  U::store<SUM>(c, ldc * sizeof(*c));
 }
 
 // A panel of some rows, as Linear::panel. Half of a piece of it stays in the nearest caches while the rows pass it, two tiles of them at a time.
@@ -182,8 +210,8 @@ class MatrixUnit {
   static bool allowed() { return true; }
   void shape(int, int) {}
 };
-template <class T, int N>
-void tile_row(const typename T::A*, long, const typename T::B*, long, long, typename T::Sum*, long, bool);
+template <class T, int SUM, int KEPT>
+void tile_column(const typename T::A*, long, const typename T::B*, long, long, typename T::Sum*, long, bool);
 template <class T>
 void tile_panel(MatrixUnit&, const typename T::A*, long, long, const typename T::B*, long, typename T::Sum*,
                 const typename T::B*);
