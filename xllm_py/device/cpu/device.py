@@ -168,13 +168,17 @@ class CpuDevice:
 def open_library(instruction_set: str = AUTO) -> Library | None:
     """The native kernels, compiled if need be; None, and one line of the log, when they cannot be had.
 
-    `auto`: the best set that this machine has and its compiler knows.
+    `auto`: the best set that this machine has, its system allows and its compiler knows; one line of the log when it is not the machine's best.
     """
     causes = []
     for name in instruction_sets() if instruction_set == AUTO else [instruction_set]:
         try:
-            return Library(build(name), name)
+            library = Library(build(name), name)
         except (DeviceUnavailable, OSError) as error:
             causes.append(str(error))
+            continue
+        if causes:
+            _log.warning("the cpu's best kernels cannot be had", used=name, cause=causes[0])
+        return library
     _log.warning("no native kernels, torch computes, at about half the speed", cause=causes[0])
     return None

@@ -75,6 +75,14 @@ def test_a_cache_that_others_may_write_to_is_not_used(cache: Path) -> None:
     assert not built.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
+def warnings_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, object]]]:
+    """What the device will have said."""
+    said: list[tuple[str, dict[str, object]]] = []
+    log = type("Log", (), {"warning": lambda _, text, **more: said.append((text, more))})()
+    monkeypatch.setattr(cpu, "_log", log)
+    return said
+
+
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
     ("compiler", "cause"), [("no-such-compiler", "no no-such-compiler"), ("false", "false failed")]
@@ -87,12 +95,7 @@ def test_without_a_compiler_torch_computes_and_one_line_says_what_to_install(
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(DeviceUnavailable, match=cause):
         build("plain")
-    said: list[tuple[str, dict[str, object]]] = []
-    monkeypatch.setattr(
-        cpu,
-        "_log",
-        type("Log", (), {"warning": lambda _, text, **more: said.append((text, more))})(),
-    )
+    said = warnings_of(monkeypatch)
     device = CpuDevice(0, threads=1)
     assert isinstance(device._kernels, TorchKernels)
     assert len(said) == 1
@@ -104,6 +107,7 @@ def test_a_set_that_the_system_does_not_allow_gives_way_to_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened: list[str] = []
+    said = warnings_of(monkeypatch)
 
     class Strict(cpu.Library):
         def __init__(self, path: Path, instruction_set: str) -> None:
@@ -116,6 +120,10 @@ def test_a_set_that_the_system_does_not_allow_gives_way_to_the_next(
     monkeypatch.setattr(cpu, "build", lambda name: Path(name))
     assert cpu.open_library() is not None
     assert opened == ["first", "second"]
+    (_, more), *others = said
+    assert not others
+    assert more["used"] == "second"
+    assert "does not let this process use first" in str(more["cause"])
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="emulates another machine's flags")
