@@ -10,10 +10,13 @@ import ctypes
 import gc
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
+
+from xllm_py.base import cgroups
 
 _YOUNG = 20_000  # objects more than before, until the collector of cycles looks at them
 
@@ -46,9 +49,10 @@ def pin(cores: Sequence[int]) -> None:
 
 
 def host_memory() -> tuple[int, int]:
-    """(available, total) bytes of this host's memory."""
+    """(available, total) bytes of memory: this host's, or less where a control group of the process is given less."""
     seen = psutil.virtual_memory()
-    return seen.available, seen.total
+    available, total = cgroups.memory() or (seen.available, seen.total)
+    return min(available, seen.available), min(total, seen.total)
 
 
 def interface_towards(host: str, port: int) -> str:
@@ -100,6 +104,10 @@ def stay() -> None:
 
 
 def num_cores() -> int:
-    """Cores that this process may run on."""
+    """Cores that this process may keep busy: those it may run on, or fewer where a control group gives it the time of fewer.
+
+    Threads beyond that would be stopped together in every period, and the others wait for them.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return allowed or 1
+    given = cgroups.cores()
+    return max(1, min(allowed or 1, int(given) if given is not None else sys.maxsize))

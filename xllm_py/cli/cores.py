@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from xllm_py.base.process import num_cores
 from xllm_py.cli.rules import Causes
 
 _LIST = re.compile(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*")
@@ -17,7 +18,7 @@ def cores(causes: Causes, values: Mapping[str, Any]) -> tuple[int, ...]:
     text = values["cpu_affinity"]
     here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if not text:
-        _need_room(causes, values, len(here), "this process may use")
+        _need_room(causes, values, num_cores(), "this process may use")
         return ()
     if not here:
         causes.need(False, "--cpu_affinity is not there on this system. Leave it out")
