@@ -79,7 +79,8 @@ class MatrixUnit {
 };
 
 // c[rows][N tiles] (+)= a[rows] * b[N tiles], at most TILE rows; unit: shaped for them, above and below. depth: tiles along k.
-// ldb: bytes from one step of b to the next. In each tile of depth `lines` lines of what is to be read soon are asked for.
+// ldb: bytes from one step of b to the next. In each tile of depth `lines` lines of what is to be read soon are asked for, a few before each
+// instruction of the unit: asked for together they would fill the processor's queue, and the unit wait for it.
 template <class T, int N>
 inline void tile_row(const typename T::A* a, long lda, const typename T::B* b, long ldb, long depth,
                      typename T::Sum* c, long ldc, bool fresh, const char* soon = nullptr, long lines = 0) {
@@ -95,15 +96,24 @@ inline void tile_row(const typename T::A* a, long lda, const typename T::B* b, l
     if constexpr (N > 1) U::load<1>(c + TILE, to_row);
     if constexpr (N > 2) U::load<2>(c + 2 * TILE, to_row), U::load<3>(c + 3 * TILE, to_row);
   }
-  for (long d = 0; d < depth; d++, rows += LINE, columns += TILE * ldb) {
-    for (long line = 0; line < lines; line++, soon += LINE) __builtin_prefetch(soon);
+  const long part = (lines + 2 * N - 1) / (2 * N);
+  for (long d = 0; d < depth; d++, rows += LINE, columns += TILE * ldb, soon += lines * LINE) {
+    const char* next = soon;
+    auto ask = [part, &next] {
+      for (long line = 0; line < part; line++, next += LINE) __builtin_prefetch(next);
+    };
     U::load<4>(rows, from_row);
-    U::load<6>(columns, ldb);
-    U::dot<T, 0, 4, 6>();
-    if constexpr (N > 1) U::load<7>(columns + LINE, ldb), U::dot<T, 1, 4, 7>();
+    ask(), U::load<6>(columns, ldb);
+    ask(), U::dot<T, 0, 4, 6>();
+    if constexpr (N > 1) {
+      ask(), U::load<7>(columns + LINE, ldb);
+      ask(), U::dot<T, 1, 4, 7>();
+    }
     if constexpr (N > 2) {
-      U::load<6>(columns + 2 * LINE, ldb), U::dot<T, 2, 4, 6>();
-      U::load<7>(columns + 3 * LINE, ldb), U::dot<T, 3, 4, 7>();
+      ask(), U::load<6>(columns + 2 * LINE, ldb);
+      ask(), U::dot<T, 2, 4, 6>();
+      ask(), U::load<7>(columns + 3 * LINE, ldb);
+      ask(), U::dot<T, 3, 4, 7>();
     }
   }
   U::store<0>(c, to_row);
