@@ -26,9 +26,9 @@ def shows(instance: Daemon, counts: dict[str, int]) -> bool:
     return all(ledger[name] == count for name, count in counts.items())
 
 
-def caught(pending: Pending, instance: Daemon, *, within_s: float = CATCH_S, **counts: int) -> bool:
+def caught(pending: Pending, instance: Daemon, **counts: int) -> bool:
     """Wait until the ledger shows these counts; False when the moment was missed: the request is over, or nothing moves."""
-    deadline = RealClock().now() + within_s
+    deadline = RealClock().now() + CATCH_S
     while not pending.over and RealClock().now() < deadline:
         if shows(instance, counts):
             return True

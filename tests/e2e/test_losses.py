@@ -17,10 +17,10 @@ from tests.e2e.phases import (
     LONG_PROMPT,
     all_let_go,
     body,
-    caught,
     in_handoff,
     reaches,
     serves_in_pairs,
+    shows,
 )
 
 DECODING = body([7, 9], max_tokens=500, temperature=0, stream=True)
@@ -47,21 +47,17 @@ def cluster(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def in_every_phase(cluster: Cluster) -> tuple[Pending, Pending, Pending]:
-    """One request that D decodes, one that P computes, one that waits for P. A busy machine may pass over the moment: then again."""
+    """One request that D decodes, one that P computes, one that waits for it: at P, or at the master where P has become slow."""
     master, prefill, decode = cluster.daemons
-    for _ in range(10):
-        asked = [decoding := Pending(master, DECODING)]
-        decoding.wait_pieces(3)
-        if caught(decoding, decode, within_s=30, requests_running=1):
-            asked.append(prefilling := Pending(master, body(LONG_PROMPT, stream=True)))
-            if caught(prefilling, prefill, within_s=30, requests_running=1, kv_grants_given=1):
-                asked.append(queued := Pending(master, body(LONG_PROMPT)))
-                # at P, or at the master where that sends a slow P no more than it can begin soon
-                if caught(prefilling, master, within_s=30, open_requests=3):
-                    return decoding, prefilling, queued
-        for pending in asked:
-            pending.answer()
-    raise AssertionError("ten times, and never were all three in their phases")
+    decoding = Pending(master, DECODING)
+    decoding.wait_pieces(3)
+    reaches(decode, requests_running=1)
+    prefilling = Pending(master, body(LONG_PROMPT, stream=True))
+    reaches(prefill, requests_running=1, kv_grants_given=1)
+    queued = Pending(master, body(LONG_PROMPT))
+    at_p = {"requests_running": 1, "requests_waiting": 1}
+    wait_for("one to wait", lambda: shows(prefill, at_p) or shows(master, {"queued": 1}))
+    return decoding, prefilling, queued
 
 
 def text_of(pending: Pending) -> str:
