@@ -89,6 +89,15 @@ def test_version_1_has_a_tree_for_each_controller(host: Host) -> None:
     assert host.memory() == (50 * MIB, 100 * MIB)
 
 
+def test_a_full_ancestor_leaves_little_and_the_limit_stays_the_groups_own(host: Host) -> None:
+    host.belongs_to("0::/a/b")
+    host.put("a/memory.max", "1000\n")
+    host.put("a/memory.current", "990\n")
+    host.put("a/b/memory.max", "50\n")
+    host.put("a/b/memory.current", "10\n")
+    assert host.memory() == (10, 50)
+
+
 def test_a_group_that_holds_more_than_it_may_has_nothing_left(host: Host) -> None:
     host.belongs_to("0::/")
     host.put("memory.max", "100\n")

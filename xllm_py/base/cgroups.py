@@ -29,15 +29,19 @@ def cores(proc: Path = Path("/proc/self"), mounts: Path = Path("/sys/fs/cgroup")
 def memory(
     proc: Path = Path("/proc/self"), mounts: Path = Path("/sys/fs/cgroup")
 ) -> tuple[int, int] | None:
-    """(available, total) bytes of the tightest group; None: no limit. Files in its cache that nobody has used for long count as available."""
-    found = []
+    """(available, total) bytes, each of the group that leaves least; None: no limit.
+
+    Files in a group's cache that nobody has used for long count as available.
+    """
+    available, total = [], []
     for group in _groups(proc, mounts, "memory"):
         limit = "".join(_words(group / "memory.max") or _words(group / "memory.limit_in_bytes"))
         used = "".join(_words(group / "memory.current") or _words(group / "memory.usage_in_bytes"))
         if limit.isdigit() and int(limit) < _NO_LIMIT and used.isdigit():
             held = max(0, int(used) - _idle_files(group))
-            found.append((max(0, int(limit) - held), int(limit)))
-    return min(found, default=None)
+            available.append(max(0, int(limit) - held))
+            total.append(int(limit))
+    return (min(available), min(total)) if total else None
 
 
 def _groups(proc: Path, mounts: Path, controller: str) -> Iterator[Path]:
